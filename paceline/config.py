@@ -1,0 +1,173 @@
+"""Settings: frozen, typed, checked at the edge, unknown keys refused.
+
+The same tree is the `args:` of the application in a Ray Serve config (`deployments/*.yaml`), the input of
+`paceline.serving.app:build` and, for its `engine` part, the keyword arguments of `paceline.LLM`. "auto" is
+resolved by whoever knows the answer (the engine, at load time) into a new object that is logged once.
+This module is the only place that reads environment variables.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from paceline.errors import ConfigError
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(gt=0)]
+Milliseconds = Annotated[float, Field(gt=0, le=600_000)]
+
+DEFAULT_MODEL = "smollm2-135m"
+APP_NAME = "paceline"
+IMPORT_PATH = "paceline.serving.app:build"
+
+
+class Settings(BaseModel):
+    """Base: frozen, strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class EngineSettings(Settings):
+    """How one model runs in one replica (or in `paceline.LLM`)."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto takes a GPU if one is visible.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of activations and KV; auto is float32 on a CPU, the checkpoint's type on a GPU."
+    )
+    linear_backend: Literal["auto", "torch", "fbgemm_fp16"] = Field(
+        "auto",
+        description="Matrix products on a CPU. fbgemm_fp16 keeps weights in half precision and accumulates in float32; "
+        "auto takes it where it runs and the checkpoint's weights are exact in it.",
+    )
+    threads: Positive | Auto = Field("auto", description="Threads of one replica; auto is the cores this process may use.")
+    max_model_len: Positive | Auto = Field("auto", description="Longest prompt plus output, in tokens; auto is the model's own.")
+    kv_tokens: Positive | Auto = Field(
+        "auto", description="KV cache in tokens, running and idle sessions together; auto is a quarter of the free memory."
+    )
+    max_num_seqs: Positive = Field(16, description="Sequences in one step.")
+    max_batched_tokens: Positive = Field(512, description="Tokens in one step; longer prompts are prefilled in chunks.")
+    max_queued_requests: Positive = Field(64, description="Waiting requests; one more is refused with 429.")
+
+
+class SpeculationSettings(Settings):
+    """How candidates are asked for."""
+
+    enabled: bool = Field(True, description="Off: every step is a plain decode, whatever drafts are deployed.")
+    depth: Annotated[int, Field(ge=1, le=16)] = Field(4, description="Candidates asked for in one step (k).")
+    draft_timeout_ms: Milliseconds = Field(
+        1000.0, description="Longest a step waits for candidates before it goes on with a plain decode."
+    )
+
+
+class TargetSettings(Settings):
+    """The replicas that verify, hold sessions and answer."""
+
+    num_replicas: Positive = Field(2, description="Target replicas.")
+    num_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="CPUs Ray reserves for one replica.")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="GPUs Ray reserves for one replica.")
+    engine: EngineSettings = Field(default_factory=EngineSettings, description="Its engine.")
+
+
+class DraftSettings(Settings):
+    """The replicas that guess."""
+
+    model: str | None = Field(
+        None, description="The small model; must share the target's tokenizer. None runs the target's own model, which proves the path and not the speed."
+    )
+    num_replicas: Annotated[int, Field(ge=0)] = Field(2, description="Draft replicas; 0 serves without speculation.")
+    num_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="CPUs Ray reserves for one replica.")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="GPUs Ray reserves for one replica.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="gRPC port of a draft replica; 0 lets the kernel pick.")
+    engine: EngineSettings = Field(default_factory=EngineSettings, description="Its engine.")
+
+
+class AppSettings(Settings):
+    """Everything `paceline.serving.app:build` needs: the `args:` of the Serve application."""
+
+    model: str = Field(DEFAULT_MODEL, description="Target model: a name from `paceline models list`, a folder, a .gguf file or a Hub id.")
+    served_model_name: str | None = Field(None, description="Name clients use; None is the model's own.")
+    num_routers: Positive = Field(1, description="Router replicas (HTTP and gRPC ingress).")
+    request_timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, description="A request is ended with an error after this long.")
+    target: TargetSettings = Field(default_factory=TargetSettings)
+    draft: DraftSettings = Field(default_factory=DraftSettings)
+    speculation: SpeculationSettings = Field(default_factory=SpeculationSettings)
+
+    @property
+    def public_name(self) -> str:
+        return self.served_model_name or self.model
+
+    @property
+    def draft_model(self) -> str:
+        return self.draft.model or self.model
+
+
+def parse_settings(values: Mapping[str, Any]) -> AppSettings:
+    """Check a mapping (the `args:` of a config). Raises ConfigError naming every wrong key."""
+    try:
+        return AppSettings.model_validate(dict(values))
+    except ValidationError as error:
+        raise config_error(error) from None
+
+
+def config_error(error: ValidationError, prefix: str = "") -> ConfigError:
+    """pydantic's findings in one line a person can act on."""
+    parts = []
+    for found in error.errors():
+        key = ".".join(str(part) for part in (prefix, *found["loc"]) if part != "")
+        what = "unknown key" if found["type"] == "extra_forbidden" else found["msg"]
+        parts.append(f"{key}: {what}")
+    first = parts[0].split(":", 1)[0] if parts else None
+    return ConfigError("; ".join(parts), param=first)
+
+
+def load_deployment(path: Path) -> dict[str, Any]:
+    """Read a Ray Serve config file and check the arguments of every Paceline application in it.
+
+    Returns the file's mapping, unchanged. Raises ConfigError naming the file and the key.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file", param="config") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}", param="config") from None
+    applications = config.get("applications") if isinstance(config, dict) else None
+    if not isinstance(applications, list) or not all(isinstance(app, dict) for app in applications):
+        raise ConfigError(f"{path}: applications: must be a list of applications", param="applications")
+    for app in applications:
+        if app.get("import_path") == IMPORT_PATH:
+            try:
+                parse_settings(app.get("args") or {})
+            except ConfigError as error:
+                raise ConfigError(f"{path}: args.{error.message}", param=error.param) from None
+    return config
+
+
+def default_deployment(
+    settings: AppSettings | None = None, *, host: str = "127.0.0.1", http_port: int = 8000, grpc_port: int = 9000
+) -> dict[str, Any]:
+    """The Ray Serve config `paceline serve` deploys when it is given no file."""
+    args = (settings or AppSettings()).model_dump(exclude_defaults=True)
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": host, "port": http_port},
+        "grpc_options": {"port": grpc_port, "grpc_servicer_functions": [GRPC_SERVICER]},
+        "applications": [{"name": APP_NAME, "route_prefix": "/", "import_path": IMPORT_PATH, "args": args}],
+    }
+
+
+GRPC_SERVICER = "paceline.v1.inference_pb2_grpc.add_InferenceServicer_to_server"
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where downloaded and converted models live: PACELINE_CACHE, or `paceline` in the user's cache folder."""
+    if override := environ.get("PACELINE_CACHE"):
+        return Path(override).expanduser()
+    base = environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "paceline"

@@ -1,0 +1,115 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DraftFailureReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DRAFT_FAILURE_REASON_UNSPECIFIED: _ClassVar[DraftFailureReason]
+    DRAFT_FAILURE_REASON_UNKNOWN_SEQUENCE: _ClassVar[DraftFailureReason]
+    DRAFT_FAILURE_REASON_BASE_MISMATCH: _ClassVar[DraftFailureReason]
+    DRAFT_FAILURE_REASON_BUSY: _ClassVar[DraftFailureReason]
+    DRAFT_FAILURE_REASON_INTERNAL: _ClassVar[DraftFailureReason]
+DRAFT_FAILURE_REASON_UNSPECIFIED: DraftFailureReason
+DRAFT_FAILURE_REASON_UNKNOWN_SEQUENCE: DraftFailureReason
+DRAFT_FAILURE_REASON_BASE_MISMATCH: DraftFailureReason
+DRAFT_FAILURE_REASON_BUSY: DraftFailureReason
+DRAFT_FAILURE_REASON_INTERNAL: DraftFailureReason
+
+class DraftRequest(_message.Message):
+    __slots__ = ("hello", "open", "advance", "close")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    ADVANCE_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    open: _containers.RepeatedCompositeFieldContainer[Open]
+    advance: _containers.RepeatedCompositeFieldContainer[Advance]
+    close: _containers.RepeatedCompositeFieldContainer[Close]
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open: _Optional[_Iterable[_Union[Open, _Mapping]]] = ..., advance: _Optional[_Iterable[_Union[Advance, _Mapping]]] = ..., close: _Optional[_Iterable[_Union[Close, _Mapping]]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("replica_id", "model", "tokenizer_fingerprint")
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    model: str
+    tokenizer_fingerprint: str
+    def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("sequence", "tokens", "sampling", "depth")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    DEPTH_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    sampling: DraftSampling
+    depth: int
+    def __init__(self, sequence: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., depth: _Optional[int] = ...) -> None: ...
+
+class DraftSampling(_message.Message):
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class Advance(_message.Message):
+    __slots__ = ("sequence", "base", "tokens", "depth")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEPTH_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    base: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    depth: int
+    def __init__(self, sequence: _Optional[int] = ..., base: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., depth: _Optional[int] = ...) -> None: ...
+
+class Close(_message.Message):
+    __slots__ = ("sequence",)
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    def __init__(self, sequence: _Optional[int] = ...) -> None: ...
+
+class DraftReply(_message.Message):
+    __slots__ = ("hello", "candidates", "failure")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    candidates: _containers.RepeatedCompositeFieldContainer[Candidates]
+    failure: _containers.RepeatedCompositeFieldContainer[DraftFailure]
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[Candidates, _Mapping]]] = ..., failure: _Optional[_Iterable[_Union[DraftFailure, _Mapping]]] = ...) -> None: ...
+
+class Candidates(_message.Message):
+    __slots__ = ("sequence", "base", "tokens")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    base: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence: _Optional[int] = ..., base: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DraftFailure(_message.Message):
+    __slots__ = ("sequence", "reason")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    reason: DraftFailureReason
+    def __init__(self, sequence: _Optional[int] = ..., reason: _Optional[_Union[DraftFailureReason, str]] = ...) -> None: ...
