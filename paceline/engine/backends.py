@@ -1,0 +1,131 @@
+"""What this machine runs a model with, and why: decided once at load time, logged once, shown by `paceline doctor`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from paceline.config import EngineSettings
+from paceline.errors import ConfigError
+from paceline.models.linear import fbgemm_available
+
+KV_SHARE_OF_FREE_MEMORY = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One decision, for people: what was decided, the value, the reason."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Backends:
+    """Every "auto" of EngineSettings resolved as far as the machine alone allows.
+
+    `dtype` None keeps the checkpoint's. `fp16_linears` None means: if the checkpoint's weights are exact in
+    fp16, which only the loaded model can tell.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+    threads: int
+    fp16_linears: bool | None
+    choices: tuple[Choice, ...]
+
+
+def resolve_backends(settings: EngineSettings) -> Backends:
+    """Raises ConfigError where a setting asks for what this machine lacks."""
+    device, why_device = _device(settings)
+    dtype, why_dtype = _dtype(settings, device)
+    threads, why_threads = _threads(settings)
+    linears, why_linears = _linears(settings, device, dtype)
+    choices = (
+        Choice("device", str(device), why_device),
+        Choice("dtype", "the checkpoint's" if dtype is None else str(dtype).removeprefix("torch."), why_dtype),
+        Choice("threads", str(threads), why_threads),
+        Choice("linear layers", "fbgemm_fp16" if linears is not False else "torch", why_linears),
+        Choice("attention", "sdpa, ragged", "PyTorch's scaled dot product, window by window over true lengths"),
+        Choice("kv cache", *_kv(settings)),
+    )
+    return Backends(device, dtype, threads, linears, choices)
+
+
+def describe(settings: EngineSettings) -> list[Choice]:
+    """The choices alone, for `paceline doctor`."""
+    return list(resolve_backends(settings).choices)
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, cut to the cgroup's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota(Path("/sys/fs/cgroup/cpu.max"))
+    return max(1, min(cores, quota) if quota else cores)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _device(settings: EngineSettings) -> tuple[torch.device, str]:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine.device: cuda is asked for, but torch sees no GPU here", param="engine.device")
+    if settings.device != "auto":
+        return torch.device(settings.device), "as configured"
+    if torch.cuda.is_available():
+        return torch.device("cuda"), f"{torch.cuda.get_device_name()} is visible"
+    return torch.device("cpu"), "torch sees no GPU"
+
+
+def _dtype(settings: EngineSettings, device: torch.device) -> tuple[torch.dtype | None, str]:
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype), "as configured"
+    if device.type == "cpu":
+        return torch.float32, "activations and KV in full precision cost little on a CPU"
+    return None, "what the weights were trained in"
+
+
+def _threads(settings: EngineSettings) -> tuple[int, str]:
+    if settings.threads != "auto":
+        return settings.threads, "as configured"
+    return usable_cores(), "cores this process may use (affinity and cgroup quota)"
+
+
+def _linears(settings: EngineSettings, device: torch.device, dtype: torch.dtype | None) -> tuple[bool | None, str]:
+    possible = device.type == "cpu" and dtype == torch.float32 and fbgemm_available()
+    if settings.linear_backend == "fbgemm_fp16" and not possible:
+        raise ConfigError(
+            "engine.linear_backend: fbgemm_fp16 needs a CPU with AVX2, float32 activations and a torch with FBGEMM",
+            param="engine.linear_backend",
+        )
+    if settings.linear_backend == "torch":
+        return False, "as configured"
+    if not possible:
+        return False, "FBGEMM does not run here" if device.type == "cpu" else "cuBLAS on a GPU"
+    if settings.linear_backend == "fbgemm_fp16":
+        return True, "as configured"
+    return None, "half the bytes of float32 and flat in the number of rows; if the weights are exact in fp16"
+
+
+def _kv(settings: EngineSettings) -> tuple[str, str]:
+    if settings.kv_tokens != "auto":
+        return f"{settings.kv_tokens} tokens", "as configured"
+    return f"{KV_SHARE_OF_FREE_MEMORY:.0%} of free memory", "shared by running and idle sessions"
+
+
+def _cgroup_quota(path: Path) -> int | None:
+    """Whole cores of a cgroup v2 quota, None without one."""
+    try:
+        quota, period = path.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else max(1, int(quota) // int(period))

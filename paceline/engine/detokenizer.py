@@ -1,0 +1,74 @@
+"""From token ids to text, a token at a time, with stop strings found across token borders."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer used here."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
+
+
+class Detokenizer:
+    """Text of one growing output.
+
+    Decoding a single token is wrong (spaces, bytes of one character spread over tokens), decoding everything
+    each time is quadratic. So a short tail is decoded twice, with and without the new token, and the
+    difference is the new text; it is held back while it ends inside a UTF-8 character.
+
+    `push` returns the text that is final; text that could still turn out to begin a stop string is held
+    back until it is decided, `finish` returns what is left. Once `stopped`, the text ends before the stop
+    string.
+    """
+
+    def __init__(self, decoder: Decoder, stop: tuple[str, ...] = ()) -> None:
+        self._decoder = decoder
+        self._stop = stop
+        self._ids: list[int] = []
+        self._tail_start = 0
+        self._read = 0
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        known = self._decode(self._ids[self._tail_start : self._read])
+        text = self._decode(self._ids[self._tail_start :])
+        if len(text) <= len(known) or text.endswith(REPLACEMENT):
+            return ""
+        self._tail_start, self._read = self._read, len(self._ids)
+        return self._release(text[len(known) :])
+
+    def finish(self) -> str:
+        """The text held back, at the end of the output."""
+        if self.stopped:
+            return ""
+        known = self._decode(self._ids[self._tail_start : self._read])
+        rest = self._decode(self._ids[self._tail_start :])[len(known) :]
+        self._tail_start = self._read = len(self._ids)
+        text = self._release(rest)
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, new: str) -> str:
+        text = self._held + new
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        hold = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._decoder.decode(ids, skip_special_tokens=True) if ids else ""
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`, short of all of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,200 @@
+"""The engine: requests in, tokens out, a step at a time. No Ray, no gRPC, no threads."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from paceline.config import SpeculationSettings
+from paceline.engine.detokenizer import Decoder, Detokenizer
+from paceline.engine.kv_cache import KVCache
+from paceline.engine.runner import ModelRunner
+from paceline.engine.scheduler import Scheduled, Scheduler
+from paceline.engine.sequence import Sequence
+from paceline.errors import InvalidRequest, Overloaded
+from paceline.speculation import coupling
+from paceline.speculation.frames import Advance
+from paceline.speculation.proposer import Proposer, Wanted
+from paceline.types import Delta, FinishReason, Request
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What one engine takes on, resolved: no "auto" left."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_batched_tokens: int
+    max_queued_requests: int
+
+
+class Engine:
+    """Continuous batching over one model, with candidates from a proposer if there is one.
+
+    `step` is the whole life of a batch. The caller owns the thread; nothing here is locked.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        kv: KVCache,
+        limits: EngineLimits,
+        *,
+        eos: frozenset[int] = frozenset(),
+        decoder: Decoder | None = None,
+        proposer: Proposer | None = None,
+        speculation: SpeculationSettings | None = None,
+    ) -> None:
+        self.kv = kv
+        self.limits = limits
+        self.proposer = proposer
+        self._runner = runner
+        self._eos = eos
+        self._decoder = decoder
+        self._depth = (speculation or SpeculationSettings()).depth
+        self._scheduler = Scheduler(kv, limits.max_num_seqs, limits.max_batched_tokens)
+        self._ids = itertools.count(1)
+        self._by_request: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_request)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._scheduler.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequest if it can never run here, Overloaded if the queue is full."""
+        request = self._resolve(request)
+        if self.num_waiting >= self.limits.max_queued_requests:
+            raise Overloaded(f"{self.num_waiting} requests are waiting already; try again shortly", retry_after=1.0)
+        if request.request_id in self._by_request:
+            raise InvalidRequest(f"request_id: {request.request_id!r} is in use", param="request_id")
+        detokenizer = Detokenizer(self._decoder, request.params.stop) if self._decoder is not None else None
+        sequence = Sequence(next(self._ids), request, detokenizer)
+        self._by_request[request.request_id] = sequence
+        self._scheduler.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> Delta | None:
+        """End a request now, freeing everything it holds. Its last delta, or None if it is not here."""
+        sequence = self._by_request.get(request_id)
+        if sequence is None:
+            return None
+        sequence.finish_reason = FinishReason.ABORT
+        self._retire(sequence)
+        return sequence.take_delta()
+
+    def step(self) -> dict[str, Delta]:
+        """One forward pass for everything that can run. Returns what each request gained."""
+        self._admit()
+        candidates = self._propose()
+        step = self._scheduler.schedule(candidates)
+        if not step:
+            return {}
+        logits = self._runner.run([part.window for part in step])
+        drawn = self._sample(step, logits)
+        committed = self._commit(step, drawn)
+        return self._emit(committed)
+
+    def _admit(self) -> None:
+        for sequence in self._scheduler.admit():
+            if self.proposer is not None and sequence.request.speculate:
+                self.proposer.open(sequence.sequence_id, sequence.tokens, sequence.request.params)
+
+    def _propose(self) -> Mapping[int, tuple[int, ...]]:
+        if self.proposer is None:
+            return {}
+        wanted = [
+            Wanted(sequence.sequence_id, len(sequence.tokens), depth)
+            for sequence in self._scheduler.running
+            if sequence.decoding and (depth := self._depth_for(sequence)) > 0
+        ]
+        if not wanted:
+            return {}
+        found = self.proposer.propose(wanted)
+        late = {want.sequence for want in wanted} - found.keys()
+        for sequence in self._scheduler.running:
+            sequence.late += sequence.sequence_id in late
+        return found
+
+    def _depth_for(self, sequence: Sequence) -> int:
+        """Candidates worth asking for: none for the last token, it is drawn anyway."""
+        return min(self._depth, sequence.room - len(sequence.tokens) - 1) if sequence.request.speculate else 0
+
+    def _sample(self, step: list[Scheduled], logits: torch.Tensor) -> list[list[int]]:
+        """The target's own draw at every sampled row, by sequence."""
+        drawn, row = [], 0
+        for part in step:
+            rows = slice(row, row + part.window.sample)
+            first = part.window.end - len(part.candidates)
+            positions = range(first, first + part.window.sample)
+            params = part.sequence.request.params
+            drawn.append(coupling.draw(logits[rows], params, positions) if part.window.sample else [])
+            row = rows.stop
+        return drawn
+
+    def _commit(self, step: list[Scheduled], drawn: list[list[int]]) -> list[Sequence]:
+        """Accept the longest agreeing run, keep its KV, drop the rest; tell the proposer."""
+        committed, updates = [], []
+        for part, tokens in zip(step, drawn, strict=True):
+            sequence, base = part.sequence, len(part.sequence.tokens)
+            self.kv.append(sequence.kv, part.window.token_ids)
+            if not tokens:
+                continue
+            sequence.steps += sequence.decoding or bool(part.candidates)
+            accepted = coupling.accept(part.candidates, tokens)
+            taken = sequence.extend(tokens[: accepted + 1], self._eos)
+            self.kv.truncate(sequence.kv, base + min(accepted, taken))
+            sequence.drafted += len(part.candidates)
+            sequence.accepted += accepted
+            committed.append(sequence)
+            if sequence.request.speculate and not sequence.finished:
+                new = tuple(sequence.tokens[base:])
+                updates.append(Advance(sequence.sequence_id, base, new, self._depth_for(sequence)))
+        if self.proposer is not None and updates:
+            self.proposer.advance(updates)
+        return committed
+
+    def _emit(self, committed: list[Sequence]) -> dict[str, Delta]:
+        deltas = {}
+        for sequence in committed:
+            if sequence.finished:
+                self._retire(sequence)
+            deltas[sequence.request.request_id] = sequence.take_delta()
+        return deltas
+
+    def _retire(self, sequence: Sequence) -> None:
+        del self._by_request[sequence.request.request_id]
+        if self.proposer is not None and sequence.request.speculate and sequence.admitted:
+            self.proposer.close(sequence.sequence_id)
+        self._scheduler.remove(sequence)
+
+    def _resolve(self, request: Request) -> Request:
+        """Fill in `max_tokens` and the seed; refuse what cannot fit."""
+        prompt = len(request.token_ids)
+        vocab = self._runner.vocab_size
+        if not all(0 <= token < vocab for token in request.token_ids):
+            raise InvalidRequest(f"prompt: token ids must be in [0, {vocab})", param="prompt")
+        limit = min(self.limits.max_model_len, self.kv.usage().total)
+        max_tokens = request.params.max_tokens
+        if prompt >= limit:
+            raise InvalidRequest(f"prompt: {prompt} tokens do not fit the context of {limit}", param="prompt")
+        if max_tokens is not None and prompt + max_tokens > limit:
+            raise InvalidRequest(
+                f"max_tokens: {prompt} prompt tokens and {max_tokens} more exceed the context of {limit}; "
+                f"at most {limit - prompt} fit",
+                param="max_tokens",
+            )
+        params = replace(request.params.with_seed(), max_tokens=max_tokens or limit - prompt)
+        return replace(request, params=params)

@@ -1,0 +1,112 @@
+"""From a model's files to something that runs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.config import EngineSettings, SpeculationSettings
+from paceline.engine.attention import ATTENTION_NAME
+from paceline.engine.backends import KV_SHARE_OF_FREE_MEMORY, Backends, Choice, free_memory, resolve_backends
+from paceline.engine.drafter import Drafter
+from paceline.engine.engine import Engine, EngineLimits
+from paceline.engine.kv_cache import KVGeometry, SlabKVCache
+from paceline.engine.runner import ModelRunner
+from paceline.errors import ConfigError
+from paceline.models import eos_token_ids, load_causal_lm, load_tokenizer, tokenizer_fingerprint
+from paceline.models.linear import exact_in_fp16, use_fp16_linears
+from paceline.speculation.proposer import Proposer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run, its tokenizer, and what was chosen for it."""
+
+    runner: ModelRunner
+    tokenizer: Any
+    eos: frozenset[int]
+    limits: EngineLimits
+    kv_tokens: int
+    fingerprint: str
+    choices: tuple[Choice, ...]
+
+    def engine(self, proposer: Proposer | None = None, speculation: SpeculationSettings | None = None) -> Engine:
+        """An engine with a KV cache of its own."""
+        return Engine(
+            self.runner,
+            self._kv_cache(),
+            self.limits,
+            eos=self.eos,
+            decoder=self.tokenizer,
+            proposer=proposer,
+            speculation=speculation,
+        )
+
+    def drafter(self) -> Drafter:
+        """A drafter with a KV cache of its own."""
+        limits = self.limits
+        return Drafter(
+            self.runner,
+            self._kv_cache(),
+            max_batched_tokens=limits.max_batched_tokens,
+            max_model_len=limits.max_model_len,
+        )
+
+    def _kv_cache(self) -> SlabKVCache:
+        return SlabKVCache(self.runner.kv_geometry(), self.kv_tokens, self.limits.max_model_len)
+
+
+def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
+    """Load weights and tokenizer from a folder. Raises ModelError or ConfigError with the remedy."""
+    backends = resolve_backends(settings)
+    torch.set_num_threads(backends.threads)
+    model = load_causal_lm(
+        path, dtype=backends.dtype or "auto", device=backends.device, attn_implementation=ATTENTION_NAME
+    )
+    runner = ModelRunner(model)
+    choices = _choose_linears(model, backends)
+    limits = _limits(settings, runner)
+    kv_tokens = _kv_tokens(settings, runner.kv_geometry(), limits)
+    tokenizer = load_tokenizer(path)
+    logger.info("%s: %s; %d KV tokens", path.name, ", ".join(f"{c.name} {c.value}" for c in choices), kv_tokens)
+    eos = eos_token_ids(model.config, getattr(model, "generation_config", None), tokenizer)
+    return LoadedModel(runner, tokenizer, eos, limits, kv_tokens, tokenizer_fingerprint(tokenizer), choices)
+
+
+def _choose_linears(model: torch.nn.Module, backends: Backends) -> tuple[Choice, ...]:
+    wanted = backends.fp16_linears
+    if wanted is None:
+        wanted = exact_in_fp16(model)
+    if wanted:
+        use_fp16_linears(model)
+        return backends.choices
+    plain = Choice("linear layers", "torch", "the weights are not exact in fp16, or as configured")
+    return tuple(plain if choice.name == "linear layers" else choice for choice in backends.choices)
+
+
+def _limits(settings: EngineSettings, runner: ModelRunner) -> EngineLimits:
+    own = runner.max_model_len
+    if settings.max_model_len != "auto" and settings.max_model_len > own:
+        raise ConfigError(
+            f"engine.max_model_len: {settings.max_model_len} is beyond the model's own {own}",
+            param="engine.max_model_len",
+        )
+    return EngineLimits(
+        max_model_len=own if settings.max_model_len == "auto" else settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_batched_tokens=settings.max_batched_tokens,
+        max_queued_requests=settings.max_queued_requests,
+    )
+
+
+def _kv_tokens(settings: EngineSettings, geometry: KVGeometry, limits: EngineLimits) -> int:
+    if settings.kv_tokens != "auto":
+        return settings.kv_tokens
+    room = int(free_memory(geometry.device) * KV_SHARE_OF_FREE_MEMORY) // geometry.bytes_per_token
+    return min(room, limits.max_num_seqs * limits.max_model_len)

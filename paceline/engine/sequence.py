@@ -1,0 +1,115 @@
+"""One request while the engine works on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from paceline.engine.detokenizer import Detokenizer
+from paceline.engine.kv_cache import KVEntry
+from paceline.errors import EngineError
+from paceline.types import Delta, FinishReason, Metrics, Request
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Token history of a request, and its place in the engine.
+
+    `tokens` is the truth: prompt and output. Keys and values of a prefix of it are in `entry`; what they
+    miss is `pending`, one token while decoding, more while (re)computing a prompt.
+    """
+
+    sequence_id: int
+    request: Request
+    detokenizer: Detokenizer | None
+    clock: Callable[[], float] = time.monotonic
+    tokens: list[int] = field(default_factory=list)
+    entry: KVEntry | None = None
+    finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    late: int = 0
+    steps: int = 0
+    arrived: float = 0.0
+    admitted: float = 0.0
+    first_token: float = 0.0
+    _emitted: int = 0
+    _text: str = ""
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.token_ids)
+        self._emitted = len(self.tokens)
+        self.arrived = self.clock()
+
+    @property
+    def kv(self) -> KVEntry:
+        """The running entry. Only an admitted sequence has one."""
+        if self.entry is None:
+            raise EngineError(f"sequence {self.sequence_id} is not admitted")
+        return self.entry
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.kv.length
+
+    @property
+    def decoding(self) -> bool:
+        return self.pending == 1 and len(self.tokens) > len(self.request.token_ids)
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def room(self) -> int:
+        """Tokens it may grow to: prompt and `max_tokens` (resolved when it entered)."""
+        assert self.request.params.max_tokens is not None
+        return len(self.request.token_ids) + self.request.params.max_tokens
+
+    def extend(self, drawn: list[int], eos: frozenset[int]) -> int:
+        """Append tokens in order until one of them ends the sequence. Returns how many were taken."""
+        for taken, token in enumerate(drawn, start=1):
+            self.tokens.append(token)
+            if not self.first_token:
+                self.first_token = self.clock()
+            if self._ends_with(token, eos):
+                return taken
+        return len(drawn)
+
+    def _ends_with(self, token: int, eos: frozenset[int]) -> bool:
+        params = self.request.params
+        if self.detokenizer is not None:
+            self._text += self.detokenizer.push(token)
+        stopped = (token in eos and not params.ignore_eos) or token in params.stop_token_ids
+        if stopped or (self.detokenizer is not None and self.detokenizer.stopped):
+            self.finish_reason = FinishReason.STOP
+        elif len(self.tokens) >= self.room:
+            self.finish_reason = FinishReason.LENGTH
+        return self.finished
+
+    def take_delta(self) -> Delta:
+        """What was added since the last call; with the metrics if the sequence ended."""
+        new, text = tuple(self.tokens[self._emitted :]), self._text
+        self._emitted, self._text = len(self.tokens), ""
+        if not self.finished:
+            return Delta(new, text)
+        if self.detokenizer is not None:
+            text += self.detokenizer.finish()
+        return Delta(new, text, self.finish_reason, self.metrics())
+
+    def metrics(self) -> Metrics:
+        prompt, now = len(self.request.token_ids), self.clock()
+        return Metrics(
+            prompt_tokens=prompt,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=len(self.tokens) - prompt,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            late=self.late,
+            steps=self.steps,
+            queue_s=max(0.0, self.admitted - self.arrived),
+            ttft_s=max(0.0, self.first_token - self.arrived),
+            total_s=now - self.arrived,
+        )

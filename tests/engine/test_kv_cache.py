@@ -1,0 +1,129 @@
+"""The KV cache's account closes, and an entry's keys always belong to its token ids."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.engine.kv_cache import KVEntry, KVGeometry, SlabKVCache
+
+GEOMETRY = KVGeometry(2, 2, 4, torch.float32, torch.device("cpu"))
+
+
+def cache(capacity: int = 100) -> SlabKVCache:
+    return SlabKVCache(GEOMETRY, capacity, max_model_len=64)
+
+
+def compute(kv: SlabKVCache, entry: KVEntry, tokens: list[int]) -> None:
+    """Stand in for a forward pass: a token's key is its id."""
+    start = entry.length
+    for layer in range(GEOMETRY.num_layers):
+        entry.keys[layer, :, start : start + len(tokens)] = torch.tensor(tokens, dtype=torch.float32)[None, :, None]
+        entry.values[layer, :, start : start + len(tokens)] = -torch.tensor(tokens, dtype=torch.float32)[None, :, None]
+    kv.append(entry, tokens)
+
+
+def filled(kv: SlabKVCache, tokens: list[int], session: str | None = None) -> KVEntry:
+    entry = kv.reserve([*tokens, 0], len(tokens) + 1, session)
+    assert entry is not None
+    compute(kv, entry, tokens[entry.length :])
+    return entry
+
+
+def test_a_session_finds_its_prefix_again() -> None:
+    kv = cache()
+    kv.release(filled(kv, list(range(20)), "s"))
+    entry = kv.reserve(list(range(25)), 30, "s")
+    assert entry is not None and entry.length == 20
+
+
+def test_the_last_token_is_never_taken_from_the_cache() -> None:
+    kv = cache()
+    kv.release(filled(kv, list(range(20)), "s"))
+    entry = kv.reserve(list(range(20)), 30, "s")
+    assert entry is not None and entry.length == 19
+
+
+def test_a_fork_copies_keys_and_values() -> None:
+    kv = cache()
+    kv.release(filled(kv, list(range(20)), "s"))
+    entry = kv.reserve([*range(18), 99, 98], 30, "t")
+    assert entry is not None
+    assert entry.keys[1, 0, :18, 0].tolist() == [float(n) for n in range(18)]
+
+
+def test_a_running_entry_can_be_forked() -> None:
+    kv = cache()
+    running = filled(kv, list(range(20)), "s")
+    entry = kv.reserve(list(range(30)), 30, "t")
+    assert entry is not None and entry is not running and entry.length == 20
+
+
+def test_the_oldest_idle_entry_goes_first() -> None:
+    kv = cache(60)
+    for n, name in enumerate(("old", "new")):
+        kv.release(filled(kv, [n] * 25, name))
+    assert kv.reserve([7] * 20, 30, "third") is not None
+    assert set(kv.sessions()) == {"new", "third"}
+
+
+def test_running_entries_are_never_evicted() -> None:
+    kv = cache(60)
+    filled(kv, [1] * 40, "s")
+    assert kv.reserve([2] * 30, 30, "t") is None
+
+
+def test_a_slab_commits_what_it_holds() -> None:
+    wide = SlabKVCache(KVGeometry(8, 8, 64, torch.float32, torch.device("cpu")), 1 << 20, max_model_len=16384)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    entry = wide.reserve([1, 2, 3], 16384)
+    assert entry is not None
+    entry.keys[:, :, :3] = 1.0
+    grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown_mb < 50  # of 512 mapped
+
+
+operations = st.lists(
+    st.tuples(
+        st.sampled_from(["reserve", "extend", "compute", "truncate", "release", "drop"]),
+        st.integers(0, 3),
+        st.integers(1, 40),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(operations)
+def test_any_order_of_calls_closes_the_account(calls: list[tuple[str, int, int]]) -> None:
+    kv = cache(90)
+    running: dict[int, KVEntry] = {}
+    for name, who, n in calls:
+        session = f"s{who}"
+        if name == "reserve" and who not in running:
+            # Few distinct ids, so that prefixes are shared often.
+            entry = kv.reserve([k // 20 + who % 2 for k in range(n)], n + 4, session)
+            if entry is not None:
+                running[who] = entry
+        elif who in running:
+            _act(kv, running, name, who, n)
+        elif name == "drop":
+            kv.drop_session(session)
+        kv.check()
+        for entry in running.values():
+            assert entry.keys[0, 0, : entry.length, 0].tolist() == entry.token_ids.tolist()
+
+
+def _act(kv: SlabKVCache, running: dict[int, KVEntry], name: str, who: int, n: int) -> None:
+    entry = running[who]
+    if name == "extend":
+        kv.extend(entry, min(64, entry.length + n))
+    elif name == "compute":
+        compute(kv, entry, [k // 20 for k in range(min(n, entry.charged - entry.length))])
+    elif name == "truncate":
+        kv.truncate(entry, n)
+    elif name == "release":
+        kv.release(running.pop(who))

@@ -1,0 +1,108 @@
+"""Tiny random models with uneven shapes: real architectures, real weights files, milliseconds a step."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from paceline.config import SpeculationSettings
+from paceline.engine.attention import ATTENTION_NAME
+from paceline.engine.drafter import Drafter
+from paceline.engine.engine import Engine, EngineLimits
+from paceline.engine.kv_cache import SlabKVCache
+from paceline.engine.runner import ModelRunner
+from paceline.speculation.proposer import Proposer
+from paceline.types import Delta, Request, SamplingParams
+
+VOCAB = 199
+
+
+def tiny_llama(seed: int = 0, **overrides: int) -> LlamaForCausalLM:
+    """A Llama with 3 layers, 6 heads over 2 KV heads, 199 tokens; weights large enough to have opinions."""
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**(shape | overrides))).eval().requires_grad_(False)
+
+
+def ours(model: PreTrainedModel) -> ModelRunner:
+    """The same weights behind our attention."""
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation(ATTENTION_NAME)
+    return ModelRunner(twin)
+
+
+def kv_for(runner: ModelRunner, capacity: int = 4096) -> SlabKVCache:
+    return SlabKVCache(runner.kv_geometry(), capacity, runner.max_model_len)
+
+
+def engine_for(
+    model: PreTrainedModel,
+    *,
+    capacity: int = 4096,
+    max_num_seqs: int = 8,
+    max_batched_tokens: int = 64,
+    max_queued_requests: int = 64,
+    depth: int = 4,
+    proposer: Proposer | None = None,
+    eos: frozenset[int] = frozenset(),
+) -> Engine:
+    runner = ours(model)
+    limits = EngineLimits(runner.max_model_len, max_num_seqs, max_batched_tokens, max_queued_requests)
+    speculation = SpeculationSettings(depth=depth)
+    return Engine(runner, kv_for(runner, capacity), limits, eos=eos, proposer=proposer, speculation=speculation)
+
+
+def drafter_for(model: PreTrainedModel, capacity: int = 4096) -> Drafter:
+    runner = ours(model)
+    return Drafter(runner, kv_for(runner, capacity), max_batched_tokens=64, max_model_len=runner.max_model_len)
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, VOCAB, (length,), generator=generator).tolist())
+
+
+def request(tokens: tuple[int, ...], name: str = "r", session: str | None = None, **params: object) -> Request:
+    return Request(name, tokens, SamplingParams(**{"temperature": 0.0, "max_tokens": 24, **params}), session)  # type: ignore[arg-type]
+
+
+def run(engine: Engine, *requests: Request) -> dict[str, list[int]]:
+    """Add the requests and step until all are done; output tokens by request."""
+    for each in requests:
+        engine.add(each)
+    return finish(engine)
+
+
+def finish(engine: Engine) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    for name, delta in deltas(engine):
+        tokens.setdefault(name, []).extend(delta.token_ids)
+    engine.kv.check()
+    return tokens
+
+
+def deltas(engine: Engine) -> list[tuple[str, Delta]]:
+    found = []
+    while engine.has_work:
+        found += engine.step().items()
+    return found
+
+
+def generate(model: PreTrainedModel, tokens: tuple[int, ...], max_tokens: int = 24) -> list[int]:
+    """What transformers.generate answers, greedily, never ending early."""
+    ids = torch.tensor([tokens])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens, eos_token_id=None, pad_token_id=0)
+    return out[0, len(tokens) :].tolist()
