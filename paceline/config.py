@@ -36,7 +36,9 @@ class Settings(BaseModel):
 class EngineSettings(Settings):
     """How one model runs in one replica (or in `paceline.LLM`)."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto takes a GPU if one is visible.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the model runs; auto takes a GPU if one is visible."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of activations and KV; auto is float32 on a CPU, the checkpoint's type on a GPU."
     )
@@ -45,10 +47,15 @@ class EngineSettings(Settings):
         description="Matrix products on a CPU. fbgemm_fp16 keeps weights in half precision and accumulates in float32; "
         "auto takes it where it runs and the checkpoint's weights are exact in it.",
     )
-    threads: Positive | Auto = Field("auto", description="Threads of one replica; auto is the cores this process may use.")
-    max_model_len: Positive | Auto = Field("auto", description="Longest prompt plus output, in tokens; auto is the model's own.")
+    threads: Positive | Auto = Field(
+        "auto", description="Threads of one replica; auto is the cores this process may use."
+    )
+    max_model_len: Positive | Auto = Field(
+        "auto", description="Longest prompt plus output, in tokens; auto is the model's own."
+    )
     kv_tokens: Positive | Auto = Field(
-        "auto", description="KV cache in tokens, running and idle sessions together; auto is a quarter of the free memory."
+        "auto",
+        description="KV cache in tokens, running and idle sessions together; auto is a quarter of the free memory.",
     )
     max_num_seqs: Positive = Field(16, description="Sequences in one step.")
     max_batched_tokens: Positive = Field(512, description="Tokens in one step; longer prompts are prefilled in chunks.")
@@ -78,22 +85,35 @@ class DraftSettings(Settings):
     """The replicas that guess."""
 
     model: str | None = Field(
-        None, description="The small model; must share the target's tokenizer. None runs the target's own model, which proves the path and not the speed."
+        None,
+        description="The small model; must share the target's tokenizer. None runs the target's own model, "
+        "which proves the path and not the speed.",
     )
     num_replicas: Annotated[int, Field(ge=0)] = Field(2, description="Draft replicas; 0 serves without speculation.")
     num_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="CPUs Ray reserves for one replica.")
     num_gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="GPUs Ray reserves for one replica.")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="gRPC port of a draft replica; 0 lets the kernel pick.")
+    host: str = Field(
+        "auto",
+        description="Address a draft replica listens on; auto is its node's. 127.0.0.1 keeps it on one machine.",
+    )
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        0, description="gRPC port of a draft replica; 0 lets the kernel pick."
+    )
     engine: EngineSettings = Field(default_factory=EngineSettings, description="Its engine.")
 
 
 class AppSettings(Settings):
     """Everything `paceline.serving.app:build` needs: the `args:` of the Serve application."""
 
-    model: str = Field(DEFAULT_MODEL, description="Target model: a name from `paceline models list`, a folder, a .gguf file or a Hub id.")
+    model: str = Field(
+        DEFAULT_MODEL,
+        description="Target model: a name from `paceline models list`, a folder, a .gguf file or a Hub id.",
+    )
     served_model_name: str | None = Field(None, description="Name clients use; None is the model's own.")
     num_routers: Positive = Field(1, description="Router replicas (HTTP and gRPC ingress).")
-    request_timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, description="A request is ended with an error after this long.")
+    request_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="A request is ended with an error after this long."
+    )
     target: TargetSettings = Field(default_factory=TargetSettings)
     draft: DraftSettings = Field(default_factory=DraftSettings)
     speculation: SpeculationSettings = Field(default_factory=SpeculationSettings)
@@ -146,7 +166,7 @@ def load_deployment(path: Path) -> dict[str, Any]:
                 parse_settings(app.get("args") or {})
             except ConfigError as error:
                 raise ConfigError(f"{path}: args.{error.message}", param=error.param) from None
-    return config
+    return dict(config)
 
 
 def default_deployment(
@@ -154,6 +174,7 @@ def default_deployment(
 ) -> dict[str, Any]:
     """The Ray Serve config `paceline serve` deploys when it is given no file."""
     args = (settings or AppSettings()).model_dump(exclude_defaults=True)
+    args.setdefault("draft", {}).setdefault("host", "127.0.0.1")
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": host, "port": http_port},
@@ -171,3 +192,9 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
         return Path(override).expanduser()
     base = environ.get("XDG_CACHE_HOME")
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "paceline"
+
+
+def ca_bundle(environ: Mapping[str, str] = os.environ) -> str | None:
+    """File or folder of trusted certificates named in the environment, in the order pip and requests look."""
+    names = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+    return next((environ[name] for name in names if environ.get(name)), None)

@@ -104,5 +104,12 @@ def deltas(engine: Engine) -> list[tuple[str, Delta]]:
 def generate(model: PreTrainedModel, tokens: tuple[int, ...], max_tokens: int = 24) -> list[int]:
     """What transformers.generate answers, greedily, never ending early."""
     ids = torch.tensor([tokens])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens, eos_token_id=None, pad_token_id=0)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     return out[0, len(tokens) :].tolist()

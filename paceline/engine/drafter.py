@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from paceline.engine.attention import Window
 from paceline.engine.kv_cache import KVCache, KVEntry
@@ -18,7 +19,7 @@ from paceline.types import SamplingParams
 class Drafted:
     """Candidates for positions base, base + 1, … of a sequence, or the reason there are none."""
 
-    key: Hashable
+    key: Any
     base: int
     tokens: tuple[int, ...] = ()
     failure: DraftFailureReason | None = None

@@ -61,6 +61,8 @@ class Engine:
         self._scheduler = Scheduler(kv, limits.max_num_seqs, limits.max_batched_tokens)
         self._ids = itertools.count(1)
         self._by_request: dict[str, Sequence] = {}
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -149,15 +151,17 @@ class Engine:
         committed, updates = [], []
         for part, tokens in zip(step, drawn, strict=True):
             sequence, base = part.sequence, len(part.sequence.tokens)
+            sequence.steps += sequence.decoding
             self.kv.append(sequence.kv, part.window.token_ids)
             if not tokens:
                 continue
-            sequence.steps += sequence.decoding or bool(part.candidates)
             accepted = coupling.accept(part.candidates, tokens)
             taken = sequence.extend(tokens[: accepted + 1], self._eos)
             self.kv.truncate(sequence.kv, base + min(accepted, taken))
             sequence.drafted += len(part.candidates)
             sequence.accepted += accepted
+            self.drafted_tokens += len(part.candidates)
+            self.accepted_tokens += accepted
             committed.append(sequence)
             if sequence.request.speculate and not sequence.finished:
                 new = tuple(sequence.tokens[base:])

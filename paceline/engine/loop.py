@@ -1,4 +1,4 @@
-"""The engine's thread: it alone touches the device; everyone else leaves messages."""
+"""Threads that own a device: one runs the engine, one the drafter; everyone else leaves messages."""
 
 from __future__ import annotations
 
@@ -9,59 +9,48 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine
 from paceline.errors import EngineError, PacelineError, Unavailable
+from paceline.speculation.frames import Candidates, DraftFrame
 from paceline.types import Delta, Failure, Request
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Sink = Callable[[Delta | Failure], None]
+Sink = Callable[[Delta | Failure], object]
 """Called in the engine's thread with each thing that happens to one request; must not block."""
+DraftSink = Callable[[list[Candidates]], object]
+"""Called in the drafter's thread with what became ready for one stream; must not block."""
 
 
-class EngineLoop:
-    """Runs `engine.step()` while there is work and sleeps otherwise.
+class DeviceThread:
+    """Calls `step` while `has_work`, sleeps otherwise, and runs what others hand it between two steps.
 
-    A step that raises fails every request it had, with a message that says so and no more; the error is
-    logged and the loop is unhealthy from then on.
+    A step that raises ends the thread: `on_end` hears an error that says so and no more, the log has the
+    rest, and the thread is unhealthy from then on.
     """
 
-    def __init__(self, engine: Engine, name: str = "engine") -> None:
-        self._engine = engine
-        self._sinks: dict[str, Sink] = {}
+    def __init__(
+        self,
+        name: str,
+        has_work: Callable[[], bool],
+        step: Callable[[], None],
+        on_end: Callable[[PacelineError], None],
+    ) -> None:
+        self._has_work, self._step, self._on_end = has_work, step, on_end
         self._inbox: deque[Callable[[PacelineError | None], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
-        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     @property
     def healthy(self) -> bool:
-        return self._error is None and self._thread.is_alive()
-
-    def submit(self, request: Request, sink: Sink) -> Future[None]:
-        """Hand over a request. The future resolves once it is queued, or raises why it was refused."""
-
-        def add() -> None:
-            self._engine.add(request)
-            self._sinks[request.request_id] = sink
-
-        return self.call(add)
-
-    def abort(self, request_id: str) -> None:
-        """End a request; its sink hears no more."""
-
-        def drop() -> None:
-            self._sinks.pop(request_id, None)
-            self._engine.abort(request_id)
-
-        if not self._stopping:
-            self.call(drop)
+        return self._thread.is_alive()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run a function in the engine's thread, between two steps."""
+        """Run a function in this thread, between two steps."""
         future: Future[T] = Future()
 
         def run(refusal: PacelineError | None) -> None:
@@ -75,15 +64,15 @@ class EngineLoop:
                 future.set_exception(error)
 
         with self._wake:
-            if self._stopping or self._error is not None:
-                future.set_exception(Unavailable("the engine has stopped"))
+            if not self._stopping:
+                self._inbox.append(run)
+                self._wake.notify()
                 return future
-            self._inbox.append(run)
-            self._wake.notify()
+        run(Unavailable("the replica has stopped"))
         return future
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End every request with an error, then the thread. Idempotent."""
+        """End the thread after the step it is in. Idempotent."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -91,21 +80,23 @@ class EngineLoop:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        end: PacelineError = Unavailable("the replica is shutting down")
         try:
             while self._wait_for_work():
                 self._drain_inbox()
-                if self._engine.has_work:
-                    self._deliver(self._engine.step())
-        except BaseException as error:
-            logger.exception("the engine's step failed")
-            self._error = error
-            self._fail_all(EngineError("the engine failed while serving this request"))
-        else:
-            self._fail_all(Unavailable("the replica is shutting down"))
+                if self._has_work():
+                    self._step()
+        except BaseException:
+            logger.exception("a step failed")
+            end = EngineError("the engine failed while serving this request")
+        with self._wake:
+            self._stopping = True
+        self._on_end(end)
+        self._drain_inbox(refusal=end)
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not (self._stopping or self._inbox or self._engine.has_work):
+            while not (self._stopping or self._inbox or self._has_work()):
                 self._wake.wait()
             return not self._stopping
 
@@ -113,18 +104,110 @@ class EngineLoop:
         while self._inbox:
             self._inbox.popleft()(refusal)
 
-    def _deliver(self, deltas: dict[str, Delta]) -> None:
-        for request_id, delta in deltas.items():
-            sink = self._sinks.get(request_id)
-            if delta.finished:
-                self._sinks.pop(request_id, None)
+
+class EngineLoop:
+    """An engine in its thread: submit, abort, ask."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._sinks: dict[str, Sink] = {}
+        self._thread = DeviceThread("engine", lambda: engine.has_work, self._step, self._fail_all)
+        self.call = self._thread.call
+
+    @property
+    def healthy(self) -> bool:
+        return self._thread.healthy
+
+    def submit(self, request: Request, sink: Sink) -> Future[None]:
+        """Hand over a request. The future resolves once it is queued, or raises why it was refused."""
+
+        def add() -> None:
+            self.engine.add(request)
+            self._sinks[request.request_id] = sink
+
+        return self.call(add)
+
+    def abort(self, request_id: str) -> Future[None]:
+        """End a request; its sink hears no more."""
+
+        def drop() -> None:
+            self._sinks.pop(request_id, None)
+            self.engine.abort(request_id)
+
+        return self.call(drop)
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End every request with an error, then the thread. Idempotent."""
+        self._thread.stop(timeout_s)
+
+    def _step(self) -> None:
+        for request_id, delta in self.engine.step().items():
+            sink = self._sinks.pop(request_id, None) if delta.finished else self._sinks.get(request_id)
             if sink is not None:
                 sink(delta)
 
     def _fail_all(self, error: PacelineError) -> None:
-        with self._wake:
-            self._stopping = True
         for sink in self._sinks.values():
             sink(Failure.of(error))
         self._sinks.clear()
-        self._drain_inbox(refusal=error)
+
+
+class DrafterLoop:
+    """A drafter in its thread, serving the streams of several targets."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter
+        self._sinks: dict[str, DraftSink] = {}
+        self._sequences: dict[str, set[int]] = {}
+        self._thread = DeviceThread("drafter", lambda: drafter.has_work, self._step, lambda _: self._sinks.clear())
+        self.call = self._thread.call
+
+    @property
+    def healthy(self) -> bool:
+        return self._thread.healthy
+
+    def connect(self, stream: str, sink: DraftSink) -> Future[None]:
+        """A target's stream begins."""
+
+        def add() -> None:
+            self._sinks[stream], self._sequences[stream] = sink, set()
+
+        return self.call(add)
+
+    def apply(self, stream: str, frame: DraftFrame) -> Future[None]:
+        """What one target says after one of its steps."""
+
+        def act() -> None:
+            sequences = self._sequences[stream]
+            for sequence in frame.closes:
+                self.drafter.close((stream, sequence))
+                sequences.discard(sequence)
+            for opened in frame.opens:
+                self.drafter.open((stream, opened.sequence), opened.tokens, opened.params, opened.depth)
+                sequences.add(opened.sequence)
+            for step in frame.advances:
+                self.drafter.advance((stream, step.sequence), step.base, step.tokens, step.depth)
+
+        return self.call(act)
+
+    def disconnect(self, stream: str) -> Future[None]:
+        """A target's stream ended, however: forget its sequences, keep their KV as cache."""
+
+        def drop() -> None:
+            self._sinks.pop(stream, None)
+            for sequence in self._sequences.pop(stream, ()):
+                self.drafter.close((stream, sequence))
+
+        return self.call(drop)
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        self._thread.stop(timeout_s)
+
+    def _step(self) -> None:
+        replies: dict[str, list[Candidates]] = {}
+        for answer in self.drafter.step():
+            stream, sequence = answer.key
+            replies.setdefault(stream, []).append(Candidates(sequence, answer.base, answer.tokens, answer.failure))
+        for stream, ready in replies.items():
+            if (sink := self._sinks.get(stream)) is not None:
+                sink(ready)

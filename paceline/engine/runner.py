@@ -39,7 +39,7 @@ class ModelRunner:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return torch.device(self.model.device)
 
     def kv_geometry(self) -> KVGeometry:
         """The shape of one token's keys and values in this model."""

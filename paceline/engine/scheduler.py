@@ -10,7 +10,6 @@ from paceline.engine.attention import Window
 from paceline.engine.kv_cache import KVCache
 from paceline.engine.sequence import Sequence
 
-
 GROWTH = 64
 """Tokens of KV room a sequence is given ahead of need; more than any verification window."""
 

@@ -56,9 +56,9 @@ class LocalProposer(Proposer):
                     self._ready[answer.key] = answer
         found = {}
         for want in wanted:
-            answer = self._ready.get(want.sequence)
-            if answer is not None and answer.base == want.base:
-                found[want.sequence] = answer.tokens[: want.depth]
+            ready = self._ready.get(want.sequence)
+            if ready is not None and ready.base == want.base:
+                found[want.sequence] = ready.tokens[: want.depth]
         return found
 
     def close(self, sequence: int) -> None:

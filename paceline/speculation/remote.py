@@ -10,6 +10,7 @@ remove_link, receive). One lock guards the state; only `propose` waits, on a con
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -110,6 +111,12 @@ class RemoteProposer(Proposer):
                 self._unassign_all(replica_id)
                 del self._links[replica_id]
                 self._changed.notify_all()
+
+    def retire_link(self, replica_id: str) -> None:
+        """The drafter is leaving: it keeps the sequences it has while its stream lasts and gets no more."""
+        with self._changed:
+            if (state := self._links.get(replica_id)) is not None:
+                state.resting_until = math.inf
 
     def receive(self, replica_id: str, replies: Iterable[Candidates]) -> None:
         """Replies arrived on a link."""

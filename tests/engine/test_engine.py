@@ -108,7 +108,7 @@ def test_a_second_turn_computes_only_its_new_tokens() -> None:
     answer = tuple(tiny.run(engine, tiny.request(first, "a", "s"))["a"])
     second = (*first, *answer, *tiny.prompt(9, seed=3))
     engine.add(tiny.request(second, "b", "s"))
-    metrics = [delta.metrics for _, delta in tiny.deltas(engine) if delta.metrics][0]
+    metrics = next(delta.metrics for _, delta in tiny.deltas(engine) if delta.metrics)
     # The last token of an answer is never fed back, so its keys and values are not there.
     assert metrics.cached_tokens == len(first) + len(answer) - 1
 
@@ -132,7 +132,7 @@ def test_another_session_copies_a_shared_prefix_and_leaves_it_intact() -> None:
     tiny.run(engine, tiny.request(PROMPTS[5], "a", "s"))
     other = (*PROMPTS[5][:64], *tiny.prompt(10, seed=4))
     engine.add(tiny.request(other, "b", "t"))
-    metrics = [delta.metrics for _, delta in tiny.deltas(engine) if delta.metrics][0]
+    metrics = next(delta.metrics for _, delta in tiny.deltas(engine) if delta.metrics)
     assert (metrics.cached_tokens, set(engine.kv.sessions())) == (64, {"s", "t"})
 
 

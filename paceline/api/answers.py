@@ -1,0 +1,166 @@
+"""What clients get: OpenAI's responses and chunks, each with a `paceline` object that says how it was made."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from paceline.types import Metrics
+
+
+class Answer(BaseModel):
+    """Base of everything sent. Fields that are None are left out of the JSON."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    def json_bytes(self) -> bytes:
+        return self.model_dump_json(exclude_none=True).encode()
+
+
+class PacelineInfo(Answer):
+    """Who made the answer and what it cost. A chunk that is not the last has `token_ids` alone."""
+
+    replica_id: str | None = None
+    session_id: str | None = None
+    seed: int | None = None
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
+    late_drafts: int | None = None
+    steps: int | None = None
+    cached_tokens: int | None = None
+    ttft_s: float | None = None
+    total_s: float | None = None
+    token_ids: list[int] | None = None
+
+
+class PromptTokensDetails(Answer):
+    cached_tokens: int
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+    @classmethod
+    def of(cls, metrics: Metrics) -> Usage:
+        return cls(
+            prompt_tokens=metrics.prompt_tokens,
+            completion_tokens=metrics.completion_tokens,
+            total_tokens=metrics.prompt_tokens + metrics.completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=metrics.cached_tokens),
+        )
+
+
+class AnswerMessage(Answer):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(Answer):
+    index: int = 0
+    message: AnswerMessage
+    finish_reason: str
+
+
+class ChatCompletion(Answer):
+    """Answer of POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    paceline: PacelineInfo
+
+
+class ChatDelta(Answer):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Answer):
+    index: int = 0
+    delta: ChatDelta
+    finish_reason: str | None = None
+
+
+class ChatCompletionChunk(Answer):
+    """One Server-Sent Event of a streamed chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    paceline: PacelineInfo | None = None
+
+
+class CompletionChoice(Answer):
+    index: int = 0
+    text: str
+    finish_reason: str | None = None
+
+
+class Completion(Answer):
+    """Answer of POST /v1/completions, and one Server-Sent Event of a streamed one."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    paceline: PacelineInfo | None = None
+
+
+class ModelCard(Answer):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "paceline"
+    max_model_len: int
+
+
+class ModelList(Answer):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class SessionCard(Answer):
+    """A session whose KV cache a target replica holds."""
+
+    object: Literal["session"] = "session"
+    session_id: str
+    replica_id: str
+    cached_tokens: int
+    running: bool
+
+
+class SessionList(Answer):
+    object: Literal["list"] = "list"
+    data: list[SessionCard]
+
+
+class SessionDeleted(Answer):
+    object: Literal["session.deleted"] = "session.deleted"
+    session_id: str
+    deleted: Literal[True] = True
+
+
+class Health(Answer):
+    status: Literal["ok"] = "ok"
+    model: str
+
+
+class Status(Answer):
+    """Model and replicas, each replica as it reports itself."""
+
+    model: str
+    max_model_len: int
+    targets: list[dict[str, int | float | str]]
+    drafts: list[dict[str, int | float | str]]

@@ -1,0 +1,190 @@
+"""The front end without a transport: HTTP and gRPC both turn their requests into calls of `Gateway`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import replace
+from typing import Protocol, TypeVar
+from uuid import uuid4
+
+from paceline.api.prompts import (
+    ChatMessage,
+    PromptEncoder,
+    Tokenizer,
+    check_messages,
+    check_session_id,
+    derive_session_id,
+    shown,
+)
+from paceline.api.state import ClusterStatus, SessionInfo
+from paceline.api.stream import Stream
+from paceline.errors import InvalidRequest, RequestTimeout, UnknownModel, UnknownSession
+from paceline.types import Frame, Prompt, Request, SamplingParams
+
+CONTROL_TIMEOUT_S = 10.0
+"""How long a question about sessions or status may take."""
+
+T = TypeVar("T")
+
+
+class Targets(Protocol):
+    """The seam to the target replicas."""
+
+    @abstractmethod
+    def generate(self, request: Request) -> AsyncIterator[Frame]:
+        """An async generator of the frames of one request. Cancelling or closing it cancels the work."""
+
+    @abstractmethod
+    async def sessions(self) -> list[SessionInfo]:
+        """Every session whose KV cache a replica holds."""
+
+    @abstractmethod
+    async def close_session(self, session_id: str) -> bool:
+        """Drop a session's KV cache; False if nobody holds it."""
+
+    @abstractmethod
+    async def status(self) -> ClusterStatus:
+        """What the replicas report about themselves."""
+
+
+class Gateway:
+    """Checks, tokenizes and names requests, and opens their streams."""
+
+    def __init__(
+        self,
+        targets: Targets,
+        tokenizer: Tokenizer,
+        model_name: str,
+        max_model_len: int,
+        request_timeout_s: float,
+    ) -> None:
+        self.model_name = model_name
+        self.max_model_len = max_model_len
+        self.created = int(time.time())
+        self._targets = targets
+        self._prompts = PromptEncoder(tokenizer)
+        self._request_timeout_s = request_timeout_s
+
+    async def prepare_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        params: SamplingParams,
+        *,
+        model: str | None = None,
+        session_id: str | None = None,
+        speculate: bool = True,
+    ) -> Request:
+        """One turn of a conversation as a request. Raises InvalidRequest naming the field."""
+        self.check_model(model)
+        known = check_messages(messages)
+        session = derive_session_id(self.model_name, known) if session_id is None else check_session_id(session_id)
+        token_ids = await self._prompts.chat(known)
+        return self._request(f"chatcmpl-{uuid4().hex}", "messages", token_ids, params, session, speculate)
+
+    async def prepare_completion(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        model: str | None = None,
+        session_id: str | None = None,
+        speculate: bool = True,
+        default_max_tokens: int | None = None,
+    ) -> Request:
+        """A plain prompt as a request; without a session unless the client names one.
+
+        `default_max_tokens` stands in for `params.max_tokens` None, and shrinks to what the context leaves.
+        """
+        self.check_model(model)
+        session = None if session_id is None else check_session_id(session_id)
+        token_ids = await self._prompts.prompt(prompt)
+        if params.max_tokens is None and default_max_tokens is not None:
+            room = max(1, self.max_model_len - len(token_ids))
+            params = replace(params, max_tokens=min(default_max_tokens, room))
+        return self._request(f"cmpl-{uuid4().hex}", "prompt", token_ids, params, session, speculate)
+
+    async def open(self, request: Request) -> Stream:
+        """Start a request. Raises its error if no replica takes it; otherwise the caller closes the stream."""
+        return await Stream.open(self._targets.generate(request), self._request_timeout_s)
+
+    async def tokenize(self, content: str | Sequence[ChatMessage], *, model: str | None = None) -> tuple[int, ...]:
+        """Token ids of a text, or of a conversation as `prepare_chat` renders it."""
+        self.check_model(model)
+        if isinstance(content, str):
+            return await self._prompts.text("text", content)
+        return await self._prompts.chat(check_messages(content))
+
+    async def sessions(self) -> list[SessionInfo]:
+        """Every session whose KV cache a replica holds."""
+        return await _bounded(self._targets.sessions())
+
+    async def session(self, session_id: str) -> SessionInfo:
+        """One of them. Raises UnknownSession."""
+        for session in await self.sessions():
+            if session.session_id == session_id:
+                return session
+        raise _unknown_session(session_id)
+
+    async def close_session(self, session_id: str) -> None:
+        """Drop a session's KV cache. Raises UnknownSession if nobody holds it."""
+        if not await _bounded(self._targets.close_session(session_id)):
+            raise _unknown_session(session_id)
+
+    async def status(self) -> ClusterStatus:
+        """What the replicas report about themselves."""
+        return await _bounded(self._targets.status())
+
+    def check_model(self, name: str | None) -> None:
+        """Raise UnknownModel unless `name` is the model served. None and "" stand for it."""
+        if name and name != self.model_name:
+            raise UnknownModel(f"model: no model {shown(name)} here; {self.model_name!r} is served", param="model")
+
+    def _request(
+        self,
+        request_id: str,
+        source: str,
+        token_ids: tuple[int, ...],
+        params: SamplingParams,
+        session_id: str | None,
+        speculate: bool,
+    ) -> Request:
+        self._prompts.check_ids("stop_token_ids", params.stop_token_ids)
+        fitted = self._fit(source, len(token_ids), params).with_seed()
+        return Request(request_id, token_ids, fitted, session_id=session_id, speculate=speculate)
+
+    def _fit(self, source: str, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
+        """The parameters with `max_tokens` resolved, or InvalidRequest if prompt and output exceed the context."""
+        context = self.max_model_len
+        room = context - prompt_tokens
+        if room < 1:
+            raise InvalidRequest(
+                f"{source}: {prompt_tokens} tokens leave no room for an answer in the model's context of {context}",
+                param=source,
+            )
+        if params.max_tokens is None:
+            return replace(params, max_tokens=room)
+        if params.max_tokens > room:
+            raise InvalidRequest(
+                f"max_tokens: {params.max_tokens} and a prompt of {prompt_tokens} tokens exceed the model's context "
+                f"of {context}; at most {room} fit",
+                param="max_tokens",
+            )
+        return params
+
+
+async def _bounded(answer: Awaitable[T]) -> T:
+    scope = asyncio.timeout(CONTROL_TIMEOUT_S)
+    try:
+        async with scope:
+            return await answer
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        raise RequestTimeout(f"the replicas did not answer within {CONTROL_TIMEOUT_S:g} s") from None
+
+
+def _unknown_session(session_id: str) -> UnknownSession:
+    return UnknownSession(f"session_id: nobody holds a session {shown(session_id)}", param="session_id")

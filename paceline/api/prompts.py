@@ -1,0 +1,154 @@
+"""From messages or text to token ids: roles, the chat template, the tokenizer and the bounds of both."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from jinja2 import TemplateError
+
+from paceline.errors import InvalidRequest
+from paceline.types import Prompt
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Roles a client may use, and the one the chat template sees. `developer` is OpenAI's later word for system."""
+
+INLINE_CHARS = 8192
+"""Longer input is tokenized in a thread: the event loop also carries everybody's streams."""
+
+MAX_SESSION_ID_CHARS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation; content parts are already joined."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+class Tokenizer(Protocol):
+    """The part of a Transformers tokenizer that is used here."""
+
+    chat_template: Any
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+
+class PromptEncoder:
+    """Renders and tokenizes what clients send. Every refusal names the field."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = 1 + max(tokenizer.get_vocab().values())
+        # A tokenizer applies its truncation and padding settings on first use. Done here, it is never written
+        # to again, and threads may share it.
+        tokenizer.encode("a")
+
+    async def chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        """Token ids of a conversation, ending where the assistant's answer begins."""
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest("messages: this model has no chat template; send a prompt instead", param="messages")
+        size = sum(len(message.content) for message in messages)
+        return await _off_loop(lambda: self._render(messages), size)
+
+    async def prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a text, with the special tokens this tokenizer adds, or the ids themselves, checked."""
+        if not prompt:
+            raise InvalidRequest("prompt: must not be empty", param="prompt")
+        if not isinstance(prompt, str):
+            self.check_ids("prompt", prompt)
+            return tuple(prompt)
+        return await self.text("prompt", prompt)
+
+    async def text(self, param: str, text: str) -> tuple[int, ...]:
+        """Token ids of a text, with the special tokens this tokenizer adds."""
+        _check_unicode(param, text)
+        return await _off_loop(lambda: tuple(self._tokenizer.encode(text)), len(text))
+
+    def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
+        """Raise InvalidRequest if an id is outside the vocabulary."""
+        for token in token_ids:
+            if not 0 <= token < self._vocabulary:
+                raise InvalidRequest(
+                    f"{param}: token id {token} is not in the vocabulary of {self._vocabulary}", param=param
+                )
+
+    def _render(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        conversation = [_template_message(message) for message in messages]
+        try:
+            encoded = self._tokenizer.apply_chat_template(conversation, tokenize=True, add_generation_prompt=True)
+        except TemplateError as error:
+            # Raised by the model's template for a conversation it does not know, such as two user turns in a row.
+            raise InvalidRequest(f"messages: refused by the chat template: {error}", param="messages") from None
+        ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
+        return tuple(int(token) for token in ids)
+
+
+def check_messages(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """The messages with the template's role names. Raises InvalidRequest naming the one that is wrong."""
+    if not messages:
+        raise InvalidRequest("messages: must hold at least one message", param="messages")
+    checked = []
+    for index, message in enumerate(messages):
+        role = ROLES.get(message.role)
+        if role is None:
+            field = f"messages.{index}.role"
+            raise InvalidRequest(f"{field}: unknown role {shown(message.role)}; one of {', '.join(ROLES)}", param=field)
+        _check_unicode(f"messages.{index}.content", message.content)
+        _check_unicode(f"messages.{index}.name", message.name or "")
+        checked.append(replace(message, role=role))
+    return checked
+
+
+def check_session_id(session_id: str) -> str:
+    """A client's session id, or InvalidRequest. It must survive being an HTTP header."""
+    printable = session_id.isprintable() and session_id == session_id.strip()
+    if not (printable and 1 <= len(session_id) <= MAX_SESSION_ID_CHARS):
+        raise InvalidRequest(
+            f"session_id: must be 1 to {MAX_SESSION_ID_CHARS} printable characters without a space at either end",
+            param="session_id",
+        )
+    return session_id
+
+
+def derive_session_id(model_name: str, messages: Sequence[ChatMessage]) -> str:
+    """A name for a conversation that every later turn of it gets too: all up to the first user message is hashed."""
+    opening = []
+    for message in messages:
+        opening.append([message.role, message.content, message.name])
+        if message.role == "user":
+            break
+    digest = hashlib.sha256(json.dumps([model_name, opening]).encode()).hexdigest()
+    return f"conv-{digest[:32]}"
+
+
+def shown(text: str, limit: int = 100) -> str:
+    """A client's text, quoted and cut, for an error message."""
+    return repr(text if len(text) <= limit else text[:limit] + "…")
+
+
+def _template_message(message: ChatMessage) -> dict[str, str]:
+    fields = {"role": message.role, "content": message.content}
+    return fields if message.name is None else {**fields, "name": message.name}
+
+
+def _check_unicode(param: str, text: str) -> None:
+    """JSON can spell half a surrogate pair (\\ud800), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{param}: not valid Unicode at character {error.start}", param=param) from None
+
+
+async def _off_loop(work: Callable[[], tuple[int, ...]], size: int) -> tuple[int, ...]:
+    return work() if size <= INLINE_CHARS else await asyncio.to_thread(work)

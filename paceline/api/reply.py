@@ -1,0 +1,138 @@
+"""The HTTP response of one generation: opens the stream, decides the status, sends the answer whole or in events.
+
+All of it happens in one task, which is cancelled when the client goes away, and with it the work of the replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from paceline.api.failures import envelope_of, public_error
+from paceline.api.gateway import Gateway
+from paceline.api.stream import Stream
+from paceline.api.wording import Tally, Wording
+from paceline.types import Request
+
+logger = logging.getLogger(__name__)
+
+SEND_GRACE_S = 5.0
+"""How long past the request's deadline a client may take to read what is being sent."""
+
+
+class ClientGone(Exception):
+    """The client no longer reads; there is nobody to report anything to."""
+
+
+class Reply(Response):
+    """Runs `request` when it is sent. An error before the first frame is raised, so that it gets a status."""
+
+    def __init__(self, gateway: Gateway, request: Request, wording: Wording, *, stream: bool) -> None:
+        super().__init__()
+        self._gateway = gateway
+        self._generation = request
+        self._wording = wording
+        self._streaming = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        try:
+            await while_connected(receive, self._run(send))
+        except ClientGone:
+            logger.info("%s: the client went away", self._generation.request_id)
+
+    async def _run(self, send: Send) -> None:
+        async with await self._gateway.open(self._generation) as stream:
+            tally = Tally(self._generation, stream.accepted)
+            channel = _Channel(send, stream.deadline + SEND_GRACE_S)
+            if self._streaming:
+                await channel.start(self._head(stream, "text/event-stream; charset=utf-8"))
+                await self._events(channel, stream, tally)
+                return
+            async for delta in stream:
+                tally.add(delta)
+        body = self._wording.whole(tally).json_bytes()
+        headers = self._head(stream, "application/json")
+        headers["content-length"] = str(len(body))
+        await channel.start(headers)
+        await channel.put(body, more=False)
+
+    async def _events(self, channel: _Channel, stream: Stream, tally: Tally) -> None:
+        """Server-Sent Events: one a delta. An error on the way is an event too, and the last one."""
+        wording = self._wording
+        try:
+            if (opening := wording.opening()) is not None:
+                await channel.event(opening.json_bytes())
+            async for delta in stream:
+                tally.add(delta)
+                await channel.event(wording.chunk(tally, delta).json_bytes())
+            if wording.include_usage:
+                await channel.event(wording.closing(tally).json_bytes())
+            await channel.event(b"[DONE]")
+        except ClientGone:
+            raise
+        except Exception as error:
+            await channel.event(envelope_of(public_error(error)))
+        await channel.put(b"", more=False)
+
+    def _head(self, stream: Stream, media_type: str) -> MutableHeaders:
+        headers = MutableHeaders({"content-type": media_type, "x-paceline-replica": stream.accepted.replica_id})
+        if self._streaming:
+            headers["cache-control"] = "no-cache"
+            headers["x-accel-buffering"] = "no"  # a reverse proxy passes each event on at once
+        if self._generation.session_id is not None:
+            # Raw, because a session id may be any printable text and Starlette writes headers in Latin-1.
+            headers.raw.append((b"x-session-id", self._generation.session_id.encode()))
+        return headers
+
+
+class _Channel:
+    """ASGI's `send`, with a deadline; a client that is gone or does not read raises ClientGone."""
+
+    def __init__(self, send: Send, deadline: float) -> None:
+        self._send = send
+        self._deadline = deadline
+
+    async def start(self, headers: MutableHeaders) -> None:
+        await self._put({"type": "http.response.start", "status": 200, "headers": headers.raw})
+
+    async def event(self, data: bytes) -> None:
+        await self.put(b"data: " + data + b"\n\n")
+
+    async def put(self, body: bytes, *, more: bool = True) -> None:
+        await self._put({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _put(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                await self._send(message)
+        except (OSError, TimeoutError) as error:
+            raise ClientGone from error
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end, or cancel it and raise ClientGone if the client disconnects first.
+
+    When this returns or raises, `work` has ended and released what it held.
+    """
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        await task
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

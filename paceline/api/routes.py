@@ -1,0 +1,177 @@
+"""The OpenAI-compatible HTTP API, and beside it sessions, status and health."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.responses import Response
+
+from paceline.api.answers import (
+    Answer,
+    ChatCompletion,
+    Completion,
+    Health,
+    ModelCard,
+    ModelList,
+    SessionCard,
+    SessionDeleted,
+    SessionList,
+    Status,
+)
+from paceline.api.failures import JSONBytes, install_error_handlers
+from paceline.api.gateway import Gateway
+from paceline.api.middleware import BodyLimit, LastResort, RequestId
+from paceline.api.reply import Reply
+from paceline.api.schema import DEFAULT_COMPLETION_TOKENS, ChatCompletionRequest, CompletionRequest, GenerationBody
+from paceline.api.state import SessionInfo
+from paceline.api.wording import ChatWording, CompletionWording
+from paceline.errors import InvalidRequest
+
+MAX_BODY_BYTES = 8 << 20
+SESSION_ID_HEADER = "x-session-id"
+
+router = APIRouter()
+
+
+def create_app(
+    gateway: Gateway | Callable[[], Gateway], *, max_body_bytes: int = MAX_BODY_BYTES, request_ids: bool = True
+) -> FastAPI:
+    """The HTTP application over a gateway, or over whatever `gateway()` returns when a request arrives.
+
+    The second form is for an application that is built in one process and served in another. `request_ids`
+    off leaves `x-request-id` to the server in front: Ray Serve's adds one of its own, and two would be sent.
+    """
+    app = FastAPI(title="Paceline", version=version("paceline"))
+    app.state.gateway = gateway
+    app.include_router(router)
+    install_error_handlers(app)
+    app.add_middleware(BodyLimit, limit=max_body_bytes)
+    app.add_middleware(LastResort)
+    if request_ids:
+        app.add_middleware(RequestId)  # added last, so it is the outermost
+    return app
+
+
+async def _gateway(request: Request) -> Gateway:
+    gateway: Gateway | Callable[[], Gateway] = request.app.state.gateway
+    return gateway if isinstance(gateway, Gateway) else gateway()
+
+
+TheGateway = Annotated[Gateway, Depends(_gateway)]
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion)
+async def chat_completions(body: ChatCompletionRequest, request: Request, gateway: TheGateway) -> Response:
+    prepared = await gateway.prepare_chat(
+        [message.message() for message in body.messages],
+        body.params(),
+        model=body.model,
+        session_id=_session_id(request, body),
+        speculate=body.speculation is not False,
+    )
+    wording = ChatWording(prepared.request_id, **_form(gateway, body))
+    return Reply(gateway, prepared, wording, stream=bool(body.stream))
+
+
+@router.post("/v1/completions", response_model=Completion)
+async def completions(body: CompletionRequest, request: Request, gateway: TheGateway) -> Response:
+    prepared = await gateway.prepare_completion(
+        body.prompt,
+        body.params(),
+        model=body.model,
+        session_id=_session_id(request, body),
+        speculate=body.speculation is not False,
+        default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+    )
+    wording = CompletionWording(prepared.request_id, **_form(gateway, body))
+    return Reply(gateway, prepared, wording, stream=bool(body.stream))
+
+
+@router.get("/v1/models", response_model=ModelList)
+async def list_models(gateway: TheGateway) -> Response:
+    return _json(ModelList(data=[_model_card(gateway)]))
+
+
+@router.get("/v1/models/{name:path}", response_model=ModelCard)
+async def get_model(name: str, gateway: TheGateway) -> Response:
+    gateway.check_model(name)
+    return _json(_model_card(gateway))
+
+
+@router.get("/v1/sessions", response_model=SessionList)
+async def list_sessions(gateway: TheGateway) -> Response:
+    return _json(SessionList(data=[_session_card(session) for session in await gateway.sessions()]))
+
+
+@router.get("/v1/sessions/{session_id:path}", response_model=SessionCard)
+async def get_session(session_id: str, gateway: TheGateway) -> Response:
+    return _json(_session_card(await gateway.session(session_id)))
+
+
+@router.delete("/v1/sessions/{session_id:path}", response_model=SessionDeleted)
+async def close_session(session_id: str, gateway: TheGateway) -> Response:
+    await gateway.close_session(session_id)
+    return _json(SessionDeleted(session_id=session_id))
+
+
+@router.get("/health", response_model=Health)
+async def health(gateway: TheGateway) -> Response:
+    """This front end runs. Whether its replicas do is in /status."""
+    return _json(Health(model=gateway.model_name))
+
+
+@router.get("/status", response_model=Status)
+async def status(gateway: TheGateway) -> Response:
+    cluster = await gateway.status()
+    return _json(
+        Status(
+            model=gateway.model_name,
+            max_model_len=gateway.max_model_len,
+            targets=[dict(replica) for replica in cluster.targets],
+            drafts=[dict(replica) for replica in cluster.drafts],
+        )
+    )
+
+
+def _json(answer: Answer) -> Response:
+    return JSONBytes(answer.json_bytes())
+
+
+def _form(gateway: Gateway, body: GenerationBody) -> dict[str, Any]:
+    return {
+        "model": gateway.model_name,
+        "created": int(time.time()),
+        "include_usage": body.include_usage,
+        "return_token_ids": body.return_token_ids is True,
+    }
+
+
+def _session_id(request: Request, body: GenerationBody) -> str | None:
+    """The session the client names, in the header or the body. Both may, if they agree."""
+    header = request.headers.get(SESSION_ID_HEADER)
+    if header is None:
+        return body.session_id
+    try:
+        named = header.encode("latin-1").decode()  # Starlette reads headers as Latin-1; they are UTF-8
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{SESSION_ID_HEADER}: not UTF-8", param="session_id") from None
+    if body.session_id is not None and body.session_id != named:
+        raise InvalidRequest(f"session_id: contradicts the header {SESSION_ID_HEADER}", param="session_id")
+    return named
+
+
+def _model_card(gateway: Gateway) -> ModelCard:
+    return ModelCard(id=gateway.model_name, created=gateway.created, max_model_len=gateway.max_model_len)
+
+
+def _session_card(session: SessionInfo) -> SessionCard:
+    return SessionCard(
+        session_id=session.session_id,
+        replica_id=session.replica_id,
+        cached_tokens=session.cached_tokens,
+        running=session.running,
+    )

@@ -1,0 +1,27 @@
+"""What the target replicas report about themselves: plain frozen data, ready to be written as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ReplicaStatus = Mapping[str, int | float | str]
+"""What one replica says about itself. The front ends pass it on and do not read it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A session whose KV cache a target replica holds. `cached_tokens` counts the tokens it covers."""
+
+    session_id: str
+    replica_id: str
+    cached_tokens: int
+    running: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """One mapping for each target and each draft replica that answered."""
+
+    targets: tuple[ReplicaStatus, ...] = ()
+    drafts: tuple[ReplicaStatus, ...] = ()

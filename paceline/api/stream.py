@@ -1,0 +1,117 @@
+"""The frames of one request, checked and bounded in time: what both front ends read an answer from."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from types import TracebackType
+from typing import Self
+
+from paceline.errors import EngineError, RequestTimeout, Unavailable
+from paceline.types import Accepted, Delta, Failure, Frame
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 5.0
+
+
+class Stream:
+    """An accepted request: who took it (`accepted`), then its deltas by `async for`, up to the finished one.
+
+    Iterating raises the `PacelineError` of a Failure frame, `RequestTimeout` at `deadline` (in the event
+    loop's time) and `Unavailable` if the frames end before a finished delta. The replica's generator is
+    closed, and its work thereby cancelled, however the stream ends; use it as a context manager.
+    """
+
+    def __init__(self, frames: AsyncIterator[Frame], accepted: Accepted, timeout_s: float, deadline: float) -> None:
+        self.accepted = accepted
+        self.deadline = deadline
+        self._frames = frames
+        self._timeout_s = timeout_s
+        self._finished = False
+
+    @classmethod
+    async def open(cls, frames: AsyncIterator[Frame], timeout_s: float) -> Self:
+        """Pull the first frame, so that a refusal is known before any status is sent."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        try:
+            first = await _pull(frames, timeout_s, deadline)
+            if not isinstance(first, Accepted):
+                raise _out_of_order(first)
+        except BaseException:
+            await _close(frames)
+            raise
+        return cls(frames, first, timeout_s, deadline)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        try:
+            if self._finished:
+                await _drain(self._frames)
+                raise StopAsyncIteration
+            delta = await _pull(self._frames, self._timeout_s, self.deadline)
+            if not isinstance(delta, Delta):
+                raise _out_of_order(delta)
+        except BaseException:
+            await self.aclose()
+            raise
+        self._finished = delta.finished
+        return delta
+
+    async def aclose(self) -> None:
+        """Stop the work, if it is still going on. May be called again."""
+        await _close(self._frames)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+async def _pull(frames: AsyncIterator[Frame], timeout_s: float, deadline: float) -> Accepted | Delta:
+    """The next frame that is not a failure."""
+    scope = asyncio.timeout_at(deadline)
+    try:
+        async with scope:
+            frame = await anext(frames)
+    except StopAsyncIteration:
+        raise Unavailable("the replica ended the answer before it was complete; try again") from None
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        raise RequestTimeout(f"the request took longer than {timeout_s:g} s") from None
+    if isinstance(frame, Failure):
+        raise frame.error()
+    return frame
+
+
+async def _drain(frames: AsyncIterator[Frame]) -> None:
+    """After the finished delta: let the generator end by itself, so that closing it does not look like a cancel."""
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            logger.error("frame after the finished one: %r", await anext(frames))
+    except (StopAsyncIteration, TimeoutError):
+        pass
+    except Exception:
+        logger.exception("a replica's stream failed after its last frame")
+
+
+async def _close(frames: AsyncIterator[Frame]) -> None:
+    if not isinstance(frames, AsyncGenerator):
+        return
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await frames.aclose()
+    except Exception:
+        logger.exception("closing a replica's stream failed")
+
+
+def _out_of_order(frame: Accepted | Delta) -> EngineError:
+    logger.error("frame out of order: %r", frame)
+    return EngineError("internal error")

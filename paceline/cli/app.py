@@ -1,0 +1,63 @@
+"""The `paceline` command: its subcommands, and the one place where an error becomes a line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version as installed_version
+from typing import Annotated
+
+import typer
+
+from paceline.cli import chat, demo, doctor, serve, status
+from paceline.cli.models import models_app
+from paceline.errors import PacelineError
+
+EPILOG = """\b
+Examples:
+  paceline demo
+  paceline serve --targets 2 --drafts 2
+  paceline chat "What is the capital of France?"
+"""
+
+app = typer.Typer(
+    name="paceline",
+    help="Serve language models with a pool of drafters riding ahead.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # plain help: it starts fast and reads the same in a pipe, a log and the docs
+    pretty_exceptions_enable=False,
+)
+app.command("serve", epilog=serve.EPILOG)(serve.serve)
+app.command("chat", epilog=chat.EPILOG)(chat.chat)
+app.command("status", epilog=status.EPILOG)(status.status)
+app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
+app.command("demo", epilog=demo.EPILOG)(demo.demo)
+app.add_typer(models_app, name="models")
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        print(f"paceline {installed_version('paceline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def top_level(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=show_version)
+    ] = False,
+) -> None:
+    """Serve language models with a pool of drafters riding ahead."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 an error in one line, 2 wrong usage, 130 Ctrl-C."""
+    try:
+        app(arguments)
+    except PacelineError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,126 @@
+"""Options and arguments of the commands: names, bounds, help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paceline.config import parse_settings
+from paceline.types import MAX_SEED
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULTS = parse_settings({})
+
+Url = Annotated[str, typer.Option("--url", metavar="URL", help="The server.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+# serve: None leaves the choice to the config; the defaults named are those of the built-in one
+
+Config = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="CONFIG",
+        help="Ray Serve config, as in deployments/. Options override what it says.",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help=f"Target model: a known name, a folder, a .gguf file or a Hub id.  [default: {DEFAULTS.model}]",
+        show_default=False,
+    ),
+]
+Drafts = Annotated[
+    int | None,
+    typer.Option(
+        "--drafts",
+        metavar="N",
+        min=0,
+        help=f"Draft replicas; 0 serves without drafts.  [default: {DEFAULTS.draft.num_replicas}]",
+        show_default=False,
+    ),
+]
+Targets = Annotated[
+    int | None,
+    typer.Option(
+        "--targets",
+        metavar="N",
+        min=1,
+        help=f"Target replicas.  [default: {DEFAULTS.target.num_replicas}]",
+        show_default=False,
+    ),
+]
+Host = Annotated[
+    str | None,
+    typer.Option("--host", metavar="ADDRESS", help="Where HTTP listens.  [default: 127.0.0.1]", show_default=False),
+]
+Port = Annotated[
+    int | None,
+    typer.Option("--port", metavar="PORT", min=1, max=65535, help="HTTP port.  [default: 8000]", show_default=False),
+]
+GrpcPort = Annotated[
+    int | None,
+    typer.Option(
+        "--grpc-port", metavar="PORT", min=1, max=65535, help="gRPC port.  [default: 9000]", show_default=False
+    ),
+]
+
+# demo
+
+FreePort = Annotated[
+    int | None,
+    typer.Option(
+        "--port", metavar="PORT", min=1, max=65535, help="HTTP port; by default a free one.", show_default=False
+    ),
+]
+FreeGrpcPort = Annotated[
+    int | None,
+    typer.Option(
+        "--grpc-port", metavar="PORT", min=1, max=65535, help="gRPC port; by default a free one.", show_default=False
+    ),
+]
+DemoConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="CONFIG",
+        help="Ray Serve config; by default deployments/local-cpu.yaml if it is here, else the built-in equal.",
+        show_default=False,
+    ),
+]
+Keep = Annotated[bool, typer.Option("--keep", help="Leave the server running until Ctrl-C.")]
+
+# chat
+
+Question = Annotated[
+    str | None,
+    typer.Argument(metavar="MESSAGE", help="One question; without it, an interactive chat.", show_default=False),
+]
+Session = Annotated[
+    str | None,
+    typer.Option(
+        "--session", metavar="ID", help="Name of the session whose KV cache is used and kept.", show_default=False
+    ),
+]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.", show_default=False)]
+Temperature = Annotated[float, typer.Option("--temperature", metavar="T", min=0.0, max=100.0, help="0 is greedy.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        min=0,
+        max=MAX_SEED,
+        help="Fixes the answer. Without it, a new one each time, shown below the answer.",
+        show_default=False,
+    ),
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer, in tokens.")]
+NoSpeculation = Annotated[
+    bool, typer.Option("--no-speculation", help="Decode without drafts; the tokens are the same.")
+]

@@ -1,0 +1,184 @@
+"""The engine without Ray: `from paceline import LLM, SamplingParams`."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
+
+from paceline.config import DEFAULT_MODEL, EngineSettings, SpeculationSettings, config_error
+from paceline.errors import ConfigError, EngineError, InvalidRequest
+from paceline.types import Delta, FinishReason, Metrics, Prompt, Request, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+S = TypeVar("S", EngineSettings, SpeculationSettings)
+
+
+class LLM:
+    """One model in this process, with a drafter beside it if `draft` names one.
+
+    `model` and `draft` are names `paceline models list` shows, folders, .gguf files or Hub ids. `options` are
+    the keys of `EngineSettings` (dtype, threads, max_model_len, kv_tokens, max_num_seqs, …) and `depth`, the
+    candidates drafted at once. Raises ModelError or ConfigError with the remedy.
+
+        >>> from paceline import LLM, SamplingParams
+        >>> llm = LLM("smollm2-135m")
+        >>> llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=4))[0].text
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, draft: str | None = None, device: str = "auto", **options: Any):
+        from paceline.engine.load import load_model
+        from paceline.models import resolve
+        from paceline.speculation.local import LocalProposer
+
+        speculation = _settings(SpeculationSettings, {"depth": options.pop("depth")} if "depth" in options else {})
+        settings = _settings(EngineSettings, {"device": device, **options})
+        loaded = load_model(resolve(model).path, settings)
+        proposer = None
+        if draft is not None:
+            drafting = load_model(resolve(draft).path, settings)
+            if drafting.fingerprint != loaded.fingerprint:
+                raise ConfigError(f"draft: {draft!r} and {model!r} have different tokenizers", param="draft")
+            proposer = LocalProposer(drafting.drafter())
+        self.tokenizer = loaded.tokenizer
+        self.engine = loaded.engine(proposer, speculation)
+        self.choices = loaded.choices
+        """What was chosen for this machine, and why."""
+        self._ids = itertools.count(1)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; outputs in the order of the prompts.
+
+        A prompt is a string or a list of token ids. `params` is one for all or one for each. `progress` None
+        shows a bar on a terminal. Raises InvalidRequest, naming the prompt, before anything runs.
+        """
+        texts = _prompt_list(prompts)
+        each = _params_list(params, len(texts))
+        requests = [self._request(prompt, p) for prompt, p in zip(texts, each, strict=True)]
+        runs = {request.request_id: _Run(request) for request in requests}
+        try:
+            for request in requests:
+                self.engine.add(request)
+            self._run(runs, sys.stderr.isatty() if progress is None else progress)
+        except BaseException:
+            for name in runs:
+                self.engine.abort(name)
+            raise
+        return [run.output() for run in runs.values()]
+
+    def chat(
+        self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None, *, progress: bool | None = None
+    ) -> RequestOutput:
+        """Answer a conversation ({"role", "content"} each) through the model's chat template."""
+        if not messages:
+            raise InvalidRequest("messages: must hold at least one message", param="messages")
+        ids = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        return self.generate([list(ids)], params, progress=progress)[0]
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return Request(f"llm-{next(self._ids)}", tuple(ids), params.with_seed())
+
+    def _run(self, runs: dict[str, _Run], show: bool) -> None:
+        with _bar(show) as (bar, task):
+            bar.update(task, total=len(runs))
+            while any(run.end is None for run in runs.values()):
+                deltas = self.engine.step()
+                if not deltas and not self.engine.has_work:
+                    raise EngineError("the engine stopped with requests unfinished")
+                for name, delta in deltas.items():
+                    runs[name].take(delta)
+                    bar.advance(task, float(delta.finished))
+
+
+@dataclass(slots=True)
+class _Run:
+    """One request's output as it grows."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    end: FinishReason | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def take(self, delta: Delta) -> None:
+        self.token_ids += delta.token_ids
+        self.text += delta.text
+        self.end = delta.finish_reason
+        self.metrics = delta.metrics or self.metrics
+
+    def output(self) -> RequestOutput:
+        assert self.end is not None and self.request.params.seed is not None
+        return RequestOutput(
+            self.request.token_ids,
+            tuple(self.token_ids),
+            self.text,
+            self.end,
+            self.request.params.seed,
+            self.metrics,
+        )
+
+
+class _bar:
+    """A progress bar, or one that draws nothing."""
+
+    def __init__(self, show: bool) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._progress = Progress(console=Console(stderr=True), transient=True, disable=not show)
+
+    def __enter__(self) -> tuple[Progress, TaskID]:
+        self._progress.start()
+        return self._progress, self._progress.add_task("generating", total=None)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+def _settings(kind: type[S], values: dict[str, Any]) -> S:
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise config_error(error) from None
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and all(isinstance(item, int) for item in prompts)):
+        return [prompts]  # type: ignore[list-item]
+    found = list(prompts)
+    for n, prompt in enumerate(found):
+        if not isinstance(prompt, str) and not (_is_ids(prompt) and prompt):
+            raise InvalidRequest(
+                f"prompts.{n}: must be a string or a non-empty list of token ids", param=f"prompts.{n}"
+            )
+    return found  # type: ignore[return-value]
+
+
+def _is_ids(prompt: object) -> bool:
+    return isinstance(prompt, Iterable) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
+
+
+def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidRequest(f"params: {len(params)} for {count} prompts; give one, or one for each", param="params")
+    return list(params)

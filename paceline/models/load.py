@@ -1,0 +1,140 @@
+"""Load what `resolve` found, with Transformers' own classes: no code from a model's folder, no pickles."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paceline.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, with its chat template if it has one. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    with _readable(path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(_folder(path), local_files_only=True, trust_remote_code=False)
+
+
+def load_config(path: Path | str) -> PretrainedConfig:
+    """The folder's config.json. Raises ModelError, also for architectures that need code of their own."""
+    from transformers import AutoConfig
+
+    with _readable(path, "config"):
+        return AutoConfig.from_pretrained(_folder(path), local_files_only=True, trust_remote_code=False)
+
+
+def load_causal_lm(
+    path: Path | str,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device | str,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The model in `dtype` ("auto" is the checkpoint's) on `device`, in eval mode, without gradients.
+
+    `attn_implementation` is a name in Transformers' AttentionInterface; None is its own choice. Raises
+    ModelError, also if the files lack a weight: Transformers would fill it with random numbers and go on.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _readable(path, "model"), _no_bars():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            _folder(path),
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{path}: {len(missing)} weights missing ({missing[0]}); fetch or save the model again")
+    return model.eval().requires_grad_(False)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of the mapping from tokens, added ones included, to ids.
+
+    Equal iff every id means the same token, whatever the chat template: then a draft and a target may
+    exchange ids.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def eos_token_ids(
+    source: Path | str | PretrainedConfig,
+    generation_config: GenerationConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> frozenset[int]:
+    """Every id that ends an answer, by any of config, generation config and tokenizer.
+
+    `source` is a model folder or its config; of a folder, generation_config.json counts too if there is one.
+    """
+    if isinstance(source, Path | str):
+        config = load_config(source)
+        generation_config = generation_config or _generation_config(source)
+    else:
+        config = source
+    named = (config, config.get_text_config(), generation_config, tokenizer)
+    return frozenset(found for owner in named for found in _ids(getattr(owner, "eos_token_id", None)))
+
+
+def _ids(value: int | Iterable[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else [int(one) for one in value]
+
+
+def _generation_config(path: Path | str) -> Any:
+    from transformers import GenerationConfig
+
+    if not (Path(path) / "generation_config.json").is_file():
+        return None
+    with _readable(path, "generation config"):
+        return GenerationConfig.from_pretrained(_folder(path), local_files_only=True)
+
+
+def _folder(path: Path | str) -> str:
+    """`path` if it is a folder: of anything else Transformers would think it is a Hub id."""
+    if not Path(path).is_dir():
+        raise ModelError(f"{path}: no such folder")
+    return str(path)
+
+
+@contextmanager
+def _readable(path: Path | str, what: str) -> Iterator[None]:
+    """What Transformers raises, as one line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
+            reason = "it needs code from its own folder, which is never run; use a model Transformers knows"
+        raise ModelError(f"{path}: cannot load the {what}: {reason[:300]}") from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without Transformers' progress bars, which would fill a replica's log."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

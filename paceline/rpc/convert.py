@@ -1,0 +1,84 @@
+"""The draft protocol's messages and their plain data, both ways. The only place that knows both."""
+
+from __future__ import annotations
+
+from paceline.speculation.frames import Advance, Candidates, DraftFailureReason, DraftFrame, Hello, Open
+from paceline.types import SamplingParams
+from paceline.v1 import draft_pb2 as pb
+
+_REASONS = {
+    DraftFailureReason.UNKNOWN_SEQUENCE: pb.DRAFT_FAILURE_REASON_UNKNOWN_SEQUENCE,
+    DraftFailureReason.BASE_MISMATCH: pb.DRAFT_FAILURE_REASON_BASE_MISMATCH,
+    DraftFailureReason.BUSY: pb.DRAFT_FAILURE_REASON_BUSY,
+    DraftFailureReason.INTERNAL: pb.DRAFT_FAILURE_REASON_INTERNAL,
+}
+_REASONS_BACK = {wire: reason for reason, wire in _REASONS.items()}
+_SEED_MASK = 2**64 - 1
+
+
+def hello_to_proto(hello: Hello) -> pb.Hello:
+    return pb.Hello(replica_id=hello.replica_id, model=hello.model, tokenizer_fingerprint=hello.fingerprint)
+
+
+def hello_from_proto(message: pb.Hello) -> Hello:
+    return Hello(message.replica_id, message.model, message.tokenizer_fingerprint)
+
+
+def frame_to_proto(frame: DraftFrame) -> pb.DraftRequest:
+    return pb.DraftRequest(
+        open=[
+            pb.Open(sequence=o.sequence, tokens=o.tokens, sampling=_sampling_to_proto(o.params), depth=o.depth)
+            for o in frame.opens
+        ],
+        advance=[pb.Advance(sequence=a.sequence, base=a.base, tokens=a.tokens, depth=a.depth) for a in frame.advances],
+        close=[pb.Close(sequence=sequence) for sequence in frame.closes],
+    )
+
+
+def frame_from_proto(message: pb.DraftRequest) -> DraftFrame:
+    """Raises InvalidRequest if a sampling parameter is out of its range."""
+    return DraftFrame(
+        opens=tuple(Open(o.sequence, tuple(o.tokens), _sampling_from_proto(o.sampling), o.depth) for o in message.open),
+        advances=tuple(Advance(a.sequence, a.base, tuple(a.tokens), a.depth) for a in message.advance),
+        closes=tuple(close.sequence for close in message.close),
+    )
+
+
+def candidates_to_proto(replies: list[Candidates]) -> pb.DraftReply:
+    return pb.DraftReply(
+        candidates=[
+            pb.Candidates(sequence=r.sequence, base=r.base, tokens=r.tokens) for r in replies if r.failure is None
+        ],
+        failure=[
+            pb.DraftFailure(sequence=r.sequence, reason=_REASONS[r.failure]) for r in replies if r.failure is not None
+        ],
+    )
+
+
+def candidates_from_proto(message: pb.DraftReply) -> list[Candidates]:
+    drafted = [Candidates(c.sequence, c.base, tuple(c.tokens)) for c in message.candidates]
+    failed = [
+        Candidates(f.sequence, 0, failure=_REASONS_BACK.get(f.reason, DraftFailureReason.INTERNAL))
+        for f in message.failure
+    ]
+    return drafted + failed
+
+
+def _sampling_to_proto(params: SamplingParams) -> pb.DraftSampling:
+    return pb.DraftSampling(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        seed=(params.seed or 0) & _SEED_MASK,
+    )
+
+
+def _sampling_from_proto(message: pb.DraftSampling) -> SamplingParams:
+    return SamplingParams(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        seed=message.seed,
+    )

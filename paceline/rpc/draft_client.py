@@ -1,0 +1,153 @@
+"""A target replica's side of the draft streams: one connection per drafter, all feeding one proposer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+
+from paceline.errors import DraftError
+from paceline.rpc import convert
+from paceline.speculation.frames import DraftFrame, Hello
+from paceline.speculation.remote import DraftLink, RemoteProposer
+from paceline.v1 import draft_pb2 as pb
+from paceline.v1.draft_pb2_grpc import DraftStub
+
+logger = logging.getLogger(__name__)
+
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # missing from the stubs
+CONNECT_TIMEOUT_S = 10.0
+FIRST_RETRY_S = 0.2
+LONGEST_RETRY_S = 10.0
+CHANNEL_OPTIONS = [
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.enable_retries", 0),
+    ("grpc.max_receive_message_length", 64 << 20),
+]
+
+
+class GrpcDraftLink(DraftLink):
+    """Frames from the engine's thread, queued for a stream that the event loop writes."""
+
+    def __init__(self, replica_id: str, events: asyncio.AbstractEventLoop) -> None:
+        self.replica_id = replica_id
+        self._events = events
+        self.outbox: asyncio.Queue[DraftFrame] = asyncio.Queue()
+
+    def send(self, frame: DraftFrame) -> None:
+        # The loop is closed only while the process ends; a frame is worth nothing then.
+        with contextlib.suppress(RuntimeError):
+            self._events.call_soon_threadsafe(self.outbox.put_nowait, frame)
+
+
+class DraftPool:
+    """Keeps a stream open to every drafter it is told of, and reconnects with backoff while they stay members.
+
+    Lives in one event loop. A drafter that left the membership gets no new sequences; its stream stays
+    until the drafter ends it, so that a draining one can finish.
+    """
+
+    def __init__(self, proposer: RemoteProposer, hello: Hello) -> None:
+        self._proposer = proposer
+        self._hello = hello
+        self._members: dict[str, str] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.problems: dict[str, str] = {}
+        """Why a member has no stream now, by replica."""
+
+    @property
+    def members(self) -> dict[str, str]:
+        """Address by replica."""
+        return dict(self._members)
+
+    def set_members(self, members: Mapping[str, str]) -> None:
+        """The draft replicas there are now: address by replica id."""
+        for replica_id in self._members.keys() - members.keys():
+            self._proposer.retire_link(replica_id)
+            self.problems.pop(replica_id, None)
+        self._members = dict(members)
+        for replica_id in members:
+            if replica_id not in self._tasks:
+                task = asyncio.create_task(self._keep_connected(replica_id))
+                self._tasks[replica_id] = task
+                task.add_done_callback(functools.partial(self._forget, replica_id))
+
+    async def close(self) -> None:
+        """End every stream."""
+        self._members = {}
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _forget(self, replica_id: str, _task: asyncio.Task[None]) -> None:
+        self._tasks.pop(replica_id, None)
+
+    async def _keep_connected(self, replica_id: str) -> None:
+        retry_s = FIRST_RETRY_S
+        while (address := self._members.get(replica_id)) is not None:
+            try:
+                await self._stream(replica_id, address)
+                retry_s = FIRST_RETRY_S
+            except DraftError as error:
+                self._note_problem(replica_id, error.message)
+            except grpc.aio.AioRpcError as error:
+                self._note_problem(replica_id, f"{error.code().name}: {error.details()}")
+            await asyncio.sleep(retry_s)
+            retry_s = min(LONGEST_RETRY_S, retry_s * 2)
+
+    def _note_problem(self, replica_id: str, problem: str) -> None:
+        if replica_id in self._members and self.problems.get(replica_id) != problem:
+            self.problems[replica_id] = problem
+            logger.warning("drafter %s: no stream: %s", replica_id, problem)
+
+    async def _stream(self, replica_id: str, address: str) -> None:
+        """One stream's whole life; returns or raises when it ended."""
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            call = DraftStub(channel).Speculate()
+            try:
+                await self._greet(call)
+                await self._serve(replica_id, call)
+            finally:
+                call.cancel()
+
+    async def _greet(self, call: Any) -> None:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await call.write(pb.DraftRequest(hello=convert.hello_to_proto(self._hello)))
+                reply = await call.read()
+        except TimeoutError:
+            raise DraftError(f"no answer within {CONNECT_TIMEOUT_S:g} s") from None
+        if reply is EOF:
+            raise DraftError("the stream ended before it began")
+        theirs = convert.hello_from_proto(reply.hello)
+        if theirs.fingerprint != self._hello.fingerprint:
+            raise DraftError(f"draft {theirs.model!r} has another tokenizer than target {self._hello.model!r}")
+
+    async def _serve(self, replica_id: str, call: Any) -> None:
+        link = GrpcDraftLink(replica_id, asyncio.get_running_loop())
+        writer = asyncio.create_task(_write(call, link))
+        self.problems.pop(replica_id, None)
+        self._proposer.add_link(link)
+        logger.info("drafter %s: stream up", replica_id)
+        try:
+            while (reply := await call.read()) is not EOF:
+                self._proposer.receive(replica_id, convert.candidates_from_proto(reply))
+        finally:
+            self._proposer.remove_link(replica_id)
+            writer.cancel()
+            logger.info("drafter %s: stream down", replica_id)
+
+
+async def _write(call: Any, link: GrpcDraftLink) -> None:
+    """Errors end the read side too, which reports them."""
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        while True:
+            await call.write(convert.frame_to_proto(await link.outbox.get()))

@@ -1,0 +1,103 @@
+"""A draft replica's gRPC side: streams of several targets, one drafter behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from paceline.engine.loop import DrafterLoop
+from paceline.errors import InvalidRequest
+from paceline.rpc import convert
+from paceline.speculation.frames import Candidates, Hello
+from paceline.v1 import draft_pb2 as pb
+from paceline.v1.draft_pb2_grpc import DraftServicer, add_DraftServicer_to_server
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 10.0
+SERVER_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.max_receive_message_length", 64 << 20),
+]
+
+
+class DraftService(DraftServicer):
+    """Serves `Draft.Speculate`. Knows its targets by their streams; a stream's end frees what it opened."""
+
+    def __init__(self, loop: DrafterLoop, hello: Hello) -> None:
+        self._loop = loop
+        self._hello = hello
+        self._names = itertools.count(1)
+        self.streams: dict[str, str] = {}
+
+    async def Speculate(
+        self, request_iterator: AsyncIterator[pb.DraftRequest], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.DraftReply]:
+        stream = await self._greet(request_iterator, context)
+        yield pb.DraftReply(hello=convert.hello_to_proto(self._hello))
+        replies: asyncio.Queue[list[Candidates] | None] = asyncio.Queue()
+        events = asyncio.get_running_loop()
+        await asyncio.wrap_future(
+            self._loop.connect(stream, lambda ready: events.call_soon_threadsafe(replies.put_nowait, ready))
+        )
+        reader = asyncio.create_task(self._read(stream, request_iterator, replies))
+        try:
+            while (ready := await replies.get()) is not None:
+                yield convert.candidates_to_proto(ready)
+            await reader
+        except InvalidRequest as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)
+        finally:
+            reader.cancel()
+            self.streams.pop(stream, None)
+            self._loop.disconnect(stream)
+
+    async def _greet(
+        self, requests: AsyncIterator[pb.DraftRequest], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> str:
+        """Read the target's hello; end the stream unless ids mean the same on both sides. Returns its name."""
+        try:
+            first = await asyncio.wait_for(anext(requests), HELLO_TIMEOUT_S)
+        except (TimeoutError, StopAsyncIteration):
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello arrived")
+        theirs = convert.hello_from_proto(first.hello)
+        if theirs.fingerprint != self._hello.fingerprint:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"draft {self._hello.model!r} and target {theirs.model!r} have different tokenizers",
+            )
+        stream = f"{theirs.replica_id}#{next(self._names)}"
+        self.streams[stream] = theirs.replica_id
+        return stream
+
+    async def _read(
+        self,
+        stream: str,
+        requests: AsyncIterator[pb.DraftRequest],
+        replies: asyncio.Queue[list[Candidates] | None],
+    ) -> None:
+        try:
+            async for message in requests:
+                await asyncio.wrap_future(self._loop.apply(stream, convert.frame_from_proto(message)))
+        finally:
+            replies.put_nowait(None)
+
+
+async def start_draft_server(service: DraftService, host: str, port: int = 0) -> tuple[grpc.aio.Server, str]:
+    """Serve on host:port (0: a free one). Returns the server and its address. Raises OSError if the port is taken."""
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    add_DraftServicer_to_server(service, server)
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise OSError(f"draft.port: cannot listen on {host}:{port}") from error
+    await server.start()
+    return server, f"{host}:{bound}"

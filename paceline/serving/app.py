@@ -1,0 +1,70 @@
+"""The application builder: deployments decorated and bound. `import_path: paceline.serving.app:build`."""
+
+# No `from __future__ import annotations` here: Ray Serve reads the builder's annotation to check `args:`.
+
+from typing import Any
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.deployment import Application
+
+from paceline.config import AppSettings
+from paceline.serving.draft import Draft
+from paceline.serving.router import Router
+from paceline.serving.routing import SessionRouter
+from paceline.serving.target import Target
+
+ROUTING_STATS_PERIOD_S = 2.0
+SPARE_REQUESTS = 16
+"""Requests a target accepts beyond what its engine runs and queues, so that the engine refuses, not Serve."""
+
+
+def build(args: AppSettings) -> Application:
+    """Router, Target and, unless there are none, Draft."""
+    draft = _draft(args)
+    target = _target(args, draft is not None)
+    router = serve.deployment(
+        serve.ingress()(Router),
+        name="Router",
+        num_replicas=args.num_routers,
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=1000,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=20,
+    )
+    return router.bind(args, target, draft) if draft is not None else router.bind(args, target)
+
+
+def _target(args: AppSettings, with_drafts: bool) -> Application:
+    engine = args.target.engine
+    return serve.deployment(
+        Target,
+        name="Target",
+        num_replicas=args.target.num_replicas,
+        ray_actor_options=_resources(args.target.num_cpus, args.target.num_gpus),
+        max_ongoing_requests=engine.max_num_seqs + engine.max_queued_requests + SPARE_REQUESTS,
+        health_check_period_s=2,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=20,
+        request_router_config=RequestRouterConfig(
+            request_router_class=SessionRouter, request_routing_stats_period_s=ROUTING_STATS_PERIOD_S
+        ),
+    ).bind(args, "Draft" if with_drafts and args.speculation.enabled else None)
+
+
+def _draft(args: AppSettings) -> Application | None:
+    if args.draft.num_replicas == 0:
+        return None
+    return serve.deployment(
+        Draft,
+        name="Draft",
+        num_replicas=args.draft.num_replicas,
+        ray_actor_options=_resources(args.draft.num_cpus, args.draft.num_gpus),
+        health_check_period_s=2,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=20,
+    ).bind(args)
+
+
+def _resources(num_cpus: float, num_gpus: float) -> dict[str, Any]:
+    return {"num_cpus": num_cpus, "num_gpus": num_gpus}

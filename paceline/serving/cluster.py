@@ -1,0 +1,192 @@
+"""A whole cluster on this machine: a private Ray, Serve on it, one application."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from paceline.config import APP_NAME, IMPORT_PATH, AppSettings, parse_settings
+from paceline.errors import ConfigError, PacelineError, Unavailable
+
+DEPLOY_TIMEOUT_S = 900.0
+POLL_S = 0.25
+RAY_ENVIRONMENT = {
+    # Without an explicit mode ray.init turns token authentication on and writes a token into the home folder.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Replicas share cores here; threads that spin while they wait would starve the others.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where a cluster listens."""
+
+    http: str
+    grpc: str
+
+
+class LocalCluster:
+    """Starts a Ray of its own, deploys a Ray Serve config, waits until every replica is up; and takes it all down.
+
+    `on_status` hears short lines about the progress. A context manager; `stop` is idempotent.
+    """
+
+    def __init__(self, deployment: Mapping[str, Any], *, on_status: Callable[[str], None] = lambda _: None) -> None:
+        self._config = dict(deployment)
+        self._on_status = on_status
+        self._started = False
+
+    def start(self) -> Endpoints:
+        """Raises ConfigError for a taken port or a wrong setting, Unavailable if the replicas do not come up."""
+        http, grpc = self._config.get("http_options") or {}, self._config.get("grpc_options") or {}
+        host = str(http.get("host", "127.0.0.1"))
+        http_port, grpc_port = int(http.get("port", 8000)), int(grpc.get("port", 9000))
+        _require_free(host, http_port, "http_options.port")
+        _require_free("0.0.0.0", grpc_port, "grpc_options.port")
+        try:
+            self._start_ray()
+            self._deploy()
+        except BaseException:
+            self.stop()
+            raise
+        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+        return Endpoints(f"http://{shown}:{http_port}", f"{shown}:{grpc_port}")
+
+    def stop(self) -> None:
+        """Serve first, so that replicas end gracefully; then Ray."""
+        if not self._started:
+            return
+        import ray
+        from ray import serve
+
+        self._started = False
+        # The controller kills itself when it is done, which Ray reports on stdout as a failed task.
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                serve.shutdown()
+            finally:
+                ray.shutdown()
+
+    def __enter__(self) -> Endpoints:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start_ray(self) -> None:
+        self._on_status("starting Ray")
+        for name, value in RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        import ray
+
+        self._started = True
+        ray.init(
+            address="local",
+            num_cpus=_cpus(self._config),
+            object_store_memory=128 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+        )
+
+    def _deploy(self) -> None:
+        from ray import serve
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        self._on_status("starting Serve")
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(
+            proxy_location=self._config.get("proxy_location", "HeadOnly"),
+            http_options=self._config.get("http_options"),
+            grpc_options=self._config.get("grpc_options"),
+        )
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(self._config), _blocking=False)
+        self._wait_until_running()
+
+    def _wait_until_running(self) -> None:
+        from ray import serve
+
+        deadline = time.monotonic() + DEPLOY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            application = serve.status().applications.get(_app_name(self._config))
+            if application is not None:
+                if application.status == "RUNNING":
+                    return
+                failed = application.status in ("DEPLOY_FAILED", "UNHEALTHY")
+                problem = _problem(application)
+                if failed or problem:
+                    raise problem or Unavailable(f"the deployment failed: {_one_line(application.message)}")
+                self._on_status(_progress(application))
+            time.sleep(POLL_S)
+        raise Unavailable(f"the replicas were not up after {DEPLOY_TIMEOUT_S:g} s")
+
+
+def _require_free(host: str, port: int, key: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"{key}: port {port} on {host} is not free: {error.strerror}", param=key) from None
+
+
+def _application(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = [app for app in config.get("applications", ()) if app.get("import_path") == IMPORT_PATH]
+    if len(found) != 1:
+        raise ConfigError(f"applications: exactly one with import_path {IMPORT_PATH} is needed", param="applications")
+    application: Mapping[str, Any] = found[0]
+    return application
+
+
+def _app_name(config: Mapping[str, Any]) -> str:
+    return str(_application(config).get("name", APP_NAME))
+
+
+def _cpus(config: Mapping[str, Any]) -> int:
+    """CPUs to tell Ray of: what the replicas ask for and a little more, however many there are really."""
+    settings: AppSettings = parse_settings(_application(config).get("args") or {})
+    asked = (
+        settings.target.num_replicas * settings.target.num_cpus + settings.draft.num_replicas * settings.draft.num_cpus
+    )
+    return max(4, os.cpu_count() or 1, int(asked) + 2)
+
+
+def _progress(application: Any) -> str:
+    parts = []
+    for name, deployment in application.deployments.items():
+        running = deployment.replica_states.get("RUNNING", 0)
+        total = sum(deployment.replica_states.values())
+        parts.append(f"{name} {running}/{total}")
+    return "starting replicas: " + ", ".join(parts) if parts else "starting replicas"
+
+
+def _problem(application: Any) -> PacelineError | None:
+    """The first error of ours in a status message: the line a person can act on, out of Ray's traceback."""
+    texts = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    for text in texts:
+        found = re.search(r"paceline\.errors\.(\w+): (.+)", text or "")
+        if found:
+            return Unavailable(found.group(2).strip())
+    return None
+
+
+def _one_line(message: str) -> str:
+    """The last line that says something."""
+    lines = [line.strip() for line in (message or "").splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason was given"

@@ -1,0 +1,73 @@
+"""A draft replica: the drafter in its thread, a gRPC server of its own in the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+import ray
+from ray import serve
+
+from paceline.config import AppSettings
+from paceline.engine.drafter import Drafter
+from paceline.engine.load import load_model
+from paceline.engine.loop import DrafterLoop
+from paceline.models import resolve
+from paceline.rpc.draft_server import DraftService, start_draft_server
+from paceline.speculation.frames import Hello
+
+DRAIN_GRACE_S = 2.0
+"""How long open streams may go on after the replica left the membership."""
+
+
+class Draft:
+    """Guesses for every target that connects. Decorated and bound by `paceline.serving.app.build`.
+
+    Targets find its address in the replica's metadata, which the controller broadcasts with the replica set,
+    and talk to it directly: no frame goes through a Serve handle.
+    """
+
+    async def __init__(self, settings: AppSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        self.replica_id: str = serve.get_replica_context().replica_id.unique_id
+        drafter, fingerprint = await asyncio.to_thread(_load, settings)
+        self._loop = DrafterLoop(drafter)
+        self._service = DraftService(self._loop, Hello(self.replica_id, settings.draft_model, fingerprint))
+        host = ray.util.get_node_ip_address() if settings.draft.host == "auto" else settings.draft.host
+        self._server, self.address = await start_draft_server(self._service, host, settings.draft.port)
+        self._model = settings.draft_model
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Captured once, after `__init__`."""
+        return {"address": self.address}
+
+    async def status(self) -> dict[str, Any]:
+        """Numbers about this replica, for /status and `paceline status`."""
+        drafter = self._loop.drafter
+        usage = await asyncio.wrap_future(self._loop.call(drafter.kv.usage))
+        return {
+            "replica_id": self.replica_id,
+            "pid": os.getpid(),
+            "address": self.address,
+            "model": self._model,
+            "streams": len(self._service.streams),
+            "sequences": drafter.num_sequences,
+            "drafted_tokens": drafter.drafted_tokens,
+            "kv_tokens_total": usage.total,
+            "kv_tokens_in_use": usage.in_use,
+            "kv_tokens_cached": usage.cached,
+        }
+
+    def check_health(self) -> None:
+        if not self._loop.healthy:
+            raise RuntimeError("the drafter's thread has ended")
+
+    async def __del__(self) -> None:
+        """Awaited by Serve on a graceful shutdown."""
+        await self._server.stop(grace=DRAIN_GRACE_S)
+        await asyncio.to_thread(self._loop.stop)
+
+
+def _load(settings: AppSettings) -> tuple[Drafter, str]:
+    model = load_model(resolve(settings.draft_model).path, settings.draft.engine)
+    return model.drafter(), model.fingerprint

@@ -1,0 +1,84 @@
+"""The gateway's seam to the target replicas, over Serve handles."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from paceline.api.gateway import Targets
+from paceline.api.state import ClusterStatus, SessionInfo
+from paceline.errors import EngineError, Overloaded, PacelineError, Unavailable
+from paceline.types import Frame, Request
+
+logger = logging.getLogger(__name__)
+
+BROADCAST_TIMEOUT_S = 5.0
+
+
+class ServeTargets(Targets):
+    """Routes by session, streams frames, asks every replica. No error of Ray's leaves it."""
+
+    def __init__(self, target: DeploymentHandle, draft: DeploymentHandle | None) -> None:
+        # Frames go over gRPC between the two processes, half the cost of object references.
+        self._generate = target.options(method_name="generate", stream=True, _by_reference=False)
+        self._target = target
+        self._draft = draft
+
+    async def generate(self, request: Request) -> AsyncIterator[Frame]:
+        handle = self._generate.options(session_id=request.session_id) if request.session_id else self._generate
+        response = handle.remote(request)
+        complete = False
+        try:
+            async for frame in response:
+                yield frame
+            complete = True
+        except (RayError, RayServeException) as error:
+            complete = True
+            raise _translate(error) from error
+        finally:
+            if not complete:
+                response.cancel()
+
+    async def sessions(self) -> list[SessionInfo]:
+        answers = await _ask_all(self._target, "sessions")
+        return sorted(
+            (SessionInfo(*held) for answer in answers for held in answer),
+            key=lambda info: (info.session_id, -info.cached_tokens),
+        )
+
+    async def close_session(self, session_id: str) -> bool:
+        return any(await _ask_all(self._target, "close_session", session_id))
+
+    async def status(self) -> ClusterStatus:
+        targets = _ask_all(self._target, "status")
+        drafts = _ask_all(self._draft, "status")
+        return ClusterStatus(*(tuple(found) for found in await asyncio.gather(targets, drafts)))
+
+
+async def _ask_all(handle: DeploymentHandle | None, method: str, *args: Any) -> list[Any]:
+    """The answers of every replica that gave one; one that dies or hangs meanwhile is left out."""
+    if handle is None:
+        return []
+    try:
+        answers = await asyncio.wait_for(
+            handle.broadcast(method, *args).results_async(return_exceptions=True), BROADCAST_TIMEOUT_S
+        )
+    except (RayError, RayServeException, TimeoutError) as error:
+        raise Unavailable("the replicas did not answer; try again shortly") from error
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+def _translate(error: Exception) -> PacelineError:
+    """What a client may know of an error of Ray's."""
+    if isinstance(error, BackPressureError):
+        return Overloaded("too many requests are waiting; try again shortly", retry_after=1.0)
+    if isinstance(error, RayActorError | DeploymentUnavailableError):
+        return Unavailable("the replica serving this request was lost; send it again")
+    logger.error("a target replica failed", exc_info=error)
+    return EngineError("internal error")

@@ -1,0 +1,71 @@
+"""The ingress: OpenAI-compatible HTTP and gRPC, both over one gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+
+from paceline.api.gateway import Gateway
+from paceline.api.routes import create_app
+from paceline.config import AppSettings
+from paceline.models import load_config, load_tokenizer, resolve
+from paceline.rpc.inference_service import InferenceHandlers
+from paceline.serving.handles import ServeTargets
+from paceline.v1 import inference_pb2 as pb
+
+
+class Router:
+    """Holds no request state of its own. Decorated and bound by `paceline.serving.app.build`.
+
+    Serve's gRPC proxy finds a method by the rpc's name; its HTTP proxy the application below.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: AppSettings, target: DeploymentHandle, draft: DeploymentHandle | None = None
+    ) -> None:
+        tokenizer, max_model_len = await asyncio.to_thread(_load, settings)
+        self._gateway = Gateway(
+            ServeTargets(target, draft), tokenizer, settings.public_name, max_model_len, settings.request_timeout_s
+        )
+        self._rpc = InferenceHandlers(self._gateway)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._gateway, request_ids=False)  # Serve's proxy adds them
+
+    async def Chat(self, request: pb.ChatRequest, grpc_context: Any) -> AsyncIterator[pb.GenerateEvent]:
+        async with aclosing(self._rpc.Chat(request, grpc_context)) as events:
+            async for event in events:
+                yield event
+
+    async def Generate(self, request: pb.GenerateRequest, grpc_context: Any) -> AsyncIterator[pb.GenerateEvent]:
+        async with aclosing(self._rpc.Generate(request, grpc_context)) as events:
+            async for event in events:
+                yield event
+
+    async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: Any) -> pb.TokenizeResponse:
+        return await self._rpc.Tokenize(request, grpc_context)
+
+    async def ListModels(self, request: pb.ListModelsRequest, grpc_context: Any) -> pb.ListModelsResponse:
+        return await self._rpc.ListModels(request, grpc_context)
+
+    async def ListSessions(self, request: pb.ListSessionsRequest, grpc_context: Any) -> pb.ListSessionsResponse:
+        return await self._rpc.ListSessions(request, grpc_context)
+
+    async def GetSession(self, request: pb.GetSessionRequest, grpc_context: Any) -> pb.Session:
+        return await self._rpc.GetSession(request, grpc_context)
+
+    async def CloseSession(self, request: pb.CloseSessionRequest, grpc_context: Any) -> pb.CloseSessionResponse:
+        return await self._rpc.CloseSession(request, grpc_context)
+
+
+def _load(settings: AppSettings) -> tuple[Any, int]:
+    """The tokenizer, and the longest prompt plus output a target takes."""
+    path = resolve(settings.model).path
+    own = int(getattr(load_config(path), "max_position_embeddings", 2048))
+    limit = settings.target.engine.max_model_len
+    return load_tokenizer(path), own if limit == "auto" else min(own, limit)

@@ -1,0 +1,126 @@
+"""A target replica: the engine in its thread, the draft streams in the event loop, frames in between."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from ray import serve
+
+from paceline.config import AppSettings
+from paceline.engine.load import LoadedModel, load_model
+from paceline.engine.loop import EngineLoop
+from paceline.errors import PacelineError
+from paceline.models import resolve
+from paceline.rpc.draft_client import DraftPool
+from paceline.serving.discovery import ReplicaWatch
+from paceline.speculation.frames import Hello
+from paceline.speculation.remote import RemoteProposer
+from paceline.types import Accepted, Delta, Failure, Frame, Request
+
+logger = logging.getLogger(__name__)
+
+MAX_ADVERTISED_SESSIONS = 512
+
+
+class Target:
+    """Verifies, holds sessions, answers. Decorated and bound by `paceline.serving.app.build`."""
+
+    async def __init__(self, settings: AppSettings, draft_deployment: str | None) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._settings = settings
+        self._context = serve.get_replica_context()
+        self.replica_id: str = self._context.replica_id.unique_id
+        self._proposer: RemoteProposer | None = None
+        self._pool: DraftPool | None = None
+        self._watch: ReplicaWatch | None = None
+        self._model = await asyncio.to_thread(_load, settings)
+        if draft_deployment is not None:
+            self._watch_drafts(draft_deployment)
+        self._loop = EngineLoop(self._model.engine(self._proposer, settings.speculation))
+
+    def _watch_drafts(self, deployment: str) -> None:
+        self._proposer = RemoteProposer(self._settings.speculation.draft_timeout_ms / 1000)
+        hello = Hello(self.replica_id, self._settings.model, self._model.fingerprint)
+        self._pool = DraftPool(self._proposer, hello)
+        self._watch = ReplicaWatch(self._context.app_name, deployment, "address", self._pool.set_members)
+
+    async def generate(self, request: Request) -> AsyncIterator[Frame]:
+        """Accepted, then a delta per step; or a Failure. Closing the generator frees everything at once."""
+        request = replace(request, params=request.params.with_seed())
+        frames: asyncio.Queue[Delta | Failure] = asyncio.Queue()
+        events = asyncio.get_running_loop()
+        done = False
+        try:
+            await asyncio.wrap_future(
+                self._loop.submit(request, lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
+            )
+            assert request.params.seed is not None
+            yield Accepted(self.replica_id, request.params.seed, len(request.token_ids))
+            while not done:
+                frame = await frames.get()
+                done = isinstance(frame, Failure) or frame.finished
+                yield frame
+        except PacelineError as error:
+            done = True
+            yield Failure.of(error)
+        finally:
+            if not done:
+                self._loop.abort(request.request_id)
+
+    async def sessions(self) -> list[tuple[str, str, int, bool]]:
+        """(session, replica, tokens held, running) of every session held here."""
+        held = await asyncio.wrap_future(self._loop.call(self._loop.engine.kv.sessions))
+        return [(name, self.replica_id, tokens, running) for name, (tokens, running) in held.items()]
+
+    async def close_session(self, session_id: str) -> bool:
+        """Drop a session's idle KV; whether there was any."""
+        kv = self._loop.engine.kv
+        return await asyncio.wrap_future(self._loop.call(lambda: kv.drop_session(session_id)))
+
+    async def status(self) -> dict[str, Any]:
+        """Numbers about this replica, for /status and `paceline status`."""
+        engine = self._loop.engine
+        usage = await asyncio.wrap_future(self._loop.call(engine.kv.usage))
+        numbers: dict[str, Any] = {
+            "replica_id": self.replica_id,
+            "pid": os.getpid(),
+            "running": engine.num_running,
+            "waiting": engine.num_waiting,
+            "kv_tokens_total": usage.total,
+            "kv_tokens_in_use": usage.in_use,
+            "kv_tokens_cached": usage.cached,
+            "sessions": len(engine.kv.sessions()),
+            "drafted_tokens": engine.drafted_tokens,
+            "accepted_tokens": engine.accepted_tokens,
+            "drafters_connected": 0,
+        }
+        if self._proposer is not None and self._pool is not None:
+            numbers["drafters_connected"] = len(self._proposer.link_ids)
+            numbers["drafters_known"] = len(self._pool.members)
+            numbers["late_drafts"] = self._proposer.stats.late
+            numbers["drafter_problems"] = "; ".join(f"{k}: {v}" for k, v in self._pool.problems.items())
+        return numbers
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Polled by the controller, pushed to every SessionRouter. No timestamps: a change is a broadcast."""
+        return {"sessions": sorted(self._loop.engine.kv.sessions())[:MAX_ADVERTISED_SESSIONS]}
+
+    def check_health(self) -> None:
+        if not self._loop.healthy:
+            raise RuntimeError("the engine's thread has ended")
+
+    async def __del__(self) -> None:
+        """Awaited by Serve on a graceful shutdown, after the last request."""
+        if self._watch is not None:
+            self._watch.stop()
+        if self._pool is not None:
+            await self._pool.close()
+        await asyncio.to_thread(self._loop.stop)
+
+
+def _load(settings: AppSettings) -> LoadedModel:
+    return load_model(resolve(settings.model).path, settings.target.engine)

@@ -1,0 +1,221 @@
+"""What the HTTP API takes, field by field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from paceline.api.failures import invalid_request
+from paceline.api.schema import ChatCompletionRequest, CompletionRequest
+from paceline.types import SamplingParams
+from tests.api.scripted import CHAT, COMPLETION, ScriptedTargets, http
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+WRONG_IN_BOTH: list[tuple[dict[str, Any], str]] = [
+    ({"model": 3}, "model"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": 100_000}, "max_tokens"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": -1}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 2}, "top_p"),
+    ({"top_k": -1}, "top_k"),
+    ({"top_k": 1.0}, "top_k"),
+    ({"min_p": 1.5}, "min_p"),
+    ({"seed": 1.5}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"stop": 3}, "stop"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", 3]}, "stop.1"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"stop_token_ids": ["a"]}, "stop_token_ids.0"),
+    ({"stop_token_ids": [100_000]}, "stop_token_ids"),
+    ({"ignore_eos": 1}, "ignore_eos"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"stream": True, "stream_options": {"colour": 1}}, "stream_options.colour"),
+    ({"session_id": 5}, "session_id"),
+    ({"session_id": ""}, "session_id"),
+    ({"session_id": "a\nb"}, "session_id"),
+    ({"session_id": " a"}, "session_id"),
+    ({"session_id": "x" * 257}, "session_id"),
+    ({"speculation": "off"}, "speculation"),
+    ({"return_token_ids": 1}, "return_token_ids"),
+    ({"n": 2}, "n"),
+    ({"n": True}, "n"),
+    ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"colour": "red"}, "colour"),
+]
+WRONG_IN_CHAT: list[tuple[dict[str, Any], str]] = [
+    ({"messages": None}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"content": "hi"}]}, "messages.0.role"),
+    ({"messages": [*MESSAGES, {"role": "tool", "content": "hi"}]}, "messages.1.role"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "hi", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+    ({"messages": [{"role": "user", "content": "hi", "colour": "red"}]}, "messages.0.colour"),
+    ({"messages": [{"role": "user", "content": "FORBIDDEN"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_completion_tokens": "5"}, "max_completion_tokens"),
+    ({"max_completion_tokens": 5, "max_tokens": 6}, "max_completion_tokens"),
+    ({"logprobs": True}, "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"functions": [{}]}, "functions"),
+    ({"function_call": {"name": "f"}}, "function_call"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"audio": {}}, "audio"),
+    ({"moderation": {}}, "moderation"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"verbosity": "low"}, "verbosity"),
+    ({"web_search_options": {}}, "web_search_options"),
+    ({"echo": True}, "echo"),
+    ({"prompt": "hi"}, "prompt"),
+]
+WRONG_IN_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": {}}, "prompt"),
+    ({"prompt": ["a", "b"]}, "prompt"),
+    ({"prompt": [[1], [2]]}, "prompt"),
+    ({"prompt": [1, True]}, "prompt"),
+    ({"prompt": [1, 1.5]}, "prompt"),
+    ({"prompt": [1, 262]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": "x" * 512}, "prompt"),
+    ({"logprobs": 0}, "logprobs"),
+    ({"echo": True}, "echo"),
+    ({"best_of": 2}, "best_of"),
+    ({"suffix": "end"}, "suffix"),
+    ({"max_completion_tokens": 5}, "max_completion_tokens"),
+    ({"messages": MESSAGES}, "messages"),
+]
+NEUTRAL: dict[str, Any] = {
+    "user": "u",
+    "metadata": {"a": "b"},
+    "store": True,
+    "service_tier": "flex",
+    "safety_identifier": "s",
+    "prompt_cache_key": "k",
+    "prompt_cache_options": {},
+    "prompt_cache_retention": "24h",
+    "n": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+}
+NEUTRAL_IN_CHAT: dict[str, Any] = {
+    "logprobs": False,
+    "top_logprobs": 0,
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "auto",
+    "functions": [],
+    "function_call": "none",
+    "modalities": ["text"],
+    "audio": None,
+    "reasoning_effort": "none",
+    "parallel_tool_calls": True,
+    "prediction": {"type": "content", "content": "x"},
+}
+NEUTRAL_IN_COMPLETIONS: dict[str, Any] = {"logprobs": None, "echo": False, "best_of": 1, "suffix": None}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [("/v1/chat/completions", {**CHAT, **wrong}, field) for wrong, field in WRONG_IN_BOTH + WRONG_IN_CHAT]
+    + [("/v1/completions", {**COMPLETION, **wrong}, field) for wrong, field in WRONG_IN_BOTH + WRONG_IN_COMPLETIONS],
+)
+async def test_bad_input_is_refused_with_the_name_of_its_field(path: str, body: dict[str, Any], field: str) -> None:
+    targets = ScriptedTargets()
+    async with http(targets) as client:
+        response = await client.post(path, json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["type"]) == (400, field, "invalid_request_error")
+    assert field in error["message"]
+    assert targets.requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/chat/completions", {**CHAT, name: off}) for name, off in {**NEUTRAL, **NEUTRAL_IN_CHAT}.items()]
+    + [("/v1/completions", {**COMPLETION, name: off}) for name, off in {**NEUTRAL, **NEUTRAL_IN_COMPLETIONS}.items()],
+)
+async def test_a_field_that_cannot_change_the_result_is_accepted(path: str, body: dict[str, Any]) -> None:
+    async with http() as client:
+        response = await client.post(path, json=body)
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(("model", "body"), [(ChatCompletionRequest, CHAT), (CompletionRequest, COMPLETION)])
+def test_every_optional_field_may_be_null(model: type[ChatCompletionRequest], body: dict[str, Any]) -> None:
+    names = [name for name, field in model.model_fields.items() if not field.is_required()]
+    assert model.model_validate({**body, **dict.fromkeys(names)}).params() == model.model_validate(body).params()
+
+
+def test_all_wrong_fields_are_named_at_once() -> None:
+    with pytest.raises(ValidationError) as caught:
+        ChatCompletionRequest.model_validate({"messages": [{}], **{f"f{i}": 1 for i in range(9)}})
+    found = [{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()]
+    assert invalid_request(found).message == (
+        "messages.0.role: required; messages.0.content: required; "
+        "f0: unknown field; f1: unknown field; f2: unknown field; and 6 more"
+    )
+
+
+def test_sampling_parameters_are_those_of_the_body() -> None:
+    body = {
+        **CHAT,
+        "max_tokens": 5,
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": 3,
+        "min_p": 0.1,
+        "seed": -4,
+        "stop": "end",
+        "stop_token_ids": [9],
+        "ignore_eos": True,
+    }
+    assert ChatCompletionRequest.model_validate(body).params() == SamplingParams(
+        max_tokens=5,
+        temperature=0,
+        top_p=0.5,
+        top_k=3,
+        min_p=0.1,
+        seed=-4,
+        stop=("end",),
+        stop_token_ids=(9,),
+        ignore_eos=True,
+    )
+
+
+def test_max_completion_tokens_is_the_later_word_for_max_tokens() -> None:
+    assert ChatCompletionRequest.model_validate({**CHAT, "max_completion_tokens": 5}).params().max_tokens == 5
+
+
+def test_text_parts_are_joined_by_line_breaks() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": parts}]})
+    assert body.messages[0].message().content == "a\nb"
+
+
+def test_a_message_the_server_sent_can_be_sent_back() -> None:
+    sent = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None, "annotations": [], "audio": None}
+    assert ChatCompletionRequest.model_validate({"messages": [sent]}).messages[0].message().content == "hi"

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from paceline.cli import diagnosis
+from paceline.cli.diagnosis import Cache, Engine, Package, Port, Problem, Report, problems, read_cache, read_package
+from paceline.cli.hardware import GIB, Cpu, Gpu, Memory, free_disk, nvidia_driver_present, read_cpu, read_memory
+from paceline.engine.backends import Choice
+from tests.cli.conftest import Run
+
+HEALTHY = Report(
+    cpu=Cpu("Xeon 6", ("avx2", "amx_bf16")),
+    memory=Memory(64 * GIB, 32 * GIB),
+    shared_memory=8 * GIB,
+    gpus=(),
+    nvidia_driver=False,
+    python="3.12.1",
+    packages=(Package("torch", "2.13.0"), Package("ray", "2.60.0")),
+    engine=Engine(16, (Choice("device", "cpu", "torch sees no GPU"),)),
+    cache=Cache("/cache", 100 * GIB, True),
+    ports=(Port(8000, "HTTP", None), Port(9000, "gRPC", None)),
+)
+NO_TORCH = replace(HEALTHY, packages=(Package("torch", None, "ImportError: no libtorch"),), engine=Engine(None, ()))
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Report:
+    """What `doctor` finds: HEALTHY, or the test's parameter."""
+    found: Report = getattr(request, "param", HEALTHY)
+    monkeypatch.setattr(diagnosis, "collect", lambda: found)
+    return found
+
+
+def only_problem(report: Report) -> Problem:
+    (problem,) = problems(report)
+    return problem
+
+
+def test_a_healthy_machine_has_no_problems() -> None:
+    assert problems(HEALTHY) == []
+
+
+def test_a_package_that_does_not_import_is_required() -> None:
+    assert only_problem(NO_TORCH).required
+
+
+def test_a_package_that_does_not_import_is_named_with_its_error() -> None:
+    assert only_problem(NO_TORCH).summary == "torch does not import: ImportError: no libtorch"
+
+
+def test_a_cache_that_cannot_be_written_is_required() -> None:
+    assert only_problem(replace(HEALTHY, cache=Cache("/cache", 100 * GIB, False))).required
+
+
+def test_a_taken_port_is_a_warning() -> None:
+    taken = Port(8000, "HTTP", "already in use")
+    assert only_problem(replace(HEALTHY, ports=(taken,))) == Problem(
+        "port 8000 (HTTP): already in use", "stop what uses it, or serve with --port"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"nvidia_driver": True}, "torch sees no GPU"),
+        ({"cpu": Cpu("old", ())}, "no AVX2"),
+        ({"memory": Memory(4 * GIB, 1 * GIB)}, "1.0 GiB of memory"),
+        ({"shared_memory": 64 * 2**20}, "/dev/shm is small: 64 MiB"),
+        ({"cache": Cache("/cache", GIB // 2, True)}, "0.5 GiB of disk"),
+    ],
+)
+def test_a_shortage_is_a_warning(change: dict[str, object], words: str) -> None:
+    problem = only_problem(replace(HEALTHY, **change))
+    assert (words in problem.summary, problem.required) == (True, False)
+
+
+def test_a_gpu_makes_the_cpus_flags_irrelevant() -> None:
+    assert problems(replace(HEALTHY, cpu=Cpu("old", ()), gpus=(Gpu("H200", 141 * GIB),))) == []
+
+
+def test_required_problems_come_first() -> None:
+    broken = replace(NO_TORCH, nvidia_driver=True, ports=(Port(8000, "HTTP", "already in use"),))
+    assert [problem.required for problem in problems(broken)] == [True, False, False]
+
+
+def test_a_healthy_machine_exits_with_0(run: Run, report: Report) -> None:
+    assert run("doctor").code == 0
+
+
+def test_the_report_shows_choices_with_their_reasons(run: Run, report: Report) -> None:
+    assert "torch sees no GPU" in run("doctor").out
+
+
+def test_the_report_shows_the_flags_that_are_missing(run: Run, report: Report) -> None:
+    assert "without avx512f, amx_tile" in run("doctor").out
+
+
+@pytest.mark.parametrize("report", [NO_TORCH], indirect=True)
+def test_something_required_that_is_broken_exits_with_1(run: Run, report: Report) -> None:
+    assert run("doctor").code == 1
+
+
+@pytest.mark.parametrize("report", [NO_TORCH], indirect=True)
+def test_a_problem_is_printed_with_its_remedy(run: Run, report: Report) -> None:
+    assert (
+        "ERROR: torch does not import: ImportError: no libtorch\n  remedy: reinstall with `make clean install`\n"
+        in run("doctor").out
+    )
+
+
+@pytest.mark.parametrize("report", [NO_TORCH], indirect=True)
+def test_json_has_the_problems(run: Run, report: Report) -> None:
+    assert json.loads(run("doctor", "--json").out)["problems"][0]["required"] is True
+
+
+@pytest.mark.parametrize("report", [NO_TORCH], indirect=True)
+def test_json_exits_with_1_too(run: Run, report: Report) -> None:
+    assert run("doctor", "--json").code == 1
+
+
+def test_this_machine_can_run_paceline(run: Run) -> None:
+    assert [problem for problem in problems(diagnosis.collect()) if problem.required] == []
+
+
+def test_a_broken_package_is_reported_and_not_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_binary.py").write_text("raise OSError('libfoo.so:\\n  not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert read_package("broken_binary") == Package("broken_binary", None, "OSError: libfoo.so: not found")
+
+
+def test_a_packages_version_is_read_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_package("yaml").version == sys.modules["yaml"].__version__
+
+
+def test_a_cache_that_does_not_exist_is_not_created(tmp_path: Path) -> None:
+    assert (read_cache(tmp_path / "a" / "b").writable, (tmp_path / "a").exists()) == (True, False)
+
+
+def test_free_disk_of_a_missing_folder_is_its_parents(tmp_path: Path) -> None:
+    assert free_disk(tmp_path / "a" / "b") > 0
+
+
+def test_cpu_flags_that_matter_are_read(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name\t: Xeon\nflags\t\t: sse avx2 amx_tile avx512fp16\n\nmodel name\t: second\n")
+    assert read_cpu(cpuinfo) == Cpu("Xeon", ("avx2", "amx_tile"))
+
+
+def test_an_arm_cpu_has_unknown_flags(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd\n")
+    assert read_cpu(cpuinfo).flags is None
+
+
+def test_without_cpuinfo_the_platform_names_the_cpu(tmp_path: Path) -> None:
+    assert read_cpu(tmp_path / "nothing").flags is None
+
+
+def test_memory_is_cut_to_the_cgroups_limit(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    assert read_memory(tmp_path) == Memory(1000, 600)
+
+
+def test_a_cgroup_without_a_limit_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    assert read_memory(tmp_path).total > 1000
+
+
+def test_the_nvidia_driver_is_its_device_file(tmp_path: Path) -> None:
+    assert not nvidia_driver_present(tmp_path / "nvidiactl")

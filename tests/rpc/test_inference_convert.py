@@ -1,0 +1,65 @@
+"""Presence in proto3 decides between a value and its default."""
+
+from __future__ import annotations
+
+import pytest
+
+from paceline.errors import InvalidRequest
+from paceline.rpc.inference_convert import delta_events, input_from, params_from, prompt_from, speculation_from
+from paceline.types import Delta, FinishReason, Metrics, SamplingParams
+from paceline.v1 import inference_pb2 as pb
+
+
+def test_unset_parameters_have_their_defaults_and_no_limit() -> None:
+    assert params_from(pb.SamplingParams()) == SamplingParams(max_tokens=None)
+
+
+def test_zero_is_a_value() -> None:
+    params = params_from(pb.SamplingParams(temperature=0, seed=0, top_k=0, min_p=0))
+    assert (params.greedy, params.seed) == (True, 0)
+
+
+def test_every_parameter_is_carried() -> None:
+    message = pb.SamplingParams(
+        max_tokens=5,
+        temperature=0.5,
+        top_p=0.25,
+        top_k=3,
+        min_p=0.125,
+        seed=2**64 - 1,
+        stop=["a", "b"],
+        stop_token_ids=[9],
+        ignore_eos=True,
+    )
+    assert params_from(message) == SamplingParams(5, 0.5, 0.25, 3, 0.125, 2**64 - 1, ("a", "b"), (9,), True)
+
+
+def test_a_wrong_parameter_is_named() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        params_from(pb.SamplingParams(max_tokens=0))
+    assert caught.value.param == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, True), ({"speculation": True}, True), ({"speculation": False}, False)]
+)
+def test_speculation_is_on_unless_turned_off(given: dict[str, bool], expected: bool) -> None:
+    assert speculation_from(pb.ChatRequest(**given)) is expected
+
+
+def test_a_prompt_is_text_or_token_ids() -> None:
+    assert prompt_from(pb.GenerateRequest(text="hi")) == "hi"
+    assert prompt_from(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2]))) == (1, 2)
+
+
+def test_a_missing_prompt_or_input_is_named() -> None:
+    with pytest.raises(InvalidRequest, match=r"^prompt: "):
+        prompt_from(pb.GenerateRequest())
+    with pytest.raises(InvalidRequest, match=r"^input: "):
+        input_from(pb.TokenizeRequest())
+
+
+def test_an_end_without_tokens_is_one_event() -> None:
+    (event,) = delta_events(Delta((), "", FinishReason.ABORT), Metrics(prompt_tokens=4, completion_tokens=2))
+    assert event.finished.reason == pb.FINISH_REASON_ABORT
+    assert (event.finished.usage.prompt_tokens, event.finished.usage.completion_tokens) == (4, 2)
