@@ -16,6 +16,8 @@ from paceline.errors import InvalidRequest, PacelineError, by_code
 
 MAX_SEED = 2**64 - 1
 MAX_STOP_STRINGS = 16
+GREEDY_BELOW = 1e-5
+"""A lower temperature draws the likeliest token anyway, and dividing by it overflows."""
 
 
 class FinishReason(StrEnum):
@@ -30,7 +32,7 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How tokens are drawn and when drawing ends.
 
-    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. Filters apply in the order of
+    `temperature` 0, or below 1e-5, is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. Filters apply in the order of
     Transformers: temperature, top-k, top-p, min-p. `seed` fixes the output for all time; None draws a
     fresh one, reported with the result. `max_tokens` None means up to the model's context. `stop` strings
     are not part of the text returned.
@@ -67,7 +69,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_BELOW
 
     def with_seed(self) -> SamplingParams:
         """These parameters with a seed: the given one, or a fresh 63-bit one."""

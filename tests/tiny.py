@@ -18,6 +18,9 @@ from paceline.types import Delta, Request, SamplingParams
 
 VOCAB = 199
 
+# Products this small gain nothing from a second thread, and wait for it whenever the cores are busy.
+torch.set_num_threads(1)
+
 
 def tiny_llama(seed: int = 0, **overrides: int) -> LlamaForCausalLM:
     """A Llama with 3 layers, 6 heads over 2 KV heads, 199 tokens; weights large enough to have opinions."""
@@ -103,7 +106,7 @@ def deltas(engine: Engine) -> list[tuple[str, Delta]]:
 
 def generate(model: PreTrainedModel, tokens: tuple[int, ...], max_tokens: int = 24) -> list[int]:
     """What transformers.generate answers, greedily, never ending early."""
-    ids = torch.tensor([tokens])
+    ids = torch.tensor([tokens], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

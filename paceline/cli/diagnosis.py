@@ -129,7 +129,8 @@ def read_package(name: str) -> Package:
 
 def read_engine() -> Engine:
     """The engine's choices with every setting on "auto"."""
-    from paceline.engine.backends import describe, usable_cores
+    from paceline.engine.backends import describe
+    from paceline.hardware import usable_cores
 
     cores = usable_cores()
     try:

@@ -49,7 +49,7 @@ def ragged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001  (always None: ours is made per window)
     *,
     windows: Sequence[Window],
     scaling: float | None = None,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
 from paceline.config import EngineSettings
 from paceline.errors import ConfigError
+from paceline.hardware import usable_cores
 from paceline.models.linear import fbgemm_available
 
 KV_SHARE_OF_FREE_MEMORY = 0.25
@@ -60,13 +59,6 @@ def resolve_backends(settings: EngineSettings) -> Backends:
 def describe(settings: EngineSettings) -> list[Choice]:
     """The choices alone, for `paceline doctor`."""
     return list(resolve_backends(settings).choices)
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, cut to the cgroup's CPU quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota(Path("/sys/fs/cgroup/cpu.max"))
-    return max(1, min(cores, quota) if quota else cores)
 
 
 def free_memory(device: torch.device) -> int:
@@ -120,12 +112,3 @@ def _kv(settings: EngineSettings) -> tuple[str, str]:
     if settings.kv_tokens != "auto":
         return f"{settings.kv_tokens} tokens", "as configured"
     return f"{KV_SHARE_OF_FREE_MEMORY:.0%} of free memory", "shared by running and idle sessions"
-
-
-def _cgroup_quota(path: Path) -> int | None:
-    """Whole cores of a cgroup v2 quota, None without one."""
-    try:
-        quota, period = path.read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else max(1, int(quota) // int(period))

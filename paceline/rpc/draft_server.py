@@ -6,16 +6,18 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from paceline.engine.loop import DrafterLoop
 from paceline.errors import InvalidRequest
 from paceline.rpc import convert
 from paceline.speculation.frames import Candidates, Hello
 from paceline.v1 import draft_pb2 as pb
 from paceline.v1.draft_pb2_grpc import DraftServicer, add_DraftServicer_to_server
+
+if TYPE_CHECKING:
+    from paceline.engine.loop import DrafterLoop
 
 logger = logging.getLogger(__name__)
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 
 from paceline.config import AppSettings
-from paceline.engine.drafter import Drafter
-from paceline.engine.load import load_model
-from paceline.engine.loop import DrafterLoop
 from paceline.models import resolve
 from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.speculation.frames import Hello
+
+if TYPE_CHECKING:
+    # torch and transformers take seconds to import; the application builder imports this module without them.
+    from paceline.engine.loop import DrafterLoop
 
 DRAIN_GRACE_S = 2.0
 """How long open streams may go on after the replica left the membership."""
@@ -30,8 +31,7 @@ class Draft:
 
     async def __init__(self, settings: AppSettings) -> None:  # type: ignore[misc]  # Serve awaits it
         self.replica_id: str = serve.get_replica_context().replica_id.unique_id
-        drafter, fingerprint = await asyncio.to_thread(_load, settings)
-        self._loop = DrafterLoop(drafter)
+        self._loop, fingerprint = await asyncio.to_thread(_start, settings)
         self._service = DraftService(self._loop, Hello(self.replica_id, settings.draft_model, fingerprint))
         host = ray.util.get_node_ip_address() if settings.draft.host == "auto" else settings.draft.host
         self._server, self.address = await start_draft_server(self._service, host, settings.draft.port)
@@ -68,6 +68,9 @@ class Draft:
         await asyncio.to_thread(self._loop.stop)
 
 
-def _load(settings: AppSettings) -> tuple[Drafter, str]:
+def _start(settings: AppSettings) -> tuple[DrafterLoop, str]:
+    from paceline.engine.load import load_model
+    from paceline.engine.loop import DrafterLoop
+
     model = load_model(resolve(settings.draft_model).path, settings.draft.engine)
-    return model.drafter(), model.fingerprint
+    return DrafterLoop(model.drafter()), model.fingerprint

@@ -7,13 +7,11 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
 from paceline.config import AppSettings
-from paceline.engine.load import LoadedModel, load_model
-from paceline.engine.loop import EngineLoop
 from paceline.errors import PacelineError
 from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
@@ -21,6 +19,11 @@ from paceline.serving.discovery import ReplicaWatch
 from paceline.speculation.frames import Hello
 from paceline.speculation.remote import RemoteProposer
 from paceline.types import Accepted, Delta, Failure, Frame, Request
+
+if TYPE_CHECKING:
+    # torch and transformers take seconds to import; the application builder imports this module without them.
+    from paceline.engine.load import LoadedModel
+    from paceline.engine.loop import EngineLoop
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ class Target:
         self._model = await asyncio.to_thread(_load, settings)
         if draft_deployment is not None:
             self._watch_drafts(draft_deployment)
-        self._loop = EngineLoop(self._model.engine(self._proposer, settings.speculation))
+        self._loop = _start(self._model, self._proposer, settings)
 
     def _watch_drafts(self, deployment: str) -> None:
         self._proposer = RemoteProposer(self._settings.speculation.draft_timeout_ms / 1000)
@@ -123,4 +126,12 @@ class Target:
 
 
 def _load(settings: AppSettings) -> LoadedModel:
+    from paceline.engine.load import load_model
+
     return load_model(resolve(settings.model).path, settings.target.engine)
+
+
+def _start(model: LoadedModel, proposer: RemoteProposer | None, settings: AppSettings) -> EngineLoop:
+    from paceline.engine.loop import EngineLoop
+
+    return EngineLoop(model.engine(proposer, settings.speculation))

@@ -83,11 +83,11 @@ def draw(logits: torch.Tensor, params: SamplingParams, positions: Sequence[int])
     draws. `params.seed` must be set unless greedy. Returns n token ids.
     """
     if params.greedy:
-        return [int(token) for token in logits.argmax(dim=-1)]
+        return _ints(logits.argmax(dim=-1))
     assert params.seed is not None, "a seed is fixed where a request enters"
     scores = process_logits(logits, params)
     noise = gumbel(params.seed, positions, scores.shape[-1], scores.device)
-    return [int(token) for token in noise.add_(scores).argmax(dim=-1)]
+    return _ints(noise.add_(scores).argmax(dim=-1))
 
 
 def accept(candidates: Sequence[int], drawn: Sequence[int]) -> int:
@@ -118,6 +118,12 @@ def _nucleus_edge(scores: torch.Tensor, top_p: float, first: int = 1024) -> torc
     # The nucleus ends with the first token that reaches top_p.
     last = (mass < top_p).sum(dim=-1, keepdim=True).clamp_(max=best.shape[-1] - 1)
     return best.gather(-1, last)
+
+
+def _ints(tokens: torch.Tensor) -> list[int]:
+    """In one copy from the device."""
+    found: list[int] = tokens.tolist()
+    return found
 
 
 def _start(seed: int, position: int) -> int:

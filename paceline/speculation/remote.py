@@ -1,22 +1,25 @@
 """Candidates from draft replicas elsewhere: a state machine over links, with no transport in it.
 
-    link      up ──lost or late too often──► resting (backoff, doubling) ──rest over──► up
+    link      up ──late too often or failing──► resting (backoff, doubling) ──rest over──► up
     sequence  unassigned ──open──► assigned to one link ──link lost, rests or failed──► unassigned
 
+A link that lets a sequence go is told to close it, so that no drafter holds KV for a sequence it lost.
+
 Two threads meet here: the engine's (open, propose, advance, close) and the transport's (add_link,
-remove_link, receive). One lock guards the state; only `propose` waits, on a condition, until a deadline.
+remove_link, retire_link, restore_link, receive). One lock guards the state; only `propose` waits, on a
+condition, until a deadline.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from paceline.errors import DraftError
 from paceline.speculation.frames import Advance, Candidates, DraftFrame, Open
 from paceline.speculation.proposer import Proposer, Wanted
 from paceline.types import SamplingParams
@@ -27,6 +30,7 @@ LATE_BEFORE_REST = 3
 """Steps in a row a link may miss before it is left alone."""
 FIRST_REST_S = 0.5
 LONGEST_REST_S = 30.0
+MAX_DOUBLINGS = 16
 
 
 class DraftLink(ABC):
@@ -57,9 +61,17 @@ class _LinkState:
     late_in_a_row: int = 0
     rests: int = 0
     resting_until: float = 0.0
+    retired: bool = False
     opens: list[Open] = field(default_factory=list)
     advances: list[Advance] = field(default_factory=list)
     closes: list[int] = field(default_factory=list)
+
+    def forget(self, sequence: int) -> None:
+        """Take back what was not sent yet, since a frame's closes come first, and have it closed there."""
+        self.sequences.discard(sequence)
+        self.opens = [opened for opened in self.opens if opened.sequence != sequence]
+        self.advances = [step for step in self.advances if step.sequence != sequence]
+        self.closes.append(sequence)
 
     def take_frame(self) -> DraftFrame | None:
         if not (self.opens or self.advances or self.closes):
@@ -71,13 +83,16 @@ class _LinkState:
 
 @dataclass(eq=False, slots=True)
 class _SequenceState:
-    """`asked` is the base position candidates were last asked for; `candidates` answers it."""
+    """`asked` is the base position its link was last asked for, None if it was not; `candidates` answers it."""
 
     tokens: list[int]
     params: SamplingParams
     link: str | None = None
     asked: int | None = None
     candidates: Candidates | None = None
+
+    def ask(self, depth: int) -> None:
+        self.asked = len(self.tokens) if depth > 0 else None
 
 
 class RemoteProposer(Proposer):
@@ -99,24 +114,23 @@ class RemoteProposer(Proposer):
     # Called by the transport.
 
     def add_link(self, link: DraftLink) -> None:
-        """A stream is up and its drafter shares our tokenizer."""
+        """A stream is up and its drafter shares our tokenizer. One of the same replica before it is gone."""
         with self._changed:
+            self._lose(link.replica_id)
             self._links[link.replica_id] = _LinkState(link)
 
     def remove_link(self, replica_id: str) -> None:
         """A stream is gone. Its sequences decode plainly until another drafter takes them."""
         with self._changed:
-            if self._links.get(replica_id) is not None:
-                self.stats.links_lost += 1
-                self._unassign_all(replica_id)
-                del self._links[replica_id]
-                self._changed.notify_all()
+            self._lose(replica_id)
 
     def retire_link(self, replica_id: str) -> None:
         """The drafter is leaving: it keeps the sequences it has while its stream lasts and gets no more."""
-        with self._changed:
-            if (state := self._links.get(replica_id)) is not None:
-                state.resting_until = math.inf
+        self._set_retired(replica_id, True)
+
+    def restore_link(self, replica_id: str) -> None:
+        """The drafter stays after all."""
+        self._set_retired(replica_id, False)
 
     def receive(self, replica_id: str, replies: Iterable[Candidates]) -> None:
         """Replies arrived on a link."""
@@ -134,6 +148,7 @@ class RemoteProposer(Proposer):
 
     def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
         with self._changed:
+            self._forget(sequence)
             state = self._sequences[sequence] = _SequenceState(list(tokens), params)
             self._assign(sequence, state, depth=0)
         self._flush()
@@ -158,35 +173,57 @@ class RemoteProposer(Proposer):
 
     def close(self, sequence: int) -> None:
         with self._changed:
-            state = self._sequences.pop(sequence, None)
-            if state is not None and state.link is not None:
-                link = self._links[state.link]
-                link.sequences.discard(sequence)
-                link.closes.append(sequence)
+            self._forget(sequence)
         self._flush()
 
+    def check(self) -> None:
+        """Raise DraftError unless every assigned sequence is in the books of its link, and of no other."""
+        with self._changed:
+            booked = sorted((s, name) for name, link in self._links.items() for s in link.sequences)
+            assigned = sorted((s, state.link) for s, state in self._sequences.items() if state.link is not None)
+            if booked != assigned:
+                raise DraftError(f"draft links hold {booked}, sequences say {assigned}")
+            if any(state.link is None and state.asked is not None for state in self._sequences.values()):
+                raise DraftError("a sequence without a link waits for candidates")
+
     # State changes, under the lock.
+
+    def _lose(self, replica_id: str) -> None:
+        if replica_id in self._links:
+            self.stats.links_lost += 1
+            self._unassign_all(replica_id)
+            del self._links[replica_id]
+            self._changed.notify_all()
+
+    def _set_retired(self, replica_id: str, retired: bool) -> None:
+        with self._changed:
+            if (link := self._links.get(replica_id)) is not None:
+                link.retired = retired
+
+    def _forget(self, sequence: int) -> None:
+        if (state := self._sequences.pop(sequence, None)) is not None:
+            self._unassign(sequence, state)
 
     def _advance_one(self, state: _SequenceState, update: Advance) -> None:
         state.tokens[update.base :] = update.tokens
         state.candidates = None
-        state.asked = len(state.tokens) if update.depth > 0 else None
         if state.link is None:
             self._assign(update.sequence, state, update.depth)
         else:
             self._links[state.link].advances.append(update)
+            state.ask(update.depth)
 
     def _assign(self, sequence: int, state: _SequenceState, depth: int) -> None:
-        """Give a sequence to the link with the fewest, among those not resting."""
+        """Give a sequence to the link with the fewest, among those neither resting nor retired."""
         now = self._clock()
-        awake = [(replica_id, link) for replica_id, link in self._links.items() if link.resting_until <= now]
+        awake = [link for link in self._links.values() if not link.retired and link.resting_until <= now]
         if not awake:
             return
-        replica_id, link = min(awake, key=lambda item: len(item[1].sequences))
+        link = min(awake, key=lambda link: len(link.sequences))
         link.sequences.add(sequence)
         link.opens.append(Open(sequence, tuple(state.tokens), state.params, depth))
-        state.link = replica_id
-        state.asked = len(state.tokens) if depth > 0 else None
+        state.link = link.link.replica_id
+        state.ask(depth)
 
     def _take_reply(self, replica_id: str, reply: Candidates) -> None:
         state = self._sequences.get(reply.sequence)
@@ -206,7 +243,7 @@ class RemoteProposer(Proposer):
 
     def _unassign(self, sequence: int, state: _SequenceState) -> None:
         if state.link is not None:
-            self._links[state.link].sequences.discard(sequence)
+            self._links[state.link].forget(sequence)
         state.link = state.asked = state.candidates = None
 
     def _unassign_all(self, replica_id: str) -> None:
@@ -230,9 +267,8 @@ class RemoteProposer(Proposer):
     def _note_lateness(self, wanted: Sequence[Wanted], found: Iterable[int]) -> None:
         late = {want.sequence for want in wanted} - set(found)
         self.stats.late += len(late)
-        for replica_id in {s.link for q in late if (s := self._sequences.get(q)) is not None and s.asked is not None}:
-            if replica_id is None:
-                continue
+        known = [state for sequence in late if (state := self._sequences.get(sequence)) is not None]
+        for replica_id in {state.link for state in known if state.link is not None and state.asked is not None}:
             link = self._links[replica_id]
             link.late_in_a_row += 1
             if link.late_in_a_row >= LATE_BEFORE_REST:
@@ -241,9 +277,8 @@ class RemoteProposer(Proposer):
     def _rest(self, replica_id: str) -> None:
         """Leave a drafter alone for a while; it forgets our sequences, so that it catches up on nothing stale."""
         link = self._links[replica_id]
-        link.closes.extend(link.sequences)
         self._unassign_all(replica_id)
-        pause = min(LONGEST_REST_S, FIRST_REST_S * 2**link.rests)
+        pause = min(LONGEST_REST_S, FIRST_REST_S * 2 ** min(link.rests, MAX_DOUBLINGS))
         link.resting_until = self._clock() + pause
         link.rests += 1
         link.late_in_a_row = 0

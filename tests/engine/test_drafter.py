@@ -1,0 +1,424 @@
+"""The drafter against the models it imitates: same tokens whatever was rolled back, batched or reopened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.engine.attention import Window
+from paceline.engine.drafter import Drafted, Drafter
+from paceline.engine.runner import ModelRunner
+from paceline.speculation.frames import DraftFailureReason
+from paceline.types import SamplingParams
+from tests import tiny
+
+MODEL = tiny.tiny_llama()
+PROMPT = tiny.prompt(17, seed=17)
+GREEDY = SamplingParams(temperature=0.0)
+SEEDED = SamplingParams(temperature=0.8, top_p=0.95, seed=11)
+CONTEXT = 512
+
+
+class CountingRunner(ModelRunner):
+    """Knows how many tokens each forward pass computed."""
+
+    def run(self, windows: Sequence[Window]) -> torch.Tensor:
+        self.batches.append([len(window.token_ids) for window in windows])
+        return super().run(windows)
+
+    @property
+    def batches(self) -> list[list[int]]:
+        return self.model.__dict__.setdefault("batches", [])
+
+
+def drafter(capacity: int = 4096, budget: int = 64) -> tuple[Drafter, list[list[int]]]:
+    runner = CountingRunner(tiny.ours(MODEL).model)
+    made = Drafter(runner, tiny.kv_for(runner, capacity), max_batched_tokens=budget, max_model_len=CONTEXT)
+    return made, runner.batches
+
+
+def drain(made: Drafter) -> list[Drafted]:
+    found = []
+    while made.has_work:
+        found += made.step()
+        made.kv.check()
+    return found
+
+
+def only(made: Drafter) -> tuple[int, ...]:
+    (answer,) = drain(made)
+    assert answer.failure is None
+    return answer.tokens
+
+
+def continuation(tokens: Sequence[int], n: int, params: SamplingParams = GREEDY) -> tuple[int, ...]:
+    """What the model itself says next."""
+    if params.greedy:
+        return tuple(tiny.generate(MODEL, tuple(tokens), n))
+    sampling = {"temperature": params.temperature, "top_p": params.top_p, "seed": params.seed, "max_tokens": n}
+    return tuple(tiny.run(tiny.engine_for(MODEL), tiny.request(tuple(tokens), **sampling))["r"])
+
+
+def wrong(token: int) -> int:
+    return (token + 1) % tiny.VOCAB
+
+
+# Drafting.
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_candidates_are_what_the_target_will_say(params: SamplingParams) -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, params, depth=8)
+    assert drain(made) == [Drafted("s", len(PROMPT), continuation(PROMPT, 8, params))]
+
+
+def test_depth_zero_prefills_and_says_nothing() -> None:
+    made, batches = drafter()
+    made.open("s", PROMPT, GREEDY, depth=0)
+    assert (drain(made), batches) == ([], [[17]])
+
+
+def test_a_prefilled_sequence_computes_only_what_is_new() -> None:
+    made, batches = drafter()
+    made.open("s", PROMPT, GREEDY, depth=0)
+    drain(made)
+    made.advance("s", len(PROMPT), [5], depth=3)
+    drain(made)
+    assert batches[1:] == [[1], [1], [1]]
+
+
+def test_a_long_prompt_is_prefilled_in_chunks() -> None:
+    made, batches = drafter(budget=7)
+    made.open("s", PROMPT, GREEDY, depth=2)
+    assert (only(made), batches) == (continuation(PROMPT, 2), [[7], [7], [3], [1]])
+
+
+def test_a_long_prompt_does_not_delay_a_running_draft() -> None:
+    made, batches = drafter(budget=8)
+    made.open("long", tiny.prompt(100), GREEDY, depth=0)
+    made.open("short", PROMPT[:3], GREEDY, depth=1)
+    assert [answer.key for answer in made.step()] == ["short"]
+
+
+def test_an_answer_comes_once() -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, GREEDY, depth=2)
+    drain(made)
+    assert (made.has_work, made.step()) == (False, [])
+
+
+# Advancing.
+
+
+def test_full_acceptance_goes_on_from_the_bonus_token() -> None:
+    made, _ = drafter()
+    truth = continuation(PROMPT, 10)
+    made.open("s", PROMPT, GREEDY, depth=4)
+    drain(made)
+    made.advance("s", len(PROMPT), truth[:5], depth=4)
+    assert drain(made) == [Drafted("s", len(PROMPT) + 5, truth[5:9])]
+
+
+def test_full_acceptance_computes_two_tokens_and_then_one_at_a_time() -> None:
+    made, batches = drafter()
+    truth = continuation(PROMPT, 10)
+    made.open("s", PROMPT, GREEDY, depth=4)
+    drain(made)
+    before = len(batches)
+    made.advance("s", len(PROMPT), truth[:5], depth=4)
+    drain(made)
+    # The last candidate was drawn but never fed back, so it is computed together with the bonus token.
+    assert batches[before:] == [[2], [1], [1], [1]]
+
+
+@pytest.mark.parametrize("agreed", range(4))
+def test_a_rejected_run_leaves_no_trace(agreed: int) -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, GREEDY, depth=4)
+    drafted = only(made)
+    new = (*drafted[:agreed], wrong(drafted[agreed]))
+    made.advance("s", len(PROMPT), new, depth=5)
+    assert only(made) == continuation((*PROMPT, *new), 5)
+
+
+def test_a_rejected_run_leaves_no_trace_in_seeded_drafts() -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, SEEDED, depth=4)
+    drafted = only(made)
+    new = (*drafted[:2], wrong(drafted[2]))
+    made.advance("s", len(PROMPT), new, depth=5)
+    fresh, _ = drafter()
+    fresh.open("s", (*PROMPT, *new), SEEDED, depth=5)
+    assert only(made) == only(fresh)
+
+
+def test_advancing_by_fewer_tokens_than_drafted_keeps_the_rest() -> None:
+    made, batches = drafter()
+    made.open("s", PROMPT, GREEDY, depth=4)
+    drafted = only(made)
+    before = len(batches)
+    made.advance("s", len(PROMPT), drafted[:2], depth=2)
+    assert (drain(made), len(batches)) == ([Drafted("s", len(PROMPT) + 2, drafted[2:])], before)
+
+
+def test_kept_candidates_are_drafted_on_from() -> None:
+    made, _ = drafter()
+    truth = continuation(PROMPT, 8)
+    made.open("s", PROMPT, GREEDY, depth=4)
+    drain(made)
+    made.advance("s", len(PROMPT), truth[:2], depth=6)
+    assert only(made) == truth[2:8]
+
+
+def test_a_shallower_depth_gives_no_more_than_that() -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, GREEDY, depth=4)
+    drafted = only(made)
+    made.advance("s", len(PROMPT), drafted[:1], depth=1)
+    assert only(made) == drafted[1:2]
+
+
+def test_advancing_with_depth_zero_says_nothing_until_more_is_wanted() -> None:
+    made, _ = drafter()
+    truth = continuation(PROMPT, 6)
+    made.open("s", PROMPT, GREEDY, depth=0)
+    made.advance("s", len(PROMPT), truth[:1], depth=0)
+    silent = drain(made)
+    made.advance("s", len(PROMPT) + 1, truth[1:2], depth=4)
+    assert (silent, only(made)) == ([], truth[2:6])
+
+
+def test_advancing_before_the_prompt_is_prefilled_is_right() -> None:
+    made, _ = drafter(budget=7)
+    truth = continuation(PROMPT, 4)
+    made.open("s", PROMPT, GREEDY, depth=0)
+    made.step()
+    made.advance("s", len(PROMPT), truth[:1], depth=3)
+    assert only(made) == truth[1:4]
+
+
+def test_advancing_in_the_middle_of_drafting_is_right() -> None:
+    made, _ = drafter()
+    truth = continuation(PROMPT, 8)
+    made.open("s", PROMPT, GREEDY, depth=6)
+    made.step()
+    made.step()
+    made.advance("s", len(PROMPT), truth[:1], depth=4)
+    assert only(made) == truth[1:5]
+
+
+def test_advancing_by_nothing_drafts_the_same_again() -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, GREEDY, depth=3)
+    drafted = only(made)
+    made.advance("s", len(PROMPT), (), depth=3)
+    assert only(made) == drafted
+
+
+def test_a_base_in_the_past_rewrites_history() -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, GREEDY, depth=3)
+    drain(made)
+    made.advance("s", 9, (8, 7), depth=3)
+    assert drain(made) == [Drafted("s", 11, continuation((*PROMPT[:9], 8, 7), 3))]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 5), st.integers(0, 3)), max_size=6))
+def test_any_history_of_acceptance_drafts_like_a_fresh_open(rounds: list[tuple[int, bool, int, int]]) -> None:
+    made, _ = drafter(budget=5)
+    made.open("s", PROMPT[:6], SEEDED, depth=4)
+    tokens, drafted = list(PROMPT[:6]), ()
+    for agreed, right, depth, steps in rounds:
+        for _ in range(steps):
+            drafted = next((answer.tokens for answer in made.step()), drafted)
+        new = [*drafted[:agreed], 3 if right else 4]
+        made.advance("s", len(tokens), new, depth)
+        tokens, drafted = tokens + new, ()
+    made.advance("s", len(tokens), [5], depth=4)
+    fresh, _ = drafter()
+    fresh.open("s", [*tokens, 5], SEEDED, depth=4)
+    assert drain(made)[-1] == drain(fresh)[-1]
+
+
+# Failures.
+
+
+def test_a_base_beyond_what_is_known_is_a_mismatch() -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, GREEDY, depth=0)
+    made.advance("s", len(PROMPT) + 1, (5,), depth=2)
+    assert drain(made) == [Drafted("s", len(PROMPT) + 1, failure=DraftFailureReason.BASE_MISMATCH)]
+
+
+def test_an_unknown_key_is_said_to_be_unknown() -> None:
+    made, _ = drafter()
+    made.advance("s", 3, (5,), depth=2)
+    assert drain(made) == [Drafted("s", 3, failure=DraftFailureReason.UNKNOWN_SEQUENCE)]
+
+
+def test_a_closed_key_is_unknown() -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, GREEDY, depth=1)
+    made.close("s")
+    made.advance("s", len(PROMPT), (5,), depth=1)
+    assert [answer.failure for answer in drain(made)] == [DraftFailureReason.UNKNOWN_SEQUENCE]
+
+
+def test_closing_an_unknown_key_is_nothing() -> None:
+    made, _ = drafter()
+    made.close("s")
+    assert made.has_work is False
+
+
+@pytest.mark.parametrize("tokens", [(), (5, tiny.VOCAB), (-1,)], ids=["none", "too large", "negative"])
+def test_a_history_that_makes_no_sense_is_a_failure(tokens: tuple[int, ...]) -> None:
+    made, _ = drafter()
+    made.open("s", tokens, GREEDY, depth=2)
+    assert (drain(made), made.num_sequences) == (
+        [Drafted("s", len(tokens), failure=DraftFailureReason.INTERNAL)],
+        0,
+    )
+
+
+@pytest.mark.parametrize("token", [tiny.VOCAB, -1])
+def test_an_advance_that_makes_no_sense_is_a_failure_and_closes(token: int) -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, GREEDY, depth=0)
+    drain(made)
+    made.advance("s", len(PROMPT), (token,), depth=2)
+    assert (drain(made), made.num_sequences, made.kv.usage().in_use) == (
+        [Drafted("s", len(PROMPT), failure=DraftFailureReason.INTERNAL)],
+        0,
+        0,
+    )
+
+
+def test_no_room_for_another_sequence_is_busy() -> None:
+    made, _ = drafter(capacity=100)
+    made.open("a", PROMPT, GREEDY, depth=2)
+    made.open("b", tiny.prompt(30), GREEDY, depth=2)
+    answers = {answer.key: answer.failure for answer in drain(made)}
+    assert answers == {"a": None, "b": DraftFailureReason.BUSY}
+
+
+def test_a_busy_drafter_forgets_the_sequence() -> None:
+    made, _ = drafter(capacity=50)
+    made.open("a", PROMPT, GREEDY, depth=2)
+    drain(made)
+    assert (made.num_sequences, made.kv.usage().in_use) == (0, 0)
+
+
+def test_no_room_to_grow_is_busy_and_frees_everything() -> None:
+    made, _ = drafter(capacity=81)
+    made.open("a", PROMPT, GREEDY, depth=2)
+    drain(made)
+    made.advance("a", len(PROMPT), tiny.prompt(3), depth=2)
+    answers = drain(made)
+    assert [answer.failure for answer in answers] == [DraftFailureReason.BUSY]
+    assert (made.num_sequences, made.kv.usage().in_use) == (0, 0)
+
+
+@pytest.mark.parametrize(("length", "candidates"), [(509, 3), (510, 2), (511, 1), (512, 0), (600, 0)])
+def test_the_end_of_the_context_ends_the_candidates(length: int, candidates: int) -> None:
+    made, _ = drafter()
+    made.open("s", tiny.prompt(length), GREEDY, depth=4)
+    assert len(only(made)) == candidates
+
+
+def test_advancing_past_the_end_of_the_context_gives_no_candidates() -> None:
+    made, _ = drafter()
+    made.open("s", tiny.prompt(511), GREEDY, depth=4)
+    drain(made)
+    made.advance("s", 511, tiny.prompt(4), depth=4)
+    assert drain(made) == [Drafted("s", 515, ())]
+
+
+def test_a_history_beyond_the_context_is_not_prefilled() -> None:
+    made, batches = drafter()
+    made.open("s", tiny.prompt(600), GREEDY, depth=0)
+    assert (drain(made), batches) == ([], [])
+
+
+# Several at once, and again.
+
+
+def test_sequences_drafted_together_equal_those_drafted_alone() -> None:
+    prompts = {name: tiny.prompt(n, seed=n) for name, n in (("a", 3), ("b", 17), ("c", 60))}
+    alone = {}
+    for name, tokens in prompts.items():
+        made, _ = drafter()
+        made.open(name, tokens, SEEDED, depth=5)
+        alone[name] = only(made)
+    together, _ = drafter()
+    for name, tokens in prompts.items():
+        together.open(name, tokens, SEEDED, depth=5)
+    assert {answer.key: answer.tokens for answer in drain(together)} == alone
+
+
+def test_running_drafts_share_a_forward_pass() -> None:
+    made, batches = drafter()
+    made.open("a", PROMPT[:5], GREEDY, depth=2)
+    made.open("b", PROMPT[:7], GREEDY, depth=2)
+    drain(made)
+    assert batches == [[5, 7], [1, 1]]
+
+
+def test_closing_one_leaves_the_other() -> None:
+    made, _ = drafter()
+    made.open("a", PROMPT, GREEDY, depth=4)
+    made.open("b", PROMPT[:9], GREEDY, depth=4)
+    made.step()
+    made.close("a")
+    assert drain(made) == [Drafted("b", 9, continuation(PROMPT[:9], 4))]
+
+
+def test_closing_keeps_keys_and_values_as_cache() -> None:
+    made, _ = drafter()
+    made.open("a", PROMPT, GREEDY, depth=0)
+    drain(made)
+    made.close("a")
+    usage = made.kv.usage()
+    assert (usage.in_use, usage.cached) == (0, len(PROMPT))
+
+
+def test_the_next_turn_prefills_only_what_is_new() -> None:
+    made, batches = drafter()
+    made.open("a", PROMPT, GREEDY, depth=4)
+    drafted = only(made)
+    made.close("a")
+    before = len(batches)
+    made.open("b", (*PROMPT, *drafted, *tiny.prompt(5)), GREEDY, depth=0)
+    drain(made)
+    assert batches[before:] == [[len(drafted) + 5]]
+
+
+def test_the_next_turn_takes_the_former_ones_place() -> None:
+    made, _ = drafter()
+    made.open("a", PROMPT, GREEDY, depth=4)
+    drain(made)
+    made.close("a")
+    made.open("b", (*PROMPT, *tiny.prompt(5)), GREEDY, depth=0)
+    drain(made)
+    assert made.kv.usage().cached == 0
+
+
+def test_opening_again_begins_anew() -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, GREEDY, depth=4)
+    made.step()
+    made.open("s", PROMPT[:8], GREEDY, depth=3)
+    assert drain(made) == [Drafted("s", 8, continuation(PROMPT[:8], 3))]
+
+
+def test_drafted_tokens_are_counted() -> None:
+    made, _ = drafter()
+    made.open("a", PROMPT, GREEDY, depth=4)
+    made.open("b", PROMPT, GREEDY, depth=3)
+    drain(made)
+    assert made.drafted_tokens == 7

@@ -1,0 +1,52 @@
+"""The same engine on a GPU: the same tokens as transformers.generate there, and the same noise as on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paceline.speculation import coupling
+from paceline.speculation.local import LocalProposer
+from tests import tiny
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = [tiny.prompt(n, seed=n) for n in (1, 5, 40, 100)]
+
+
+@pytest.fixture(scope="module")
+def model() -> tiny.LlamaForCausalLM:
+    return tiny.tiny_llama().to("cuda")
+
+
+def requests(**params: object) -> list[tiny.Request]:
+    return [tiny.request(tokens, str(n), **params) for n, tokens in enumerate(PROMPTS)]
+
+
+def test_greedy_equals_transformers(model: tiny.LlamaForCausalLM) -> None:
+    found = tiny.run(tiny.engine_for(model), *requests())
+    assert [found[str(n)] for n in range(len(PROMPTS))] == [tiny.generate(model, tokens) for tokens in PROMPTS]
+
+
+def test_speculation_changes_no_sampled_token(model: tiny.LlamaForCausalLM) -> None:
+    seeded = {"temperature": 0.8, "top_p": 0.95, "seed": 11}
+    plain = tiny.run(tiny.engine_for(model), *requests(**seeded))
+    proposer = LocalProposer(tiny.drafter_for(model))
+    assert tiny.run(tiny.engine_for(model, proposer=proposer), *requests(**seeded)) == plain
+
+
+def test_a_session_keeps_its_cache(model: tiny.LlamaForCausalLM) -> None:
+    engine = tiny.engine_for(model)
+    answer = tuple(tiny.run(engine, tiny.request(PROMPTS[3], "a", "s"))["a"])
+    second = (*PROMPTS[3], *answer, *tiny.prompt(90, seed=3))
+    assert tiny.run(engine, tiny.request(second, "b", "s"))["b"] == tiny.generate(model, second)
+
+
+def test_noise_is_bit_equal_on_cpu_and_gpu() -> None:
+    cpu, gpu = (coupling.random_bits(7, range(50), 49152, device) for device in ("cpu", "cuda"))
+    assert torch.equal(cpu, gpu.cpu())
+
+
+def test_gumbel_differs_by_less_than_a_near_tie() -> None:
+    cpu, gpu = (coupling.gumbel(7, range(50), 49152, device) for device in ("cpu", "cuda"))
+    assert (cpu - gpu.cpu()).abs().max() < 1e-12

@@ -1,0 +1,45 @@
+"""What LocalCluster decides before Ray is there."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from paceline.config import default_deployment, parse_settings
+from paceline.errors import ConfigError
+from paceline.serving.cluster import LocalCluster, share_cores
+
+
+def threads(shared: dict[str, object]) -> tuple[object, object]:
+    settings = parse_settings(shared["applications"][0]["args"])  # type: ignore[index]
+    return settings.target.engine.threads, settings.draft.engine.threads
+
+
+@pytest.mark.parametrize(("cores", "each"), [(1, 1), (2, 1), (8, 2), (64, 16)])
+def test_engines_share_the_cores(cores: int, each: int) -> None:
+    assert threads(share_cores(default_deployment(), cores)) == (each, each)
+
+
+def test_a_configured_thread_count_stays() -> None:
+    settings = parse_settings({"target": {"engine": {"threads": 3}}})
+    assert threads(share_cores(default_deployment(settings), 8)) == (3, 2)
+
+
+def test_sharing_leaves_the_callers_config_alone() -> None:
+    config = default_deployment()
+    share_cores(config, 8)
+    assert config == default_deployment()
+
+
+def test_a_taken_port_is_named_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=str(port)) as caught:
+            LocalCluster(default_deployment(http_port=port)).start()
+    assert caught.value.param == "http_options.port"
+
+
+def test_a_config_without_our_application_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"paceline\.serving\.app:build"):
+        LocalCluster({"applications": []})

@@ -1,0 +1,92 @@
+"""`from paceline import LLM, SamplingParams`: the engine in this process, on the real small model."""
+
+from __future__ import annotations
+
+import pytest
+
+import paceline
+from paceline import LLM, SamplingParams
+from paceline.errors import ConfigError, InvalidRequest, ModelError
+from paceline.models import ModelFiles
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+SEEDED = SamplingParams(temperature=0.8, top_p=0.95, seed=3, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2: ModelFiles) -> LLM:
+    return LLM("smollm2-135m", max_num_seqs=8, kv_tokens=8192)
+
+
+@pytest.fixture(scope="module")
+def drafted(smollm2: ModelFiles) -> LLM:
+    return LLM(str(smollm2.path), draft="smollm2-135m", depth=3, kv_tokens=8192)
+
+
+def test_public_names() -> None:
+    names = {"LLM", "FinishReason", "Metrics", "PacelineError", "RequestOutput", "SamplingParams", "__version__"}
+    assert set(paceline.__all__) == names
+
+
+def test_a_string_and_its_token_ids_give_the_same(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("The capital of France is")
+    text, tokens = llm.generate(["The capital of France is", ids], GREEDY)
+    assert (text.token_ids, text.text) == (tokens.token_ids, tokens.text)
+    assert text.text.startswith(" Paris")
+
+
+def test_one_prompt_needs_no_list(llm: LLM) -> None:
+    assert len(llm.generate("Hello", GREEDY)) == 1
+    assert len(llm.generate([1, 2, 3], GREEDY)) == 1
+
+
+def test_outputs_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (9, 1, 5)]
+    assert [len(o.token_ids) for o in llm.generate(["a", "b", "c"], params)] == [9, 1, 5]
+
+
+def test_the_seed_drawn_is_reported_and_repeats_the_output(llm: LLM) -> None:
+    first = llm.generate("Once upon a time", SamplingParams(max_tokens=16))[0]
+    again = llm.generate("Once upon a time", SamplingParams(max_tokens=16, seed=first.seed))[0]
+    assert again.token_ids == first.token_ids
+
+
+def test_a_draft_in_this_process_changes_no_token(llm: LLM, drafted: LLM) -> None:
+    prompts = ["Once upon a time", "The three laws of motion are"]
+    plain = [o.token_ids for o in llm.generate(prompts, SEEDED)]
+    outputs = drafted.generate(prompts, SEEDED)
+    assert [o.token_ids for o in outputs] == plain
+    assert all(o.metrics.drafted > 0 for o in outputs)
+
+
+def test_chat_uses_the_template(llm: LLM) -> None:
+    answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0))
+    assert (answer.text, answer.finish_reason) == ("The capital of France is Paris.", "stop")
+
+
+def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
+    plain = llm.generate("The capital of France is", GREEDY)[0].text
+    stopped = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=12, stop=("is",)))[0]
+    assert stopped.finish_reason == ("stop" if "is" in plain else "length")
+    assert stopped.text == plain.partition("is")[0]
+
+
+def test_a_bad_prompt_is_named(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match=r"prompts\.1"):
+        llm.generate(["fine", [1, "x"]], GREEDY)  # type: ignore[list-item]
+
+
+def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest):
+        llm.generate(["fine", list(range(3, 9000))], GREEDY)
+    assert not llm.engine.has_work
+
+
+def test_an_unknown_option_is_named() -> None:
+    with pytest.raises(ConfigError, match="thread: unknown key"):
+        LLM("smollm2-135m", thread=1)
+
+
+def test_an_unknown_model_is_named() -> None:
+    with pytest.raises(ModelError, match="no-such-model"):
+        LLM("no-such-model")
