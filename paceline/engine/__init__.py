@@ -1,0 +1,1 @@
+"""The step loop: scheduler, KV cache, runner, attention, sampling, drafter. No Ray, no gRPC."""

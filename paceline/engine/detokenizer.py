@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+CHARACTER_TOKENS = 4
+"""A character takes at most four bytes of UTF-8, so at most so many tokens that give any text."""
+MAX_HELD_TOKENS = 16
+"""Tokens without text, or with bytes that are no UTF-8, after which the older ones are settled as they are."""
 
 
 class Decoder(Protocol):
@@ -18,11 +22,12 @@ class Detokenizer:
 
     Decoding a single token is wrong (spaces, bytes of one character spread over tokens), decoding everything
     each time is quadratic. So a short tail is decoded twice, with and without the new token, and the
-    difference is the new text; it is held back while it ends inside a UTF-8 character.
+    difference is the new text; it is held back while it ends inside a UTF-8 character. Bytes that never
+    become one are U+FFFD, as in the whole output decoded at once.
 
     `push` returns the text that is final; text that could still turn out to begin a stop string is held
     back until it is decided, `finish` returns what is left. Once `stopped`, the text ends before the stop
-    string.
+    string that was complete first, wherever tokens begin and end.
     """
 
     def __init__(self, decoder: Decoder, stop: tuple[str, ...] = ()) -> None:
@@ -35,11 +40,13 @@ class Detokenizer:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
+        if self.stopped:
+            return ""
         self._ids.append(token_id)
         known = self._decode(self._ids[self._tail_start : self._read])
         text = self._decode(self._ids[self._tail_start :])
         if len(text) <= len(known) or text.endswith(REPLACEMENT):
-            return ""
+            return self._release(self._settle(known, text))
         self._tail_start, self._read = self._read, len(self._ids)
         return self._release(text[len(known) :])
 
@@ -55,12 +62,23 @@ class Detokenizer:
             text, self._held = text + self._held, ""
         return text
 
+    def _settle(self, known: str, text: str) -> str:
+        """Of a long held tail, the text that no later token can change; so the tail stays short."""
+        split = len(self._ids) - CHARACTER_TOKENS
+        if split - self._read < MAX_HELD_TOKENS:
+            return ""
+        settled = self._decode(self._ids[self._tail_start : split])
+        if settled + self._decode(self._ids[split:]) != text:
+            return ""  # the split would fall inside a character
+        self._tail_start = self._read = split
+        return settled[len(known) :]
+
     def _release(self, new: str) -> str:
         text = self._held + new
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         hold = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]

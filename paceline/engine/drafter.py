@@ -41,6 +41,11 @@ class _Draft:
     def length(self) -> int:
         return len(self.agreed) + len(self.drafted)
 
+    @property
+    def pending(self) -> int:
+        """Tokens whose KV is missing."""
+        return self.length - (self.entry.length if self.entry is not None else 0)
+
     def tokens_from(self, start: int, limit: int) -> list[int]:
         """Up to `limit` tokens from position `start` on, agreed ones and drafted ones."""
         split = len(self.agreed)
@@ -75,7 +80,7 @@ class Drafter:
     def open(self, key: Hashable, tokens: Sequence[int], params: SamplingParams, depth: int) -> None:
         """Begin, or begin again, with the whole history. `depth` 0 only prefills."""
         self.close(key)
-        if not all(0 <= token < self._runner.vocab_size for token in tokens) or not tokens:
+        if not tokens or not self._known(tokens):
             self._outbox.append(Drafted(key, len(tokens), failure=DraftFailureReason.INTERNAL))
             return
         self._drafts[key] = _Draft(key, list(tokens), params, depth)
@@ -86,6 +91,10 @@ class Drafter:
         if draft is None or base > len(draft.agreed):
             reason = DraftFailureReason.UNKNOWN_SEQUENCE if draft is None else DraftFailureReason.BASE_MISMATCH
             self._outbox.append(Drafted(key, base, failure=reason))
+            return
+        if not self._known(tokens):
+            self._outbox.append(Drafted(key, base, failure=DraftFailureReason.INTERNAL))
+            self.close(key)
             return
         guessed = draft.agreed[base:] + draft.drafted
         same = _common_prefix(guessed, tokens)
@@ -99,6 +108,8 @@ class Drafter:
         """Forget a sequence; its KV stays behind as cache for the session's next turn."""
         draft = self._drafts.pop(key, None)
         if draft is not None and draft.entry is not None:
+            # Guesses are cut off, so that the next turn continues the entry in place.
+            self.kv.truncate(draft.entry, len(draft.agreed))
             self.kv.release(draft.entry)
 
     def step(self) -> list[Drafted]:
@@ -119,7 +130,8 @@ class Drafter:
 
     def _schedule(self, ready: list[Drafted]) -> list[tuple[_Draft, Window]]:
         budget, batch = self._budget, []
-        for draft in list(self._drafts.values()):
+        # Shortest first: a long prompt must not make the running drafts late.
+        for draft in sorted(self._drafts.values(), key=lambda draft: draft.pending):
             if budget <= 0:
                 break
             if not self._wants_work(draft) or self._is_ready(draft):
@@ -131,9 +143,8 @@ class Drafter:
                 continue
             # A token is drawn from the logits of the one before it, so at least that one is computed.
             self.kv.truncate(entry, draft.length - 1)
-            pending = draft.length - entry.length
             chunk = draft.tokens_from(entry.length, budget)
-            complete = len(chunk) == pending and len(draft.drafted) < draft.depth
+            complete = len(chunk) == draft.pending and len(draft.drafted) < draft.depth
             batch.append((draft, Window(entry, chunk, sample=int(complete))))
             budget -= len(chunk)
         return batch
@@ -159,7 +170,12 @@ class Drafter:
         if draft.entry is None:
             draft.entry = self.kv.reserve(draft.tokens_from(0, draft.length), room)
             return draft.entry
-        return draft.entry if self.kv.extend(draft.entry, room) else None
+        enough = draft.length <= draft.entry.charged or self.kv.extend(draft.entry, room)
+        return draft.entry if enough else None
+
+    def _known(self, tokens: Sequence[int]) -> bool:
+        """Whether these are ids of this model; a target's may have a larger vocabulary."""
+        return all(0 <= token < self._runner.vocab_size for token in tokens)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

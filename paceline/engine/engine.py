@@ -128,7 +128,12 @@ class Engine:
         late = {want.sequence for want in wanted} - found.keys()
         for sequence in self._scheduler.running:
             sequence.late += sequence.sequence_id in late
-        return found
+        return {sequence_id: self._known(candidates) for sequence_id, candidates in found.items()}
+
+    def _known(self, candidates: tuple[int, ...]) -> tuple[int, ...]:
+        """Candidates up to the first that is no id of this model: a drafter's vocabulary may be larger."""
+        vocab = self._runner.vocab_size
+        return tuple(itertools.takewhile(lambda token: 0 <= token < vocab, candidates))
 
     def _depth_for(self, sequence: Sequence) -> int:
         """Candidates worth asking for: none for the last token, it is drawn anyway."""

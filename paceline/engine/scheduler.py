@@ -11,7 +11,7 @@ from paceline.engine.kv_cache import KVCache
 from paceline.engine.sequence import Sequence
 
 GROWTH = 64
-"""Tokens of KV room a sequence is given ahead of need; more than any verification window."""
+"""Tokens of KV room a sequence is given ahead of need; half of it is more than any verification window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,13 @@ class Scheduler:
         runs again; its tokens stay the same.
         """
         for sequence in list(self.running):
-            while sequence in self.running and not self.kv.extend(sequence.kv, _room_for(sequence)):
+            while sequence in self.running and not self._extend(sequence):
                 self._preempt(self.running[-1])
+
+    def _extend(self, sequence: Sequence) -> bool:
+        """In stretches: on a GPU every extension moves the entry."""
+        enough = min(sequence.room, len(sequence.tokens) + GROWTH // 2)
+        return sequence.kv.charged >= enough or self.kv.extend(sequence.kv, _room_for(sequence))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.remove(sequence)

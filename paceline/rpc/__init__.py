@@ -1,0 +1,1 @@
+"""gRPC: conversions, the draft server and client, the public service. No Ray."""

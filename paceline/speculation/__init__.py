@@ -1,0 +1,1 @@
+"""The coupling and the sources of candidates. No Ray, no gRPC, no model."""

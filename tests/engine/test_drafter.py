@@ -32,7 +32,7 @@ class CountingRunner(ModelRunner):
 
     @property
     def batches(self) -> list[list[int]]:
-        return self.model.__dict__.setdefault("batches", [])
+        return self.__dict__.setdefault("batches", [])
 
 
 def drafter(capacity: int = 4096, budget: int = 64) -> tuple[Drafter, list[list[int]]]:
@@ -99,7 +99,7 @@ def test_a_long_prompt_is_prefilled_in_chunks() -> None:
 
 
 def test_a_long_prompt_does_not_delay_a_running_draft() -> None:
-    made, batches = drafter(budget=8)
+    made, _ = drafter(budget=8)
     made.open("long", tiny.prompt(100), GREEDY, depth=0)
     made.open("short", PROMPT[:3], GREEDY, depth=1)
     assert [answer.key for answer in made.step()] == ["short"]
@@ -307,6 +307,14 @@ def test_no_room_for_another_sequence_is_busy() -> None:
     assert answers == {"a": None, "b": DraftFailureReason.BUSY}
 
 
+def test_room_is_used_to_the_last_token_before_it_is_busy() -> None:
+    made, _ = drafter(capacity=81)
+    made.open("a", PROMPT, GREEDY, depth=2)
+    drain(made)
+    made.advance("a", len(PROMPT), tiny.prompt(62), depth=2)
+    assert [answer.failure for answer in drain(made)] == [None]
+
+
 def test_a_busy_drafter_forgets_the_sequence() -> None:
     made, _ = drafter(capacity=50)
     made.open("a", PROMPT, GREEDY, depth=2)
@@ -315,10 +323,10 @@ def test_a_busy_drafter_forgets_the_sequence() -> None:
 
 
 def test_no_room_to_grow_is_busy_and_frees_everything() -> None:
-    made, _ = drafter(capacity=81)
+    made, _ = drafter(capacity=90)
     made.open("a", PROMPT, GREEDY, depth=2)
     drain(made)
-    made.advance("a", len(PROMPT), tiny.prompt(3), depth=2)
+    made.advance("a", len(PROMPT), tiny.prompt(70), depth=2)
     answers = drain(made)
     assert [answer.failure for answer in answers] == [DraftFailureReason.BUSY]
     assert (made.num_sequences, made.kv.usage().in_use) == (0, 0)

@@ -81,6 +81,13 @@ def test_an_accepted_run_saves_steps() -> None:
     assert metrics.steps == 4  # the prompt gives one token, then four runs of five
 
 
+def test_candidates_outside_the_vocabulary_are_dropped(reference: list[list[int]]) -> None:
+    proposer = LocalProposer(tiny.drafter_for(tiny.tiny_llama(vocab_size=400)))
+    engine = tiny.engine_for(MODEL, proposer=proposer)
+    assert names(tiny.run(engine, *requests())) == reference
+    assert engine.drafted_tokens > 0
+
+
 def test_eos_inside_an_accepted_run_ends_there() -> None:
     plain = tiny.generate(MODEL, PROMPTS[3])
     eos = frozenset({plain[2]})
