@@ -12,7 +12,7 @@ from paceline.engine.attention import ATTENTION_NAME
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine, EngineLimits
 from paceline.engine.kv_cache import SlabKVCache
-from paceline.engine.runner import ModelRunner
+from paceline.engine.runner import ModelRunner, Runner
 from paceline.speculation.proposer import Proposer
 from paceline.types import Delta, Request, SamplingParams
 
@@ -47,7 +47,7 @@ def ours(model: PreTrainedModel) -> ModelRunner:
     return ModelRunner(twin)
 
 
-def kv_for(runner: ModelRunner, capacity: int = 4096) -> SlabKVCache:
+def kv_for(runner: Runner, capacity: int = 4096) -> SlabKVCache:
     return SlabKVCache(runner.kv_geometry(), capacity, runner.max_model_len)
 
 
@@ -61,8 +61,9 @@ def engine_for(
     depth: int = 4,
     proposer: Proposer | None = None,
     eos: frozenset[int] = frozenset(),
+    runner: Runner | None = None,
 ) -> Engine:
-    runner = ours(model)
+    runner = runner or ours(model)
     limits = EngineLimits(runner.max_model_len, max_num_seqs, max_batched_tokens, max_queued_requests)
     speculation = SpeculationSettings(depth=depth)
     return Engine(runner, kv_for(runner, capacity), limits, eos=eos, proposer=proposer, speculation=speculation)

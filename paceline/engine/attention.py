@@ -43,6 +43,15 @@ class Window:
     def end(self) -> int:
         return self.start + len(self.token_ids)
 
+    def causal_mask(self, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
+        """True where a row's position may see position j in [0, end); None if the one row sees everything."""
+        if len(self.token_ids) == 1 and (sliding_window is None or self.end <= sliding_window):
+            return None
+        i = torch.arange(self.start, self.end, device=device)[:, None]
+        j = torch.arange(self.end, device=device)[None, :]
+        mask = j <= i
+        return mask if sliding_window is None else mask & (j > i - sliding_window)
+
 
 def ragged_attention(
     module: torch.nn.Module,
@@ -77,7 +86,7 @@ def ragged_attention(
                 query[:, :, rows],
                 keys[None, :, : window.end],
                 values[None, :, : window.end],
-                attn_mask=_causal_mask(window.start, window.end, sliding_window, query.device),
+                attn_mask=window.causal_mask(sliding_window, query.device),
                 scale=scaling,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
@@ -85,16 +94,6 @@ def ragged_attention(
         offset = rows.stop
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return out.transpose(1, 2), None
-
-
-def _causal_mask(start: int, end: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
-    """True where position i in [start, end) may see position j in [0, end); None if one row sees everything."""
-    if end - start == 1 and (sliding_window is None or end <= sliding_window):
-        return None
-    i = torch.arange(start, end, device=device)[:, None]
-    j = torch.arange(end, device=device)[None, :]
-    mask = j <= i
-    return mask if sliding_window is None else mask & (j > i - sliding_window)
 
 
 AttentionInterface.register(ATTENTION_NAME, ragged_attention)

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from paceline.config import EngineSettings
+from paceline.engine.native import Kernels, kernels
 from paceline.errors import ConfigError
 from paceline.hardware import usable_cores
 from paceline.models.linear import fbgemm_available
@@ -29,13 +30,14 @@ class Backends:
     """Every "auto" of EngineSettings resolved as far as the machine alone allows.
 
     `dtype` None keeps the checkpoint's. `fp16_linears` None means: if the checkpoint's weights are exact in
-    fp16, which only the loaded model can tell.
+    fp16, which only the loaded model can tell. `kernels` None means the model's own code runs.
     """
 
     device: torch.device
     dtype: torch.dtype | None
     threads: int
     fp16_linears: bool | None
+    kernels: Kernels | None
     choices: tuple[Choice, ...]
 
 
@@ -45,15 +47,17 @@ def resolve_backends(settings: EngineSettings) -> Backends:
     dtype, why_dtype = _dtype(settings, device)
     threads, why_threads = _threads(settings)
     linears, why_linears = _linears(settings, device, dtype)
+    lean, why_lean = _forward(device, dtype)
     choices = (
         Choice("device", str(device), why_device),
         Choice("dtype", "the checkpoint's" if dtype is None else str(dtype).removeprefix("torch."), why_dtype),
         Choice("threads", str(threads), why_threads),
         Choice("linear layers", "fbgemm_fp16" if linears is not False else "torch", why_linears),
+        Choice("forward pass", "lean" if lean is not None else "transformers", why_lean),
         Choice("attention", "sdpa, ragged", "PyTorch's scaled dot product, window by window over true lengths"),
         Choice("kv cache", *_kv(settings)),
     )
-    return Backends(device, dtype, threads, linears, choices)
+    return Backends(device, dtype, threads, linears, lean, choices)
 
 
 def describe(settings: EngineSettings) -> list[Choice]:
@@ -106,6 +110,15 @@ def _linears(settings: EngineSettings, device: torch.device, dtype: torch.dtype 
     if settings.linear_backend == "fbgemm_fp16":
         return True, "as configured"
     return None, "half the bytes of float32 and flat in the number of rows; if the weights are exact in fp16"
+
+
+def _forward(device: torch.device, dtype: torch.dtype | None) -> tuple[Kernels | None, str]:
+    if device.type != "cpu" or dtype != torch.float32:
+        return None, "our kernels are for float32 on a CPU"
+    found = kernels()
+    if isinstance(found, str):
+        return None, f"our kernels do not run here: {found}"
+    return found, "fused projections and our own kernels; if the model is built like Llama"
 
 
 def _kv(settings: EngineSettings) -> tuple[str, str]:

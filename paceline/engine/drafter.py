@@ -8,7 +8,7 @@ from typing import Any
 
 from paceline.engine.attention import Window
 from paceline.engine.kv_cache import KVCache, KVEntry
-from paceline.engine.runner import ModelRunner
+from paceline.engine.runner import Runner
 from paceline.engine.scheduler import GROWTH
 from paceline.speculation import coupling
 from paceline.speculation.frames import DraftFailureReason
@@ -60,7 +60,7 @@ class Drafter:
     target advances, candidates that turned out right keep their KV and count as already drafted.
     """
 
-    def __init__(self, runner: ModelRunner, kv: KVCache, *, max_batched_tokens: int, max_model_len: int) -> None:
+    def __init__(self, runner: Runner, kv: KVCache, *, max_batched_tokens: int, max_model_len: int) -> None:
         self.kv = kv
         self._runner = runner
         self._budget = max_batched_tokens

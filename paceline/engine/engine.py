@@ -12,7 +12,7 @@ import torch
 from paceline.config import SpeculationSettings
 from paceline.engine.detokenizer import Decoder, Detokenizer
 from paceline.engine.kv_cache import KVCache
-from paceline.engine.runner import ModelRunner
+from paceline.engine.runner import Runner
 from paceline.engine.scheduler import Scheduled, Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.errors import InvalidRequest, Overloaded
@@ -42,7 +42,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         kv: KVCache,
         limits: EngineLimits,
         *,

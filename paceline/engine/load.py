@@ -15,7 +15,8 @@ from paceline.engine.backends import KV_SHARE_OF_FREE_MEMORY, Backends, Choice, 
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine, EngineLimits
 from paceline.engine.kv_cache import KVGeometry, SlabKVCache
-from paceline.engine.runner import ModelRunner
+from paceline.engine.lean import NotLeanError, lean_runner
+from paceline.engine.runner import ModelRunner, Runner
 from paceline.errors import ConfigError
 from paceline.models import eos_token_ids, load_causal_lm, load_tokenizer, tokenizer_fingerprint
 from paceline.models.linear import exact_in_fp16, use_fp16_linears
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 class LoadedModel:
     """A model ready to run, its tokenizer, and what was chosen for it."""
 
-    runner: ModelRunner
+    runner: Runner
     tokenizer: Any
     eos: frozenset[int]
     limits: EngineLimits
@@ -69,8 +70,7 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     model = load_causal_lm(
         path, dtype=backends.dtype or "auto", device=backends.device, attn_implementation=ATTENTION_NAME
     )
-    runner = ModelRunner(model)
-    choices = _choose_linears(model, backends)
+    runner, choices = _choose_forward(ModelRunner(model), backends)
     limits = _limits(settings, runner)
     kv_tokens = _kv_tokens(settings, runner.kv_geometry(), limits)
     tokenizer = load_tokenizer(path)
@@ -79,18 +79,23 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     return LoadedModel(runner, tokenizer, eos, limits, kv_tokens, tokenizer_fingerprint(tokenizer), choices)
 
 
-def _choose_linears(model: torch.nn.Module, backends: Backends) -> tuple[Choice, ...]:
-    wanted = backends.fp16_linears
-    if wanted is None:
-        wanted = exact_in_fp16(model)
-    if wanted:
-        use_fp16_linears(model)
-        return backends.choices
-    plain = Choice("linear layers", "torch", "the weights are not exact in fp16, or as configured")
-    return tuple(plain if choice.name == "linear layers" else choice for choice in backends.choices)
+def _choose_forward(whole: ModelRunner, backends: Backends) -> tuple[Runner, tuple[Choice, ...]]:
+    """The lean pass if the model has one, else the model's own code; and the choices as they turned out."""
+    fp16 = backends.fp16_linears if backends.fp16_linears is not None else exact_in_fp16(whole.model)
+    replaced = [] if fp16 else [Choice("linear layers", "torch", "the weights are not exact in fp16, or as configured")]
+    runner: Runner = whole
+    try:
+        if backends.kernels is not None:
+            runner = lean_runner(whole, backends.kernels, fp16=fp16)
+    except NotLeanError as error:
+        replaced.append(Choice("forward pass", "transformers", str(error)))
+    if runner is whole and fp16:
+        use_fp16_linears(whole.model)
+    by_name = {choice.name: choice for choice in (*backends.choices, *replaced)}
+    return runner, tuple(by_name.values())
 
 
-def _limits(settings: EngineSettings, runner: ModelRunner) -> EngineLimits:
+def _limits(settings: EngineSettings, runner: Runner) -> EngineLimits:
     own = runner.max_model_len
     if settings.max_model_len != "auto" and settings.max_model_len > own:
         raise ConfigError(

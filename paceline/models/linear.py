@@ -7,6 +7,8 @@ which is what makes verifying several candidates at once worth it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -17,16 +19,24 @@ class Fp16Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        bias = None if linear.bias is None else linear.bias.detach().float().clone()
-        # The pack is a copy in FBGEMM's own tiling; the original is free to go.
-        self._packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float().clone(), bias)
+        self._product = fp16_product(
+            linear.weight.detach().float(), None if linear.bias is None else linear.bias.float()
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
-        return y
+        return self._product(x)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def fp16_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x -> x W^T + b over a packed copy of W [out, in] in FBGEMM's own tiling; the original is free to go."""
+    packed = torch.ops.quantized.linear_prepack_fp16(
+        weight.detach().clone(), None if bias is None else bias.detach().clone()
+    )
+    linear = torch.ops.quantized.linear_dynamic_fp16.default
+    return lambda x: linear(x, packed)
 
 
 def fbgemm_available() -> bool:

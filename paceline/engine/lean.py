@@ -1,0 +1,322 @@
+"""A lean forward pass on a CPU for models built like Llama: eight calls a layer instead of some forty.
+
+Fused QKV and gate/up projections, our kernels between them, keys and values written in place, attention over
+true lengths. Which families this covers is not a list of names: a model is taken apart by its modules, and the
+result is used only if it reproduces the model's own logits on a probe (`lean_runner`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from paceline.engine.attention import Window
+from paceline.engine.kv_cache import KVGeometry, SlabKVCache
+from paceline.engine.native import HeadsStruct, Kernels, WindowStruct
+from paceline.engine.runner import ModelRunner, Runner
+from paceline.models.linear import fp16_product
+
+LONGEST_WINDOW = 16
+"""Rows up to which our own attention is used; longer windows (prefill) go to PyTorch's flash kernel."""
+PROBE_TOKENS = 24
+PROBE_TOLERANCE = 0.05
+"""Largest difference of logits, relative to their spread, at which the lean pass is the same model: rounding gives
+about 1e-5 (1e-3 if weights are rounded to fp16), another structure more than 1."""
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+class NotLeanError(Exception):
+    """The model is built differently; the message says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer's products, norm weights and attention shape."""
+
+    qkv: Product
+    out: Product
+    gate_up: Product
+    down: Product
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    heads: HeadsStruct
+    rotates: bool
+    sliding_window: int | None
+    keep: tuple[torch.Tensor, ...]
+    """Tensors whose addresses `heads` holds."""
+
+
+class LeanRunner(Runner):
+    """Runs the layers taken from a Transformers model, of which nothing else is kept.
+
+    Raises NotLeanError, or AttributeError, if it is built differently.
+    """
+
+    def __init__(self, whole: ModelRunner, kernels: Kernels, *, fp16: bool) -> None:
+        self._kernels = kernels.library
+        self._vocab_size, self._max_model_len = whole.vocab_size, whole.max_model_len
+        self._geometry = whole.kv_geometry()
+        model: Any = whole.model
+        body = _part(model, "model")
+        embedding = body.embed_tokens.weight.detach()
+        self._embedding: torch.Tensor = embedding.half() if fp16 else embedding
+        self._layers = [_take_layer(layer, fp16) for layer in body.layers]
+        self._final_norm, self._eps = _norm(_part(body, "norm"))
+        self._head = _product([model.lm_head], fp16)
+        self._cos, self._sin = _rotary_tables(body, self._layers[0].heads, whole.max_model_len)
+        config = model.config
+        self._embedding_scale = float(getattr(config, "embedding_multiplier", 1.0) or 1.0)
+        self._residual_scale = float(getattr(config, "residual_multiplier", 1.0) or 1.0)
+        self._logits_scale = 1.0 / float(getattr(config, "logits_scaling", 1.0) or 1.0)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    @property
+    def device(self) -> torch.device:
+        return self._geometry.device
+
+    def kv_geometry(self) -> KVGeometry:
+        return self._geometry
+
+    @torch.inference_mode()
+    def run(self, windows: Sequence[Window]) -> torch.Tensor:
+        ids, positions, rows = self.flatten(windows)
+        x = F.embedding(ids, self._embedding).float()
+        if self._embedding_scale != 1.0:
+            x = x * self._embedding_scale
+        step = _Step(
+            self._kernels, windows, self._cos[positions], self._sin[positions], self._eps, self._residual_scale
+        )
+        h = torch.empty_like(x)
+        step.norm(x, None, self._layers[0].attention_norm, h)
+        for n, layer in enumerate(self._layers):
+            attended = step.attend(n, layer, layer.qkv(h))
+            step.norm(x, layer.out(attended), layer.mlp_norm, h)
+            gated = step.gate(layer.gate_up(h))
+            following = self._layers[n + 1].attention_norm if n + 1 < len(self._layers) else self._final_norm
+            step.norm(x, layer.down(gated), following, h)
+        logits = self._head(h[rows])
+        return logits * self._logits_scale if self._logits_scale != 1.0 else logits
+
+
+class _Step:
+    """One forward pass's windows, in the form the kernels take, and the calls on them."""
+
+    def __init__(
+        self,
+        kernels: ctypes.CDLL,
+        windows: Sequence[Window],
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        eps: float,
+        residual_scale: float,
+    ) -> None:
+        self._kernels, self._windows, self._cos, self._sin = kernels, windows, cos, sin
+        self._eps, self._residual_scale = eps, residual_scale
+        self._structs = (WindowStruct * len(windows))()
+        self._long: list[tuple[int, Window]] = []
+        row = 0
+        for struct, window in zip(self._structs, windows, strict=True):
+            count = len(window.token_ids)
+            keys, values = window.entry.keys, window.entry.values
+            struct.row, struct.start, struct.rows = row, window.start, count
+            struct.keys, struct.values, struct.room = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+            struct.attend = int(count <= LONGEST_WINDOW)
+            if count > LONGEST_WINDOW:
+                self._long.append((row, window))
+            row += count
+        self._rows = row
+        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+
+    def norm(self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """x += y; out = RMS norm of x."""
+        self._kernels.add_rms_norm(
+            x.data_ptr(),
+            None if y is None else y.data_ptr(),
+            self._residual_scale,
+            weight.data_ptr(),
+            self._eps,
+            out.data_ptr(),
+            self._rows,
+            x.shape[1],
+        )
+
+    def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(self._rows, gate_up.shape[1] // 2)
+        self._kernels.silu_mul(gate_up.data_ptr(), out.data_ptr(), self._rows, out.shape[1])
+        return out
+
+    def attend(self, number: int, layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
+        heads = layer.heads
+        out = torch.empty(self._rows, heads.heads * heads.dim)
+        self._kernels.attention(
+            qkv.data_ptr(),
+            self._cos.data_ptr() if layer.rotates else None,
+            self._sin.data_ptr() if layer.rotates else None,
+            ctypes.addressof(self._structs),
+            len(self._windows),
+            number,
+            ctypes.addressof(heads),
+            out.data_ptr(),
+        )
+        for row, window in self._long:
+            self._attend_long(number, layer, qkv, row, window, out)
+        return out
+
+    def _attend_long(
+        self, number: int, layer: Layer, qkv: torch.Tensor, row: int, window: Window, out: torch.Tensor
+    ) -> None:
+        heads, rows = layer.heads, slice(row, row + len(window.token_ids))
+        query = qkv[rows, : heads.heads * heads.dim].view(-1, heads.heads, heads.dim).transpose(0, 1)
+        attended = F.scaled_dot_product_attention(
+            query[None],
+            window.entry.keys[number : number + 1, :, : window.end],
+            window.entry.values[number : number + 1, :, : window.end],
+            attn_mask=self._mask(row, window, layer.sliding_window),
+            scale=heads.scale,
+            enable_gqa=heads.heads != heads.kv_heads,
+        )
+        out[rows].view(-1, heads.heads, heads.dim).copy_(attended[0].transpose(0, 1))
+
+    def _mask(self, row: int, window: Window, sliding_window: int | None) -> torch.Tensor | None:
+        """Made once a step, not once a layer."""
+        key = (row, sliding_window)
+        if key not in self._masks:
+            self._masks[key] = window.causal_mask(sliding_window, torch.device("cpu"))
+        return self._masks[key]
+
+
+def lean_runner(whole: ModelRunner, kernels: Kernels, *, fp16: bool) -> LeanRunner:
+    """The lean form of a model, after it has reproduced the model's own logits on a probe.
+
+    Raises NotLeanError, with the reason, if the model is built differently or the logits differ.
+    """
+    try:
+        lean = LeanRunner(whole, kernels, fp16=fp16)
+    except AttributeError as error:
+        raise NotLeanError(f"its modules are arranged differently ({error})") from None
+    expected, found = (_probe(runner) for runner in (whole, lean))
+    difference = float((expected - found).abs().max() / expected.std())
+    if not difference < PROBE_TOLERANCE:
+        raise NotLeanError(f"its logits differ by {difference:.1e} of their spread")
+    return lean
+
+
+def _probe(runner: Runner) -> torch.Tensor:
+    """Logits of a prefill, a decode step and a verification window over fixed pseudo-random tokens."""
+    ids = torch.randint(runner.vocab_size, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    kv = SlabKVCache(runner.kv_geometry(), PROBE_TOKENS, min(PROBE_TOKENS, runner.max_model_len))
+    entry = kv.reserve(ids, len(ids))
+    assert entry is not None
+    logits = []
+    for start, end in ((0, 18), (18, 19), (19, PROBE_TOKENS)):
+        chunk = ids[start:end]
+        logits.append(runner.run([Window(entry, chunk, sample=len(chunk))]))
+        kv.append(entry, chunk)
+    return torch.cat(logits)
+
+
+def _take_layer(layer: Any, fp16: bool) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm"):
+        if hasattr(layer, name):
+            raise NotLeanError(f"its layers have a {name}")
+    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        raise NotLeanError(f"its MLP uses {type(mlp.act_fn).__name__}")
+    norms = [_norm(attention.q_norm), _norm(attention.k_norm)] if hasattr(attention, "q_norm") else []
+    heads = _heads(attention, norms)
+    attention_norm, _ = _norm(layer.input_layernorm)
+    mlp_norm, _ = _norm(layer.post_attention_layernorm)
+    return Layer(
+        qkv=_product([attention.q_proj, attention.k_proj, attention.v_proj], fp16),
+        out=_product([attention.o_proj], fp16),
+        gate_up=_product([mlp.gate_proj, mlp.up_proj], fp16),
+        down=_product([mlp.down_proj], fp16),
+        attention_norm=attention_norm,
+        mlp_norm=mlp_norm,
+        heads=heads,
+        rotates=bool(getattr(attention, "use_rope", True)),
+        sliding_window=heads.sliding_window or None,
+        keep=tuple(weight for weight, _ in norms),
+    )
+
+
+def _heads(attention: Any, norms: list[tuple[torch.Tensor, float]]) -> HeadsStruct:
+    dim = int(attention.head_dim)
+    if norms and norms[0][0].numel() != dim:
+        raise NotLeanError("its query norm spans several heads")
+    return HeadsStruct(
+        heads=attention.q_proj.out_features // dim,
+        kv_heads=attention.k_proj.out_features // dim,
+        dim=dim,
+        rotary_dim=dim,
+        scale=float(attention.scaling),
+        norm_eps=norms[0][1] if norms else 0.0,
+        q_norm=norms[0][0].data_ptr() if norms else None,
+        k_norm=norms[1][0].data_ptr() if norms else None,
+        sliding_window=_sliding_window(attention) or 0,
+    )
+
+
+def _sliding_window(attention: Any) -> int | None:
+    """The layer's own, else the whole model's."""
+    if hasattr(attention, "sliding_window"):
+        found: int | None = attention.sliding_window
+        return found
+    return getattr(attention.config, "sliding_window", None)
+
+
+def _norm(module: Any) -> tuple[torch.Tensor, float]:
+    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
+        raise NotLeanError(f"it has a {type(module).__name__}")
+    return module.weight.detach().float().clone(), float(module.variance_epsilon)
+
+
+def _product(linears: list[Any], fp16: bool) -> Product:
+    """One matrix product in place of several that share their input."""
+    for linear in linears:
+        if not isinstance(linear, nn.Linear):
+            raise NotLeanError(f"it has a {type(linear).__name__} where a Linear is expected")
+    weight = torch.cat([linear.weight.detach() for linear in linears]).float()
+    has_bias = any(linear.bias is not None for linear in linears)
+    bias = torch.cat([_bias(linear) for linear in linears]) if has_bias else None
+    if fp16:
+        return fp16_product(weight, bias)
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _bias(linear: nn.Linear) -> torch.Tensor:
+    return torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float()
+
+
+def _rotary_tables(body: Any, heads: HeadsStruct, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position, [length, rotary_dim / 2], from the model's own rotary module."""
+    rotary = body.rotary_emb
+    if "dynamic" in getattr(rotary, "rope_type", "") or "longrope" in getattr(rotary, "rope_type", ""):
+        raise NotLeanError(f"its {rotary.rope_type} rotary embedding depends on the length")
+    cos, sin = rotary(torch.zeros(1, 1), position_ids=torch.arange(length)[None])
+    heads_rotated = cos.shape[-1]
+    if heads_rotated != heads.dim:
+        raise NotLeanError("it rotates only a part of each head")
+    half = heads_rotated // 2
+    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+
+
+def _part(module: Any, name: str) -> Any:
+    part = getattr(module, name, None)
+    if part is None:
+        raise NotLeanError(f"{type(module).__name__} has no {name}")
+    return part
