@@ -59,6 +59,11 @@ class EngineSettings(Settings):
     )
     max_num_seqs: Positive = Field(16, description="Sequences in one step.")
     max_batched_tokens: Positive = Field(512, description="Tokens in one step; longer prompts are prefilled in chunks.")
+    max_prefill_tokens_while_decoding: Positive | Auto = Field(
+        "auto",
+        description="Prompt tokens in a step in which a stream runs, so that long prompts do not stall it; "
+        "auto is 64 on a CPU, max_batched_tokens on a GPU.",
+    )
     max_queued_requests: Positive = Field(64, description="Waiting requests; one more is refused with 429.")
 
 

@@ -13,7 +13,17 @@ from pydantic import ValidationError
 
 from paceline.config import DEFAULT_MODEL, EngineSettings, SpeculationSettings, config_error
 from paceline.errors import ConfigError, EngineError, InvalidRequest
-from paceline.types import Delta, FinishReason, Metrics, Prompt, Request, RequestOutput, SamplingParams
+from paceline.types import (
+    CompletionOutput,
+    Delta,
+    FinishReason,
+    Metrics,
+    Prompt,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -62,22 +72,24 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete every prompt; outputs in the order of the prompts.
 
-        A prompt is a string or a list of token ids. `params` is one for all or one for each. `progress` None
-        shows a bar on a terminal. Raises InvalidRequest, naming the prompt, before anything runs.
+        A prompt is a string or a list of token ids. `params` is one for all or one for each; its `n` outputs
+        are in `outputs`. `progress` None shows a bar on a terminal. Raises InvalidRequest, naming the prompt,
+        before anything runs.
         """
         texts = _prompt_list(prompts)
         each = _params_list(params, len(texts))
         requests = [self._request(prompt, p) for prompt, p in zip(texts, each, strict=True)]
-        runs = {request.request_id: _Run(request) for request in requests}
+        choices = [request.choices() for request in requests]
+        runs = {choice.request_id: _Run(choice) for group in choices for choice in group}
         try:
-            for request in requests:
-                self.engine.add(request)
+            for group in choices:
+                self.engine.add_all(group)
             self._run(runs, sys.stderr.isatty() if progress is None else progress)
         except BaseException:
             for name in runs:
                 self.engine.abort(name)
             raise
-        return [run.output() for run in runs.values()]
+        return [_output([runs[choice.request_id] for choice in group]) for group in choices]
 
     def chat(
         self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None, *, progress: bool | None = None
@@ -108,30 +120,44 @@ class LLM:
 
 @dataclass(slots=True)
 class _Run:
-    """One request's output as it grows."""
+    """One output as it grows."""
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     end: FinishReason | None = None
     metrics: Metrics = field(default_factory=Metrics)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def take(self, delta: Delta) -> None:
         self.token_ids += delta.token_ids
         self.text += delta.text
         self.end = delta.finish_reason
         self.metrics = delta.metrics or self.metrics
+        self.logprobs += delta.logprobs
+        self.prompt_logprobs += delta.prompt_logprobs
 
-    def output(self) -> RequestOutput:
-        assert self.end is not None and self.request.params.seed is not None
-        return RequestOutput(
-            self.request.token_ids,
+    def output(self) -> CompletionOutput:
+        params = self.request.params
+        assert self.end is not None and params.seed is not None
+        return CompletionOutput(
+            self.request.index,
             tuple(self.token_ids),
             self.text,
             self.end,
-            self.request.params.seed,
+            params.seed,
             self.metrics,
+            None if params.logprobs is None else tuple(self.logprobs),
         )
+
+
+def _output(runs: Sequence[_Run]) -> RequestOutput:
+    """Of all n outputs of a request; the first has told about the prompt."""
+    first = runs[0]
+    told = first.request.params.prompt_logprobs is not None
+    prompt = (None, *first.prompt_logprobs) if told else None
+    return RequestOutput(first.request.token_ids, tuple(run.output() for run in runs), prompt)
 
 
 class _bar:

@@ -7,15 +7,19 @@ raises `InvalidRequest` with the name of the field, so that both front ends repo
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from paceline.errors import InvalidRequest, PacelineError, by_code
+from paceline.seeds import choice_seed
 
 MAX_SEED = 2**64 - 1
 MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+MAX_BIAS = 100.0
 GREEDY_BELOW = 1e-5
 """A lower temperature draws the likeliest token anyway, and dividing by it overflows."""
 
@@ -30,12 +34,22 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn and when drawing ends.
+    """How tokens are drawn, how many outputs there are, when each ends and what is told about it.
 
-    `temperature` 0, or below 1e-5, is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. Filters apply in the order of
-    Transformers: temperature, top-k, top-p, min-p. `seed` fixes the output for all time; None draws a
-    fresh one, reported with the result. `max_tokens` None means up to the model's context. `stop` strings
-    are not part of the text returned.
+    `temperature` 0, or below 1e-5, is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` fixes the output
+    for all time; None draws a fresh one, reported with the result. `n` outputs of one prompt are drawn from
+    seeds of their own (`paceline.seeds.choice_seed`).
+
+    Logits are changed in this order: ids that would end the output get -inf until there are `min_tokens`;
+    `logit_bias` (token id to a bias in [-100, 100]) is added; `repetition_penalty` divides positive and
+    multiplies negative logits of tokens in the prompt or the output (Transformers' and vLLM's meaning, 1 is
+    off); `frequency_penalty` for each time, `presence_penalty` once, are subtracted for tokens in the output
+    (OpenAI's and vLLM's meaning, 0 is off). Then temperature, top-k, top-p, min-p, in Transformers' order.
+
+    `max_tokens` None means up to the model's context. `stop` strings are not part of the text returned unless
+    `include_stop_str_in_output`. `logprobs` reports that many likeliest tokens (0 to 20) beside each token of
+    the output, from the model's own distribution before anything above; `prompt_logprobs` the same for the
+    prompt, which is then computed anew.
     """
 
     max_tokens: int | None = 256
@@ -47,25 +61,52 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, low=1)
+        object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
+        self._check_drawing()
+        self._check_ending()
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), low=0, high=MAX_LOGPROBS)
+        _check_int("n", self.n, low=1, high=MAX_CHOICES)
+
+    def _check_drawing(self) -> None:
         _check_number("temperature", self.temperature, low=0.0, high=100.0)
         _check_number("top_p", self.top_p, low=0.0, high=1.0, low_open=True)
         _check_int("top_k", self.top_k, low=0)
         _check_number("min_p", self.min_p, low=0.0, high=1.0)
         if self.seed is not None:
             _check_int("seed", self.seed, low=-(2**63), high=MAX_SEED)
-        if len(stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(f"stop: at most {MAX_STOP_STRINGS} strings, got {len(stop)}", param="stop")
-        if not all(isinstance(text, str) and text for text in stop):
+        _check_number("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, low_open=True)
+        _check_number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+
+    def _check_ending(self) -> None:
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, low=1)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(f"stop: at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", param="stop")
+        if not all(isinstance(text, str) and text for text in self.stop):
             raise InvalidRequest("stop: each entry must be a non-empty string", param="stop")
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, low=0)
+        _check_int("min_tokens", self.min_tokens, low=0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens: {self.min_tokens} is more than max_tokens, which is {self.max_tokens}", param="min_tokens"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -75,20 +116,82 @@ class SamplingParams:
         """These parameters with a seed: the given one, or a fresh 63-bit one."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(63))
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits depend on more than temperature and filters: a bias, or the tokens before."""
+        return bool(self.logit_bias or self.min_tokens) or self.penalizes
+
+    @property
+    def penalizes(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def bias(self) -> dict[int, float]:
+        """`logit_bias` by token id."""
+        return dict(self.logit_bias)
+
+    def choice(self, index: int) -> SamplingParams:
+        """The parameters of output `index` of n: a seed of its own, and the prompt is reported once."""
+        if index == 0:
+            return self
+        seed = self.seed if self.seed is None else choice_seed(self.seed, index)
+        return replace(self, seed=seed, prompt_logprobs=None)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One generation, already tokenized. `session_id` names the KV cache it may reuse and will leave behind."""
+    """One generation, already tokenized. `session_id` names the KV cache it may reuse and will leave behind.
+
+    An engine takes one output at a time: `choices` gives the n requests that one with n > 1 stands for.
+    `index` is the output's place among them; `follows` names the request whose prompt is the same and is
+    computed first. A lower `priority` goes first and may take the place of running requests of a higher one;
+    equals go in the order of arrival.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     params: SamplingParams
     session_id: str | None = None
     speculate: bool = True
+    index: int = 0
+    follows: str | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if not self.token_ids:
             raise InvalidRequest("prompt: must hold at least one token", param="prompt")
+        _check_int("priority", self.priority)
+
+    def choices(self) -> tuple[Request, ...]:
+        """One request for each output: the first under this id and session, the others beside it, without one.
+
+        The seed must be fixed if there are several.
+        """
+        params, (first, *others) = self.params, choice_ids(self.request_id, self.params.n)
+        assert params.n == 1 or params.seed is not None, "a seed is fixed where a request enters"
+        rest = (
+            replace(self, request_id=name, params=params.choice(index), session_id=None, index=index, follows=first)
+            for index, name in enumerate(others, start=1)
+        )
+        return (self, *rest)
+
+
+def choice_ids(request_id: str, n: int) -> list[str]:
+    """The ids under which the n outputs of a request run."""
+    return [request_id, *(f"{request_id}/{index}" for index in range(1, n))]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """What the model thought of one token: natural logarithms of the unprocessed distribution at its position.
+
+    `rank` is 1 for the likeliest. `top` holds the likeliest tokens, best first, as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +222,19 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one engine step adds to one request: at least one token, or the end, or both."""
+    """What one engine step adds to one output of a request: at least one token, or the end, or both.
+
+    `index` says which output. `logprobs`, if asked for, has an entry for each of `token_ids`;
+    `prompt_logprobs` comes once, with the first tokens, and has an entry for each prompt token but the first.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason | None = None
     metrics: Metrics | None = None
+    index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -162,18 +272,66 @@ Frame = Accepted | Delta | Failure
 
 
 @dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """A finished generation, as `LLM.generate` returns it."""
+class CompletionOutput:
+    """One of the n outputs of a request. `logprobs` has an entry for each token if they were asked for."""
 
-    prompt_token_ids: tuple[int, ...]
+    index: int
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
     seed: int
     metrics: Metrics = field(default_factory=Metrics)
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A finished generation, as `LLM.generate` returns it: `outputs`, and the first of them by its own names.
+
+    `prompt_logprobs`, if asked for, has an entry for each prompt token; the first is None, nothing predicts it.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.outputs[0].token_ids
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.outputs[0].finish_reason
+
+    @property
+    def seed(self) -> int:
+        return self.outputs[0].seed
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.outputs[0].metrics
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        return self.outputs[0].logprobs
 
 
 Prompt = str | Sequence[int]
+
+
+def _bias_pairs(bias: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Sorted pairs of token id and bias, so that equal parameters compare and hash equal."""
+    if not isinstance(bias, Mapping | tuple | list):
+        raise InvalidRequest(f"logit_bias: must map token ids to numbers, got {bias!r}", param="logit_bias")
+    pairs = list(bias.items() if isinstance(bias, Mapping) else bias)
+    for token, value in pairs:
+        _check_int("logit_bias", token, low=0)
+        _check_number("logit_bias", value, low=-MAX_BIAS, high=MAX_BIAS)
+    return tuple(sorted((token, float(value)) for token, value in pairs))
 
 
 def _check_int(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:

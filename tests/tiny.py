@@ -58,13 +58,16 @@ def engine_for(
     max_num_seqs: int = 8,
     max_batched_tokens: int = 64,
     max_queued_requests: int = 64,
+    max_prefill_while_decoding: int | None = None,
     depth: int = 4,
     proposer: Proposer | None = None,
     eos: frozenset[int] = frozenset(),
     runner: Runner | None = None,
 ) -> Engine:
     runner = runner or ours(model)
-    limits = EngineLimits(runner.max_model_len, max_num_seqs, max_batched_tokens, max_queued_requests)
+    limits = EngineLimits(
+        runner.max_model_len, max_num_seqs, max_batched_tokens, max_queued_requests, max_prefill_while_decoding
+    )
     speculation = SpeculationSettings(depth=depth)
     return Engine(runner, kv_for(runner, capacity), limits, eos=eos, proposer=proposer, speculation=speculation)
 

@@ -19,7 +19,10 @@ class Answer(BaseModel):
 
 
 class PacelineInfo(Answer):
-    """Who made the answer and what it cost. A chunk that is not the last has `token_ids` alone."""
+    """Who made the answer and what it cost. A chunk that is not the last has `token_ids` alone.
+
+    Of an answer with several choices the numbers are sums, and `seeds` and `choice_token_ids` have an entry for each.
+    """
 
     replica_id: str | None = None
     session_id: str | None = None
@@ -32,6 +35,8 @@ class PacelineInfo(Answer):
     ttft_s: float | None = None
     total_s: float | None = None
     token_ids: list[int] | None = None
+    seeds: list[int] | None = None
+    choice_token_ids: list[list[int]] | None = None
 
 
 class PromptTokensDetails(Answer):
@@ -54,6 +59,39 @@ class Usage(Answer):
         )
 
 
+class TopLogprob(Answer):
+    """`bytes` are UTF-8; a token may hold part of a character only."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer):
+    """Of every token of a chat choice, or of a chunk."""
+
+    content: list[ChatTokenLogprob]
+
+
+class CompletionLogprobs(Answer):
+    """The older form, of text completions: lists with an entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class PromptLogprob(Answer):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class AnswerMessage(Answer):
     role: Literal["assistant"] = "assistant"
     content: str
@@ -62,6 +100,7 @@ class AnswerMessage(Answer):
 class ChatChoice(Answer):
     index: int = 0
     message: AnswerMessage
+    logprobs: ChatLogprobs | None = None
     finish_reason: str
 
 
@@ -85,6 +124,7 @@ class ChatDelta(Answer):
 class ChatChunkChoice(Answer):
     index: int = 0
     delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
 
 
@@ -103,6 +143,8 @@ class ChatCompletionChunk(Answer):
 class CompletionChoice(Answer):
     index: int = 0
     text: str
+    logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     finish_reason: str | None = None
 
 

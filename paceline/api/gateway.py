@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Protocol, TypeVar
 from uuid import uuid4
 
+from paceline.api.logprobs import TokenTexts
 from paceline.api.prompts import (
     ChatMessage,
     PromptEncoder,
@@ -64,6 +65,7 @@ class Gateway:
         self.model_name = model_name
         self.max_model_len = max_model_len
         self.created = int(time.time())
+        self.token_texts = TokenTexts(tokenizer)
         self._targets = targets
         self._prompts = PromptEncoder(tokenizer)
         self._request_timeout_s = request_timeout_s
@@ -108,7 +110,7 @@ class Gateway:
 
     async def open(self, request: Request) -> Stream:
         """Start a request. Raises its error if no replica takes it; otherwise the caller closes the stream."""
-        return await Stream.open(self._targets.generate(request), self._request_timeout_s)
+        return await Stream.open(self._targets.generate(request), self._request_timeout_s, request.params.n)
 
     async def tokenize(self, content: str | Sequence[ChatMessage], *, model: str | None = None) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation as `prepare_chat` renders it."""
@@ -152,6 +154,7 @@ class Gateway:
         speculate: bool,
     ) -> Request:
         self._prompts.check_ids("stop_token_ids", params.stop_token_ids)
+        self._prompts.check_ids("logit_bias", tuple(params.bias))
         fitted = self._fit(source, len(token_ids), params).with_seed()
         return Request(request_id, token_ids, fitted, session_id=session_id, speculate=speculate)
 

@@ -43,6 +43,15 @@ class Tokenizer(Protocol):
 
     def get_vocab(self) -> dict[str, int]: ...
 
+    # Only for log probabilities.
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+
+    def get_added_vocab(self) -> dict[str, int]: ...
+
+    def convert_ids_to_tokens(self, ids: int) -> str | None: ...
+
 
 class PromptEncoder:
     """Renders and tokenizes what clients send. Every refusal names the field."""

@@ -66,7 +66,7 @@ class Reply(Response):
         """Server-Sent Events: one a delta. An error on the way is an event too, and the last one."""
         wording = self._wording
         try:
-            if (opening := wording.opening()) is not None:
+            for opening in wording.openings(tally):
                 await channel.event(opening.json_bytes())
             async for delta in stream:
                 tally.add(delta)

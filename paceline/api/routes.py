@@ -144,6 +144,7 @@ def _json(answer: Answer) -> Response:
 def _form(gateway: Gateway, body: GenerationBody) -> dict[str, Any]:
     return {
         "model": gateway.model_name,
+        "texts": gateway.token_texts,
         "created": int(time.time()),
         "include_usage": body.include_usage,
         "return_token_ids": body.return_token_ids is True,

@@ -22,10 +22,29 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from paceline.api.prompts import ChatMessage
-from paceline.types import SamplingParams
+from paceline.types import MAX_LOGPROBS, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` for /v1/completions."""
+
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "min_tokens",
+    "include_stop_str_in_output",
+    "n",
+)
+"""Fields of the body that are sampling parameters by the same name and meaning."""
 
 
 def _refused(reason: str) -> PydanticCustomError:
@@ -78,10 +97,25 @@ def _prompt(value: Any) -> str | list[int]:
     return value
 
 
+def _bias(value: Any) -> dict[int, float]:
+    """Token id to bias; JSON's keys are strings."""
+    if not isinstance(value, dict):
+        raise _refused("must be an object of token ids to numbers")
+    found = {}
+    for token, bias in value.items():
+        if not str(token).isdecimal():
+            raise _refused(f"{token!r} is not a token id")
+        found[int(token)] = bias
+    return found
+
+
 Ignored = Annotated[Any, Field(description="Accepted; it cannot change the result.")]
 Content = Annotated[str, PlainValidator(_text, json_schema_input_type=str | list[dict[str, str]])]
 PromptField = Annotated[str | list[int], PlainValidator(_prompt, json_schema_input_type=str | list[int])]
 Stop = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+
+LogitBias = Annotated[dict[int, float], PlainValidator(_bias, json_schema_input_type=dict[str, float])]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 class Body(BaseModel):
@@ -121,23 +155,24 @@ class GenerationBody(Body):
     top_p: float | None = None
     seed: int | None = Field(None, description="Fixes the output. None draws one, reported in the response.")
     stop: Stop | None = None
+    n: int | None = Field(None, description="Choices. The first is that of n = 1, the others have derived seeds.")
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: LogitBias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     # Extensions.
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = Field(None, description="Over prompt and output; 1 is off.")
+    min_tokens: int | None = Field(None, description="Neither end nor stop before so many tokens.")
     stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     session_id: str | None = Field(None, description="The KV cache to reuse and to leave behind.")
     speculation: bool | None = Field(None, description="Off: no drafts. The tokens are the same either way.")
     return_token_ids: bool | None = Field(None, description="Report token ids in the `paceline` object.")
-
-    # OpenAI's, and not supported.
-    n: Annotated[Any, _only(1)] = None
-    presence_penalty: Annotated[Any, _only(0)] = None
-    frequency_penalty: Annotated[Any, _only(0)] = None
-    logit_bias: Annotated[Any, _only({})] = None
 
     # OpenAI's, and without effect on the result.
     user: Ignored = None
@@ -170,18 +205,13 @@ class GenerationBody(Body):
 
         Raises InvalidRequest naming the field.
         """
-        given = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "seed": self.seed,
-            "stop": self.stop,
-            "stop_token_ids": self.stop_token_ids,
-            "ignore_eos": self.ignore_eos,
-        }
+        given = {name: getattr(self, name) for name in _SAMPLING} | self.reported()
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(max_tokens=self.output_tokens, **chosen)
+
+    def reported(self) -> dict[str, int | None]:
+        """`logprobs` and `prompt_logprobs`, as the engine means them."""
+        return {}
 
 
 class ChatCompletionRequest(GenerationBody):
@@ -190,8 +220,9 @@ class ChatCompletionRequest(GenerationBody):
     messages: list[MessageParam]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+
     response_format: Annotated[Any, _only({"type": "text"})] = None
     tools: Annotated[Any, _only([])] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None
@@ -214,9 +245,19 @@ class ChatCompletionRequest(GenerationBody):
             raise _refused(f"contradicts max_tokens, which is {other}")
         return value
 
+    @field_validator("top_logprobs")
+    @classmethod
+    def _only_with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise _refused("only together with logprobs: true")
+        return value
+
     @property
     def output_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def reported(self) -> dict[str, int | None]:
+        return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
 
 class CompletionRequest(GenerationBody):
@@ -224,7 +265,12 @@ class CompletionRequest(GenerationBody):
 
     prompt: PromptField
 
-    logprobs: Annotated[Any, _only()] = None
+    logprobs: Logprobs | None = Field(None, description="Likeliest tokens told beside each token of the output.")
+    prompt_logprobs: Logprobs | None = Field(None, description="The same for the prompt. An extension.")
+
     echo: Annotated[Any, _only(False)] = None
     best_of: Annotated[Any, _only(1)] = None
     suffix: Annotated[Any, _only("")] = None
+
+    def reported(self) -> dict[str, int | None]:
+        return {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}

@@ -17,23 +17,28 @@ CLOSE_TIMEOUT_S = 5.0
 
 
 class Stream:
-    """An accepted request: who took it (`accepted`), then its deltas by `async for`, up to the finished one.
+    """An accepted request: who took it (`accepted`), then its deltas by `async for`, until each output finished.
 
     Iterating raises the `PacelineError` of a Failure frame, `RequestTimeout` at `deadline` (in the event
     loop's time) and `Unavailable` if the frames end before a finished delta. The replica's generator is
     closed, and its work thereby cancelled, however the stream ends; use it as a context manager.
     """
 
-    def __init__(self, frames: AsyncIterator[Frame], accepted: Accepted, timeout_s: float, deadline: float) -> None:
+    def __init__(
+        self, frames: AsyncIterator[Frame], accepted: Accepted, timeout_s: float, deadline: float, outputs: int = 1
+    ) -> None:
         self.accepted = accepted
         self.deadline = deadline
         self._frames = frames
         self._timeout_s = timeout_s
-        self._finished = False
+        self._unfinished = outputs
 
     @classmethod
-    async def open(cls, frames: AsyncIterator[Frame], timeout_s: float) -> Self:
-        """Pull the first frame, so that a refusal is known before any status is sent."""
+    async def open(cls, frames: AsyncIterator[Frame], timeout_s: float, outputs: int = 1) -> Self:
+        """Pull the first frame, so that a refusal is known before any status is sent.
+
+        `outputs` is the request's n: so many finished deltas end the stream.
+        """
         deadline = asyncio.get_running_loop().time() + timeout_s
         try:
             first = await _pull(frames, timeout_s, deadline)
@@ -42,14 +47,14 @@ class Stream:
         except BaseException:
             await _close(frames)
             raise
-        return cls(frames, first, timeout_s, deadline)
+        return cls(frames, first, timeout_s, deadline, outputs)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delta:
         try:
-            if self._finished:
+            if not self._unfinished:
                 await _drain(self._frames)
                 raise StopAsyncIteration
             delta = await _pull(self._frames, self._timeout_s, self.deadline)
@@ -58,7 +63,7 @@ class Stream:
         except BaseException:
             await self.aclose()
             raise
-        self._finished = delta.finished
+        self._unfinished -= delta.finished
         return delta
 
     async def aclose(self) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from paceline.cli import chat, demo, doctor, serve, status
+from paceline.cli.bench import bench_app
 from paceline.cli.models import models_app
 from paceline.errors import PacelineError
 
@@ -36,6 +37,7 @@ app.command("status", epilog=status.EPILOG)(status.status)
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
 
 
 def show_version(wanted: bool) -> None:

@@ -6,8 +6,9 @@ one dense matrix; only attention must know where a sequence begins, and that is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from paceline.errors import ModelError
 
 ATTENTION_NAME = "paceline_ragged"
 
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+_UNSUPPORTED = ("position_bias",)
 """Arguments by which a family changes the scores; running without them would be silently wrong."""
 
 
@@ -43,14 +44,101 @@ class Window:
     def end(self) -> int:
         return self.start + len(self.token_ids)
 
-    def causal_mask(self, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
-        """True where a row's position may see position j in [0, end); None if the one row sees everything."""
-        if len(self.token_ids) == 1 and (sliding_window is None or self.end <= sliding_window):
+    def first_visible(self, sliding_window: int | None) -> int:
+        """The first position that any row sees."""
+        return 0 if sliding_window is None else max(0, self.start - sliding_window + 1)
+
+    def causal_mask(self, sliding_window: int | None, device: torch.device, first: int = 0) -> torch.Tensor | None:
+        """True where a row's position may see position j in [first, end); None if the one row sees everything."""
+        if len(self.token_ids) == 1 and (sliding_window is None or self.end - first <= sliding_window):
             return None
         i = torch.arange(self.start, self.end, device=device)[:, None]
-        j = torch.arange(self.end, device=device)[None, :]
+        j = torch.arange(first, self.end, device=device)[None, :]
         mask = j <= i
         return mask if sliding_window is None else mask & (j > i - sliding_window)
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How one layer scores keys: softmax(cap · tanh(scale · q·k / cap)) over those within its sliding window.
+
+    `softcap` is Gemma 2's cap (2408.00118). `sinks`, [heads], are gpt-oss's: one more logit a head that takes its
+    share of the softmax and gives nothing.
+    """
+
+    scale: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+class AttentionStep(ABC):
+    """What the attention layers of one forward pass work on."""
+
+    @abstractmethod
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
+    ) -> torch.Tensor:
+        """One layer. `query` is [1, heads, tokens, head_dim], `key` and `value` [1, kv_heads, tokens, head_dim];
+        returns [1, heads, tokens, head_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedBatch(AttentionStep):
+    """The windows of one step. Writes keys and values, then attends window by window over the true length."""
+
+    windows: Sequence[Window]
+    _masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
+    """By window and sliding window: made once a step, not once a layer."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
+    ) -> torch.Tensor:
+        outputs = []
+        offset = 0
+        for number, window in enumerate(self.windows):
+            rows = slice(offset, offset + len(window.token_ids))
+            keys, values = window.entry.keys[layer], window.entry.values[layer]
+            keys[:, window.start : window.end] = key[0, :, rows]
+            values[:, window.start : window.end] = value[0, :, rows]
+            seen = slice(window.first_visible(scoring.sliding_window), window.end)
+            attend = _attend if scoring.softcap is None and scoring.sinks is None else _attend_explicitly
+            mask = self._mask(number, scoring.sliding_window, query.device)
+            outputs.append(attend(query[:, :, rows], keys[None, :, seen], values[None, :, seen], mask, scoring))
+            offset = rows.stop
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _mask(self, number: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
+        at = (number, sliding_window)
+        if at not in self._masks:
+            window = self.windows[number]
+            first = window.first_visible(sliding_window)
+            self._masks[at] = window.causal_mask(sliding_window, device, first)
+        return self._masks[at]
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scoring: Scoring
+) -> torch.Tensor:
+    grouped = query.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scoring.scale, enable_gqa=grouped)
+
+
+def _attend_explicitly(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scoring: Scoring
+) -> torch.Tensor:
+    """The same with every score at hand, for what no fused kernel here computes."""
+    groups = query.view(1, keys.shape[1], -1, *query.shape[2:])
+    scores = (groups @ keys.unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * scoring.scale
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.float()[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : keys.shape[2]].to(values.dtype)
+    return (weights.view(1, keys.shape[1], -1, *weights.shape[2:]) @ values.unsqueeze(2)).flatten(1, 2)
 
 
 def ragged_attention(
@@ -58,42 +146,31 @@ def ragged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001  (always None: ours is made per window)
+    attention_mask: torch.Tensor | None,  # noqa: ARG001  (ours is made per window)
     *,
-    windows: Sequence[Window],
+    paceline_step: AttentionStep | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Write the step's keys and values, then attend window by window over the true length.
+    """What Transformers calls: `query` is [1, heads, tokens, head_dim]; returns [1, tokens, heads, head_dim].
 
-    `query` is [1, heads, tokens, head_dim], `key` and `value` [1, kv_heads, tokens, head_dim]; returns
-    [1, tokens, heads, head_dim]. Raises ModelError for a family whose scores need more than this.
+    Raises ModelError for a family whose scores need more than this, or that does not hand on `paceline_step`.
     """
+    kind = type(module).__name__
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise ModelError(f"attention with {name} is not supported yet ({type(module).__name__})")
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    outputs = []
-    offset = 0
-    for window in windows:
-        rows = slice(offset, offset + len(window.token_ids))
-        keys, values = window.entry.keys[layer], window.entry.values[layer]
-        keys[:, window.start : window.end] = key[0, :, rows]
-        values[:, window.start : window.end] = value[0, :, rows]
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, rows],
-                keys[None, :, : window.end],
-                values[None, :, : window.end],
-                attn_mask=window.causal_mask(sliding_window, query.device),
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )
-        offset = rows.stop
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return out.transpose(1, 2), None
+            raise ModelError(f"attention with {name} is not supported ({kind})")
+    if paceline_step is None:
+        raise ModelError(f"{kind} does not hand its arguments on to the attention function")
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise ModelError(f"{kind} does not know its layer's number")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    scoring = Scoring(scale, sliding_window or None, softcap, s_aux)
+    return paceline_step.attend(layer, query, key, value, scoring).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION_NAME, ragged_attention)

@@ -27,12 +27,17 @@ class Detokenizer:
 
     `push` returns the text that is final; text that could still turn out to begin a stop string is held
     back until it is decided, `finish` returns what is left. Once `stopped`, the text ends before the stop
-    string that was complete first, wherever tokens begin and end.
+    string that was complete first, wherever tokens begin and end; or after it, with `include_stop`. Stop
+    strings complete within the first `min_tokens` do not count.
     """
 
-    def __init__(self, decoder: Decoder, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, decoder: Decoder, stop: tuple[str, ...] = (), *, include_stop: bool = False, min_tokens: int = 0
+    ) -> None:
         self._decoder = decoder
         self._stop = stop
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
         self._ids: list[int] = []
         self._tail_start = 0
         self._read = 0
@@ -75,13 +80,19 @@ class Detokenizer:
 
     def _release(self, new: str) -> str:
         text = self._held + new
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = self._find_stops(text) if len(self._ids) > self._min_tokens else []
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            end, start = min(found)
+            return text[: end if self._include_stop else start]
         hold = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
+
+    def _find_stops(self, text: str) -> list[tuple[int, int]]:
+        """(end, start) of stop strings that the text after the held one completes."""
+        first = {stop: max(0, len(self._held) + 1 - len(stop)) for stop in self._stop}
+        return [(at + len(stop), at) for stop in self._stop if (at := text.find(stop, first[stop])) >= 0]
 
     def _decode(self, ids: list[int]) -> str:
         return self._decoder.decode(ids, skip_special_tokens=True) if ids else ""

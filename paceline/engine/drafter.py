@@ -10,8 +10,9 @@ from paceline.engine.attention import Window
 from paceline.engine.kv_cache import KVCache, KVEntry
 from paceline.engine.runner import Runner
 from paceline.engine.scheduler import GROWTH
-from paceline.speculation import coupling
+from paceline.speculation import sampling
 from paceline.speculation.frames import DraftFailureReason
+from paceline.speculation.sampling import Rows
 from paceline.types import SamplingParams
 
 
@@ -33,6 +34,7 @@ class _Draft:
     agreed: list[int]
     params: SamplingParams
     depth: int
+    prompt_length: int
     entry: KVEntry | None = None
     drafted: list[int] = field(default_factory=list)
     answered: bool = False
@@ -45,6 +47,10 @@ class _Draft:
     def pending(self) -> int:
         """Tokens whose KV is missing."""
         return self.length - (self.entry.length if self.entry is not None else 0)
+
+    def rows(self) -> Rows:
+        """The row that draws its next token, with the history the target will have there."""
+        return Rows(self.params, self.prompt_length, self.agreed, self.drafted)
 
     def tokens_from(self, start: int, limit: int) -> list[int]:
         """Up to `limit` tokens from position `start` on, agreed ones and drafted ones."""
@@ -77,13 +83,24 @@ class Drafter:
     def num_sequences(self) -> int:
         return len(self._drafts)
 
-    def open(self, key: Hashable, tokens: Sequence[int], params: SamplingParams, depth: int) -> None:
-        """Begin, or begin again, with the whole history. `depth` 0 only prefills."""
+    def open(
+        self,
+        key: Hashable,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        depth: int,
+        prompt_length: int | None = None,
+    ) -> None:
+        """Begin, or begin again, with the whole history. `depth` 0 only prefills.
+
+        The first `prompt_length` tokens are the prompt, None means all.
+        """
         self.close(key)
         if not tokens or not self._known(tokens):
             self._outbox.append(Drafted(key, len(tokens), failure=DraftFailureReason.INTERNAL))
             return
-        self._drafts[key] = _Draft(key, list(tokens), params, depth)
+        prompt = len(tokens) if prompt_length is None else prompt_length
+        self._drafts[key] = _Draft(key, list(tokens), params, depth, prompt)
 
     def advance(self, key: Hashable, base: int, tokens: Sequence[int], depth: int) -> None:
         """The target agreed on `tokens` from position `base`: roll back what differs, then draft `depth` more."""
@@ -118,13 +135,12 @@ class Drafter:
         batch = self._schedule(ready)
         if batch:
             logits = self._runner.run([window for _, window in batch])
-            row = 0
             for draft, window in batch:
                 self.kv.append(draft.entry, window.token_ids)  # type: ignore[arg-type]
-                if window.sample:
-                    draft.drafted += coupling.draw(logits[row : row + 1], draft.params, [draft.length])
-                    self.drafted_tokens += 1
-                row += window.sample
+            drawing = [draft for draft, window in batch if window.sample]
+            for draft, tokens in zip(drawing, sampling.draw(logits, [draft.rows() for draft in drawing]), strict=True):
+                draft.drafted += tokens
+            self.drafted_tokens += len(drawing)
         ready += [self._answer(draft) for draft in self._drafts.values() if self._is_ready(draft)]
         return ready
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from paceline.config import SpeculationSettings
+from paceline.engine import sampling
 from paceline.engine.detokenizer import Decoder, Detokenizer
 from paceline.engine.kv_cache import KVCache
 from paceline.engine.runner import Runner
+from paceline.engine.sampling import Draws
 from paceline.engine.scheduler import Scheduled, Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.errors import InvalidRequest, Overloaded
@@ -32,6 +32,8 @@ class EngineLimits:
     max_num_seqs: int
     max_batched_tokens: int
     max_queued_requests: int
+    max_prefill_while_decoding: int | None = None
+    """Prompt tokens in a step in which a stream runs; None is up to `max_batched_tokens`."""
 
 
 class Engine:
@@ -58,7 +60,9 @@ class Engine:
         self._eos = eos
         self._decoder = decoder
         self._depth = (speculation or SpeculationSettings()).depth
-        self._scheduler = Scheduler(kv, limits.max_num_seqs, limits.max_batched_tokens)
+        self._scheduler = Scheduler(
+            kv, limits.max_num_seqs, limits.max_batched_tokens, limits.max_prefill_while_decoding
+        )
         self._ids = itertools.count(1)
         self._by_request: dict[str, Sequence] = {}
         self.drafted_tokens = 0
@@ -78,15 +82,23 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequest if it can never run here, Overloaded if the queue is full."""
-        request = self._resolve(request)
-        if self.num_waiting >= self.limits.max_queued_requests:
-            raise Overloaded(f"{self.num_waiting} requests are waiting already; try again shortly", retry_after=1.0)
-        if request.request_id in self._by_request:
-            raise InvalidRequest(f"request_id: {request.request_id!r} is in use", param="request_id")
-        detokenizer = Detokenizer(self._decoder, request.params.stop) if self._decoder is not None else None
-        sequence = Sequence(next(self._ids), request, detokenizer)
-        self._by_request[request.request_id] = sequence
-        self._scheduler.waiting.append(sequence)
+        self.add_all((request,))
+
+    def add_all(self, requests: tuple[Request, ...]) -> None:
+        """Queue the outputs of one request (`Request.choices`), or none of them. Raises as `add` does.
+
+        The first computes the prompt; the others wait for it and take its KV over.
+        """
+        resolved = [self._resolve(request) for request in requests]
+        self._check_room(len(requests))
+        for request in resolved:
+            if request.request_id in self._by_request:
+                raise InvalidRequest(f"request_id: {request.request_id!r} is in use", param="request_id")
+        for request in resolved:
+            leader = self._by_request.get(request.follows) if request.follows is not None else None
+            sequence = Sequence(next(self._ids), request, self._detokenizer(request), leader=leader)
+            self._by_request[request.request_id] = sequence
+            self._scheduler.add(sequence)
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request now, freeing everything it holds. Its last delta, or None if it is not here."""
@@ -105,9 +117,15 @@ class Engine:
         if not step:
             return {}
         logits = self._runner.run([part.window for part in step])
-        drawn = self._sample(step, logits)
+        sampling.note_prompt_logprobs(step, logits)
+        drawn = sampling.sample(step, logits)
         committed = self._commit(step, drawn)
         return self._emit(committed)
+
+    def check(self) -> None:
+        """Raise EngineError unless every account closes. For idle times and tests."""
+        self.kv.check()
+        self._scheduler.check()
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():
@@ -139,22 +157,11 @@ class Engine:
         """Candidates worth asking for: none for the last token, it is drawn anyway."""
         return min(self._depth, sequence.room - len(sequence.tokens) - 1) if sequence.request.speculate else 0
 
-    def _sample(self, step: list[Scheduled], logits: torch.Tensor) -> list[list[int]]:
-        """The target's own draw at every sampled row, by sequence."""
-        drawn, row = [], 0
-        for part in step:
-            rows = slice(row, row + part.window.sample)
-            first = part.window.end - len(part.candidates)
-            positions = range(first, first + part.window.sample)
-            params = part.sequence.request.params
-            drawn.append(coupling.draw(logits[rows], params, positions) if part.window.sample else [])
-            row = rows.stop
-        return drawn
-
-    def _commit(self, step: list[Scheduled], drawn: list[list[int]]) -> list[Sequence]:
+    def _commit(self, step: list[Scheduled], drawn: list[Draws]) -> list[Sequence]:
         """Accept the longest agreeing run, keep its KV, drop the rest; tell the proposer."""
         committed, updates = [], []
-        for part, tokens in zip(step, drawn, strict=True):
+        for part, draws in zip(step, drawn, strict=True):
+            tokens = draws.tokens
             sequence, base = part.sequence, len(part.sequence.tokens)
             sequence.steps += sequence.decoding
             self.kv.append(sequence.kv, part.window.token_ids)
@@ -162,6 +169,7 @@ class Engine:
                 continue
             accepted = coupling.accept(part.candidates, tokens)
             taken = sequence.extend(tokens[: accepted + 1], self._eos)
+            draws.note_logprobs(part, taken)
             self.kv.truncate(sequence.kv, base + min(accepted, taken))
             sequence.drafted += len(part.candidates)
             sequence.accepted += accepted
@@ -189,12 +197,30 @@ class Engine:
             self.proposer.close(sequence.sequence_id)
         self._scheduler.remove(sequence)
 
+    def _detokenizer(self, request: Request) -> Detokenizer | None:
+        if self._decoder is None:
+            return None
+        params = request.params
+        return Detokenizer(
+            self._decoder,
+            params.stop,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+
+    def _check_room(self, outputs: int) -> None:
+        """Whether that many more may wait."""
+        limit = min(self.limits.max_num_seqs, self.limits.max_queued_requests)
+        if outputs > max(1, limit):
+            raise InvalidRequest(f"n: at most {limit} outputs at once here, got {outputs}", param="n")
+        if self.num_waiting + outputs > self.limits.max_queued_requests:
+            raise Overloaded(f"{self.num_waiting} requests are waiting already; try again shortly", retry_after=1.0)
+
     def _resolve(self, request: Request) -> Request:
-        """Fill in `max_tokens` and the seed; refuse what cannot fit."""
+        """Fill in `max_tokens`, the seed and the ids `min_tokens` masks; refuse what cannot fit."""
         prompt = len(request.token_ids)
-        vocab = self._runner.vocab_size
-        if not all(0 <= token < vocab for token in request.token_ids):
-            raise InvalidRequest(f"prompt: token ids must be in [0, {vocab})", param="prompt")
+        self._check_ids("prompt", request.token_ids)
+        self._check_ids("logit_bias", request.params.bias)
         limit = min(self.limits.max_model_len, self.kv.usage().total)
         max_tokens = request.params.max_tokens
         if prompt >= limit:
@@ -206,4 +232,12 @@ class Engine:
                 param="max_tokens",
             )
         params = replace(request.params.with_seed(), max_tokens=max_tokens or limit - prompt)
+        if params.min_tokens and not params.ignore_eos:
+            # The drafter masks the same ids, and its model's own EOS may differ.
+            params = replace(params, stop_token_ids=tuple(sorted(self._eos.union(params.stop_token_ids))))
         return replace(request, params=params)
+
+    def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        vocab = self._runner.vocab_size
+        if not all(0 <= token < vocab for token in token_ids):
+            raise InvalidRequest(f"{name}: token ids must be in [0, {vocab})", param=name)

@@ -4,76 +4,28 @@ History is truth, KV is a cache: an entry remembers the token ids its keys and v
 a prefix is reused only where the ids agree, and anything idle may be dropped at any time.
 
     reserve ──► running entry ── append / truncate ──► release ──► idle entry ──► reserved again, forked, evicted
+                                                       import ──►            ──► exported
 """
 
 from __future__ import annotations
 
 import itertools
-import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from paceline.engine.kv_entry import KVEntry, KVExport, KVGeometry, KVUsage
+from paceline.engine.kv_index import CHUNK, PrefixIndex
+from paceline.engine.kv_memory import lazy_empty
 from paceline.errors import EngineError
 
-FORK_MIN_TOKENS = 16
+__all__ = ["FORK_MIN_TOKENS", "KVCache", "KVEntry", "KVExport", "KVGeometry", "KVUsage", "SlabKVCache"]
+
+FORK_MIN_TOKENS = CHUNK
 """A shared prefix shorter than this is recomputed: copying it is not worth an entry's bookkeeping."""
-
-
-@dataclass(frozen=True, slots=True)
-class KVGeometry:
-    """The shape of one token's keys and values."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class KVUsage:
-    """Tokens of room: free + cached + in_use = total."""
-
-    free: int
-    cached: int
-    in_use: int
-    total: int
-
-
-@dataclass(eq=False, slots=True)
-class KVEntry:
-    """Keys and values of one token sequence.
-
-    `keys` and `values` are [num_layers, num_kv_heads, room, head_dim]. `length` tokens are valid; their ids
-    are `ids[:length]`. `charged` is the room it takes from the cache's account.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    ids: np.ndarray
-    charged: int
-    session_id: str | None
-    length: int = 0
-    running: bool = True
-    last_used: int = 0
-
-    @property
-    def token_ids(self) -> np.ndarray:
-        return self.ids[: self.length]
-
-    def shared_prefix(self, tokens: np.ndarray) -> int:
-        """How many leading ids agree with `tokens`."""
-        n = min(self.length, len(tokens))
-        differs = np.nonzero(self.ids[:n] != tokens[:n])[0]
-        return int(differs[0]) if len(differs) else n
 
 
 class KVCache(ABC):
@@ -84,8 +36,12 @@ class KVCache(ABC):
         """An entry with room for `room` tokens, holding the longest stored prefix of `tokens[:-1]`.
 
         The last token is never taken from the cache: its logits are needed. None if running entries leave
-        no room; idle ones are evicted for it, least recently used first.
+        no room; idle ones are evicted for it: anonymous ones, then sessions, least recently used first.
         """
+
+    @abstractmethod
+    def match(self, tokens: Sequence[int], session_id: str | None = None) -> int:
+        """How many of `tokens[:-1]` `reserve` would find. Changes nothing."""
 
     @abstractmethod
     def extend(self, entry: KVEntry, room: int) -> bool:
@@ -108,6 +64,17 @@ class KVCache(ABC):
         """Drop idle entries until `tokens` are free. False if that cannot be."""
 
     @abstractmethod
+    def export_session(self, session_id: str) -> KVExport | None:
+        """A copy of the longest entry of a session, idle or running, as far as it is computed; or None."""
+
+    @abstractmethod
+    def import_session(self, export: KVExport) -> bool:
+        """Put an export in place of the session's idle entries. False, and nothing changed, if there is no room.
+
+        Raises EngineError if it is of another geometry, or longer than any sequence here.
+        """
+
+    @abstractmethod
     def drop_session(self, session_id: str) -> bool:
         """Drop the idle entries of a session. True if there was one, idle or running."""
 
@@ -124,25 +91,30 @@ class KVCache(ABC):
         """Raise EngineError unless the account closes and every entry is sound."""
 
 
-@dataclass(slots=True)
 class SlabKVCache(KVCache):
     """One contiguous slab per entry.
 
-    On a CPU a slab spans `max_model_len` tokens of address space and the kernel commits a page when it is
-    first written, so a slab never moves and costs what it holds. On a GPU a slab has the room reserved and
-    moves when it is extended.
+    On a CPU a slab spans the longest sequence in address space and the kernel commits a page when it is first
+    written, so a slab never moves and costs what it holds. On a GPU a slab has the room reserved and moves when
+    it is extended.
     """
 
-    geometry: KVGeometry
-    capacity: int
-    max_model_len: int
-    _entries: list[KVEntry] = field(default_factory=list)
-    _clock: Callable[[], int] = field(default_factory=lambda: itertools.count(1).__next__)
+    def __init__(self, geometry: KVGeometry, capacity: int, max_model_len: int) -> None:
+        self.geometry, self.capacity = geometry, capacity
+        self.max_model_len = min(max_model_len, capacity)
+        self._running: dict[KVEntry, None] = {}
+        # Least recently used first. Anonymous entries go before any session's.
+        self._anonymous: dict[KVEntry, None] = {}
+        self._of_sessions: dict[KVEntry, None] = {}
+        self._by_session: dict[str, dict[KVEntry, None]] = {}
+        self._index = PrefixIndex()
+        self._in_use = self._cached = 0
 
     def reserve(self, tokens: Sequence[int], room: int, session_id: str | None = None) -> KVEntry | None:
-        ids = np.asarray(tokens, dtype=np.int32)
-        source, shared = self._best_source(ids[:-1], session_id)
-        if source is not None and self._may_take_over(source, shared, session_id):
+        if room > self.max_model_len:
+            return None
+        source, shared = self._best_source(_ids(tokens)[:-1], session_id)
+        if source is not None and _may_take_over(source, shared, session_id):
             return self._take_over(source, shared, room, session_id)
         if not self._make_room(room, keep=source):
             # No room beside the source. An idle one is then worth more continued than kept.
@@ -154,12 +126,16 @@ class SlabKVCache(KVCache):
             self._fork(source, entry, shared)
         return entry
 
+    def match(self, tokens: Sequence[int], session_id: str | None = None) -> int:
+        return self._best_source(_ids(tokens)[:-1], session_id)[1]
+
     def extend(self, entry: KVEntry, room: int) -> bool:
         if room <= entry.charged:
             return True
         if room > self.max_model_len or not self._make_room(room - entry.charged, keep=entry):
             return False
         self._widen(entry, room)
+        self._in_use += room - entry.charged
         entry.charged = room
         return True
 
@@ -167,99 +143,136 @@ class SlabKVCache(KVCache):
         end = entry.length + len(tokens)
         if end > entry.charged:
             raise EngineError(f"KV append past its reservation: {end} > {entry.charged}")
-        entry.ids[entry.length : end] = tokens
-        entry.length = end
+        entry.write_ids(tokens)
+        self._index.update(entry)
 
     def truncate(self, entry: KVEntry, length: int) -> None:
         entry.length = min(entry.length, length)
+        self._index.update(entry)
 
     def release(self, entry: KVEntry) -> None:
-        entry.running = False
-        entry.charged = entry.length
-        entry.last_used = self._clock()
-        if entry.length == 0:
-            self._drop(entry)
+        self._set_idle(entry)
+        self._drop_redundant(entry)
 
     def evict(self, tokens: int) -> bool:
         return self._make_room(tokens, keep=None)
 
+    def export_session(self, session_id: str) -> KVExport | None:
+        longest = max(self._by_session.get(session_id, ()), key=lambda entry: entry.length, default=None)
+        return KVExport.of(longest) if longest is not None and longest.length else None
+
+    def import_session(self, export: KVExport) -> bool:
+        ours = replace(self.geometry, device=torch.device("cpu"))
+        length = len(export.token_ids)
+        if export.geometry != ours:
+            raise EngineError(f"KV import: {export.geometry}, where this model has {ours}")
+        if length > self.max_model_len:
+            raise EngineError(f"KV import: {length} tokens, where a sequence has at most {self.max_model_len}")
+        replaced = [entry for entry in self._by_session.get(export.session_id, ()) if not entry.running]
+        if length > self.capacity - self._in_use:
+            return False
+        for entry in replaced:
+            self._drop(entry)
+        self._make_room(length, keep=None)
+        entry = self._new_entry(length, export.session_id)
+        entry.keys[:, :, :length] = export.keys.to(self.geometry.device)
+        entry.values[:, :, :length] = export.values.to(self.geometry.device)
+        self.append(entry, export.token_ids.tolist())
+        self._set_idle(entry)
+        return True
+
     def drop_session(self, session_id: str) -> bool:
-        held = [entry for entry in self._entries if entry.session_id == session_id]
+        held = list(self._by_session.get(session_id, ()))
         for entry in held:
             if not entry.running:
                 self._drop(entry)
         return bool(held)
 
     def sessions(self) -> dict[str, tuple[int, bool]]:
-        found: dict[str, tuple[int, bool]] = {}
-        for entry in self._entries:
-            if entry.session_id is not None:
-                length, running = found.get(entry.session_id, (0, False))
-                found[entry.session_id] = (max(length, entry.length), running or entry.running)
-        return found
+        return {
+            session_id: (max(entry.length for entry in held), any(entry.running for entry in held))
+            for session_id, held in self._by_session.items()
+        }
 
     def usage(self) -> KVUsage:
-        in_use = sum(entry.charged for entry in self._entries if entry.running)
-        cached = sum(entry.charged for entry in self._entries if not entry.running)
-        return KVUsage(self.capacity - in_use - cached, cached, in_use, self.capacity)
+        return KVUsage(self.capacity - self._in_use - self._cached, self._cached, self._in_use, self.capacity)
 
     def check(self) -> None:
+        idle = [*self._anonymous, *self._of_sessions]
+        counted = (sum(entry.charged for entry in self._running), sum(entry.charged for entry in idle))
         usage = self.usage()
-        if usage.free < 0 or usage.free + usage.cached + usage.in_use != usage.total:
-            raise EngineError(f"KV account does not close: {usage}")
-        for entry in self._entries:
-            if not 0 <= entry.length <= entry.charged <= entry.keys.shape[2]:
+        if usage.free < 0 or counted != (usage.in_use, usage.cached):
+            raise EngineError(f"KV account does not close: {usage}, counted {counted}")
+        for entry in (*self._running, *idle):
+            if not 0 <= entry.length <= entry.charged <= entry.keys.shape[2] or entry.length > len(entry.ids):
                 raise EngineError(f"KV entry out of bounds: {entry.length}, {entry.charged}, {entry.keys.shape}")
+            if len(entry.chain) != entry.length // CHUNK or entry.running != (entry in self._running):
+                raise EngineError(f"KV entry out of place: {entry.length}, {len(entry.chain)}, {entry.running}")
+        named = {id(entry) for held in self._by_session.values() for entry in held}
+        if named != {id(entry) for entry in (*self._running, *idle) if entry.session_id is not None}:
+            raise EngineError("KV entries and sessions disagree")
 
     def _best_source(self, ids: np.ndarray, session_id: str | None) -> tuple[KVEntry | None, int]:
         """The entry with the longest common prefix; among equals the session's own, then an idle one."""
         best: KVEntry | None = None
         rank = (0, False, False)
-        for entry in self._entries:
+        own = self._by_session.get(session_id, {}) if session_id is not None else {}
+        for entry in (*own, *self._index.find(ids)):
             shared = entry.shared_prefix(ids)
-            own = session_id is not None and entry.session_id == session_id
-            if shared >= (1 if own else FORK_MIN_TOKENS) and (shared, own, not entry.running) > rank:
-                best, rank = entry, (shared, own, not entry.running)
+            enough = shared >= (1 if entry in own else FORK_MIN_TOKENS)
+            if enough and (shared, entry in own, not entry.running) > rank:
+                best, rank = entry, (shared, entry in own, not entry.running)
         return best, rank[0]
 
-    @staticmethod
-    def _may_take_over(entry: KVEntry, shared: int, session_id: str | None) -> bool:
-        """An idle entry is continued in place if that takes nothing from another session."""
-        if entry.running:
-            return False
-        return entry.session_id in (None, session_id) and (entry.session_id is not None or shared == entry.length)
-
     def _take_over(self, entry: KVEntry, shared: int, room: int, session_id: str | None) -> KVEntry | None:
-        entry.running = True
-        self.truncate(entry, shared)
+        """Continue an idle entry in place, under the new owner. None, and nothing changed, if there is no room."""
         needed = max(room, shared)
         if not self._make_room(needed - entry.charged, keep=entry):
-            entry.running = False
-            entry.charged = entry.length
             return None
+        self.truncate(entry, shared)
         self._widen(entry, needed)
-        entry.charged = needed
-        entry.session_id = session_id
+        self._leave(entry)
+        entry.running, entry.charged, entry.session_id = True, needed, session_id
+        self._enter(entry)
         return entry
 
     def _make_room(self, tokens: int, keep: KVEntry | None) -> bool:
-        """Evict idle entries, oldest first, until `tokens` are free."""
-        missing = tokens - self.usage().free
-        idle = sorted((e for e in self._entries if not e.running and e is not keep), key=lambda e: e.last_used)
-        if missing > sum(entry.charged for entry in idle):
+        """Evict idle entries until `tokens` are free. False, and nothing evicted, if that is not enough."""
+        kept = keep.charged if keep is not None and not keep.running else 0
+        missing = tokens - (self.capacity - self._in_use - self._cached)
+        if missing > self._cached - kept:
             return False
-        for entry in idle:
+        victims = []
+        for entry in itertools.chain(self._anonymous, self._of_sessions):
             if missing <= 0:
                 break
-            missing -= entry.charged
+            if entry is not keep:
+                missing -= entry.charged
+                victims.append(entry)
+        for entry in victims:
             self._drop(entry)
         return True
 
+    def _drop_redundant(self, entry: KVEntry) -> None:
+        """Of an idle entry and another that begins with it, one is enough: a session's own, or any for no session's."""
+        if not entry.length:
+            return self._drop(entry)
+        own = self._by_session.get(entry.session_id, {}) if entry.session_id is not None else {}
+        for other in (*own, *self._index.find(entry.token_ids)):
+            if other is entry:
+                continue
+            shared = other.shared_prefix(entry.token_ids)
+            if shared == entry.length and entry.session_id in (None, other.session_id):
+                self._touch(other)
+                return self._drop(entry)
+            if shared == other.length and not other.running and other.session_id in (None, entry.session_id):
+                self._drop(other)
+        return None
+
     def _new_entry(self, room: int, session_id: str | None) -> KVEntry:
         keys, values = self._allocate(room)
-        ids = np.zeros(self.max_model_len, dtype=np.int32)
-        entry = KVEntry(keys, values, ids, charged=room, session_id=session_id)
-        self._entries.append(entry)
+        entry = KVEntry(keys, values, np.zeros(room, dtype=np.int32), charged=room, session_id=session_id)
+        self._enter(entry)
         return entry
 
     def _fork(self, source: KVEntry, entry: KVEntry, length: int) -> None:
@@ -267,6 +280,7 @@ class SlabKVCache(KVCache):
         entry.keys[:, :, :length] = source.keys[:, :, :length]
         entry.values[:, :, :length] = source.values[:, :, :length]
         self.append(entry, source.ids[:length].tolist())
+        self._touch(source)
 
     def _widen(self, entry: KVEntry, room: int) -> None:
         if room <= entry.keys.shape[2]:
@@ -283,21 +297,64 @@ class SlabKVCache(KVCache):
             shape = (2, g.num_layers, g.num_kv_heads, room, g.head_dim)
             both = torch.empty(shape, dtype=g.dtype, device=g.device)
         else:
-            both = _lazy_empty((2, g.num_layers, g.num_kv_heads, self.max_model_len, g.head_dim), g.dtype)
+            both = lazy_empty((2, g.num_layers, g.num_kv_heads, self.max_model_len, g.head_dim), g.dtype)
         return both[0], both[1]
 
+    def _set_idle(self, entry: KVEntry) -> None:
+        self._leave(entry)
+        entry.running, entry.charged = False, entry.length
+        self._enter(entry)
+
+    def _touch(self, entry: KVEntry) -> None:
+        """Used just now: the last of its kind to be evicted."""
+        if not entry.running:
+            self._leave(entry)
+            self._enter(entry)
+
     def _drop(self, entry: KVEntry) -> None:
-        self._entries = [other for other in self._entries if other is not entry]
+        self._leave(entry)
+        self._index.remove(entry)
+        # Whoever still holds the entry must not hold its slab.
+        entry.keys = entry.values = entry.keys.new_empty(0)
+
+    def _kind(self, entry: KVEntry) -> dict[KVEntry, None]:
+        if entry.running:
+            return self._running
+        return self._anonymous if entry.session_id is None else self._of_sessions
+
+    def _enter(self, entry: KVEntry) -> None:
+        self._kind(entry)[entry] = None
+        self._account(entry, entry.charged)
+        if entry.session_id is not None:
+            self._by_session.setdefault(entry.session_id, {})[entry] = None
+
+    def _leave(self, entry: KVEntry) -> None:
+        del self._kind(entry)[entry]
+        self._account(entry, -entry.charged)
+        if entry.session_id is not None:
+            held = self._by_session[entry.session_id]
+            del held[entry]
+            if not held:
+                del self._by_session[entry.session_id]
+
+    def _account(self, entry: KVEntry, tokens: int) -> None:
+        if entry.running:
+            self._in_use += tokens
+        else:
+            self._cached += tokens
 
 
-def _lazy_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A CPU tensor whose pages the kernel commits one by one, when they are first written.
+def _may_take_over(entry: KVEntry, shared: int, session_id: str | None) -> bool:
+    """An idle entry is continued in place if that takes little, and nothing from another session.
 
-    Its own anonymous mapping, kept out of huge pages: one 2 MB page per head and layer would commit a slab
-    at its first token. Unmapped when the tensor goes.
+    What is cut off keeps its pages while the entry lives, so at most half may be; else the entry is forked.
     """
-    size = dtype.itemsize * int(np.prod(shape))
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    if entry.running:
+        return False
+    if entry.session_id is None:
+        return shared == entry.length
+    return entry.session_id == session_id and 2 * shared >= entry.length
+
+
+def _ids(tokens: Sequence[int]) -> np.ndarray:
+    return np.asarray(tokens, dtype=np.int32)

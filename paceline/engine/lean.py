@@ -49,6 +49,8 @@ class Layer:
     heads: HeadsStruct
     rotates: bool
     sliding_window: int | None
+    width: int
+    """Of the MLP between its projections."""
     keep: tuple[torch.Tensor, ...]
     """Tensors whose addresses `heads` holds."""
 
@@ -110,6 +112,21 @@ class LeanRunner(Runner):
             step.norm(x, layer.down(gated), following, h)
         logits = self._head(h[rows])
         return logits * self._logits_scale if self._logits_scale != 1.0 else logits
+
+
+    @torch.inference_mode()
+    def run_products(self, rows: int) -> None:
+        """A step's matrix products alone, over `rows` rows: the floor a step is measured against."""
+        first = self._layers[0]
+        h = torch.randn(rows, self._embedding.shape[1])
+        attended = torch.randn(rows, first.heads.heads * first.heads.dim)
+        gated = torch.randn(rows, first.width)
+        for layer in self._layers:
+            layer.qkv(h)
+            layer.out(attended)
+            layer.gate_up(h)
+            layer.down(gated)
+        self._head(h)
 
 
 class _Step:
@@ -250,6 +267,7 @@ def _take_layer(layer: Any, fp16: bool) -> Layer:
         heads=heads,
         rotates=bool(getattr(attention, "use_rope", True)),
         sliding_window=heads.sliding_window or None,
+        width=mlp.gate_proj.out_features,
         keep=tuple(weight for weight, _ in norms),
     )
 

@@ -13,7 +13,7 @@ from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine
 from paceline.errors import EngineError, PacelineError, Unavailable
 from paceline.speculation.frames import Candidates, DraftFrame
-from paceline.types import Delta, Failure, Request
+from paceline.types import Delta, Failure, Request, choice_ids
 
 logger = logging.getLogger(__name__)
 
@@ -119,20 +119,21 @@ class EngineLoop:
         return self._thread.healthy
 
     def submit(self, request: Request, sink: Sink) -> Future[None]:
-        """Hand over a request. The future resolves once it is queued, or raises why it was refused."""
+        """Hand over a request, all its n outputs. The future resolves once it is queued, or raises the refusal."""
 
         def add() -> None:
-            self.engine.add(request)
-            self._sinks[request.request_id] = sink
+            self.engine.add_all(request.choices())
+            self._sinks.update(dict.fromkeys(choice_ids(request.request_id, request.params.n), sink))
 
         return self.call(add)
 
-    def abort(self, request_id: str) -> Future[None]:
-        """End a request; its sink hears no more."""
+    def abort(self, request_id: str, n: int = 1) -> Future[None]:
+        """End a request and its n outputs; its sink hears no more."""
 
         def drop() -> None:
-            self._sinks.pop(request_id, None)
-            self.engine.abort(request_id)
+            for name in choice_ids(request_id, n):
+                self._sinks.pop(name, None)
+                self.engine.abort(name)
 
         return self.call(drop)
 
@@ -183,7 +184,8 @@ class DrafterLoop:
                 self.drafter.close((stream, sequence))
                 sequences.discard(sequence)
             for opened in frame.opens:
-                self.drafter.open((stream, opened.sequence), opened.tokens, opened.params, opened.depth)
+                key = (stream, opened.sequence)
+                self.drafter.open(key, opened.tokens, opened.params, opened.depth, opened.prompt_length)
                 sequences.add(opened.sequence)
             for step in frame.advances:
                 self.drafter.advance((stream, step.sequence), step.base, step.tokens, step.depth)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from paceline.engine.attention import ATTENTION_NAME, Window
+from paceline.engine.attention import ATTENTION_NAME, RaggedBatch, Window
+from paceline.engine.geometry import Observer, Seen, kv_geometry, max_model_len, text_config
 from paceline.engine.kv_cache import KVGeometry
 from paceline.errors import ModelError
 
@@ -54,40 +54,35 @@ class Runner(ABC):
         return tuple(torch.tensor(x, dtype=torch.long, device=self.device) for x in (ids, positions, rows))  # type: ignore[return-value]
 
 
-@dataclass(frozen=True, slots=True)
 class ModelRunner(Runner):
-    """Runs a Transformers causal language model whose attention is ours."""
+    """Runs a Transformers causal language model whose attention is ours, all windows in one pass."""
 
-    model: PreTrainedModel
-
-    def __post_init__(self) -> None:
-        kind = type(self.model).__name__
-        if not getattr(self.model, "_supports_attention_backend", False):
-            raise ModelError(
-                f"{kind} does not take Transformers' AttentionInterface, which the engine needs; "
-                "use a family that does, such as Llama, Qwen2, Qwen3, Mistral, SmolLM3 or OLMo2"
-            )
-        if self.model.config._attn_implementation != ATTENTION_NAME:
-            raise ModelError(f"{kind} was loaded with attention {self.model.config._attn_implementation!r}")
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises ModelError if our attention is not reached, or the layers bring what the KV cache cannot hold."""
+        kind = type(model).__name__
+        if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
+            raise ModelError(f"{kind} has attention {model.config._attn_implementation!r}, not ours")
+        self.model = model
+        self._seen = self._observe()
+        if not self._seen:
+            raise ModelError(f"{kind} does not call the attention function it is given")
+        self._geometry = kv_geometry(self._seen, model)
+        self._check_layer_types()
 
     @property
     def vocab_size(self) -> int:
-        return int(self.model.config.vocab_size)
+        return int(text_config(self.model).vocab_size)
 
     @property
     def max_model_len(self) -> int:
-        return int(getattr(self.model.config, "max_position_embeddings", 2048))
+        return max_model_len(self.model)
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.model.device)
+        return self._geometry.device
 
     def kv_geometry(self) -> KVGeometry:
-        config = self.model.config
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return KVGeometry(config.num_hidden_layers, kv_heads, head_dim, self.model.dtype, self.device)
+        return self._geometry
 
     @torch.inference_mode()
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
@@ -97,7 +92,27 @@ class ModelRunner(Runner):
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=rows,
-            windows=windows,
+            paceline_step=RaggedBatch(windows),
         )
         logits: torch.Tensor = output.logits[0]
         return logits.float()
+
+    @torch.inference_mode()
+    def _observe(self) -> dict[int, Seen]:
+        observer = Observer()
+        zero = torch.zeros((1, 1), dtype=torch.long, device=self.model.device)
+        self.model(input_ids=zero, position_ids=zero, use_cache=False, paceline_step=observer)
+        return observer.seen
+
+    def _check_layer_types(self) -> None:
+        """A sliding window is longer than any probe: what the configuration says must arrive, layer by layer."""
+        config = text_config(self.model)
+        stated = getattr(config, "sliding_window", None)
+        if getattr(config, "use_sliding_window", True) is False:
+            stated = None
+        kinds = getattr(config, "layer_types", None)
+        for layer, seen in self._seen.items():
+            kind = kinds[layer] if kinds else "full_attention" if stated is None else "sliding_attention"
+            expected = {"full_attention": None, "sliding_attention": stated}.get(kind, -1)
+            if seen.sliding_window != expected:
+                raise ModelError(f"layer {layer} ({kind}) has the sliding window {seen.sliding_window}, not {stated}")

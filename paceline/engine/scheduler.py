@@ -1,49 +1,94 @@
-"""Which tokens go into the next forward pass."""
+"""Which sequences run, and which tokens go into the next forward pass.
+
+Order is one rule everywhere: priority, lower first, then arrival. By it sequences are admitted, get KV room,
+share the prefill budget; backwards they yield. Admission is strict: a sequence for which there is no room lets
+nobody pass, so that small requests cannot starve a big one. The one exception is a sequence that waits for a
+running one to compute the prefix they share (`_Hold`); it ends when that is done, whoever has passed by then.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left, insort
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from paceline.engine.attention import Window
-from paceline.engine.kv_cache import KVCache
+from paceline.engine.kv_cache import FORK_MIN_TOKENS, KVCache, KVEntry
 from paceline.engine.sequence import Sequence
+from paceline.errors import EngineError
 
 GROWTH = 64
 """Tokens of KV room a sequence is given ahead of need; half of it is more than any verification window."""
+HOLD_MIN_TOKENS = 64
+"""A sequence waits for a running one if that saves it this much prefill, about a short step's; another output of
+the same request waits for whatever can be copied."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """One sequence's part of a step: its window, and the candidates at the window's end."""
+    """One sequence's part of a step: its window, and the candidates at the window's end.
+
+    The last `draws` of the window's sampled rows draw tokens; rows before them tell a prompt's log probabilities.
+    """
 
     sequence: Sequence
     window: Window
     candidates: tuple[int, ...] = ()
+    draws: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    """Wait until `leader` has computed `length` tokens, which are this sequence's first ones too."""
+
+    leader: Sequence
+    length: int
+
+    @property
+    def over(self) -> bool:
+        """Computed, or the leader was preempted, cancelled or is done: it has no running entry then."""
+        return self.leader.entry is None or self.leader.entry.length >= self.length
+
+
+def rank(sequence: Sequence) -> tuple[int, int]:
+    """Who comes first: lower priority values, then earlier arrival."""
+    return sequence.request.priority, sequence.sequence_id
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """First come, first served. Running streams come before prompts in a step, prompts come in chunks."""
+    """Running streams come before prompts in a step; prompts come in chunks, smaller ones while streams run.
+
+    `max_prefill_while_decoding` bounds the prompt tokens of a step in which a stream runs, and so the time
+    between two of the stream's tokens. None: `max_batched_tokens` alone does.
+    """
 
     kv: KVCache
     max_num_seqs: int
     max_batched_tokens: int
-    waiting: deque[Sequence] = field(default_factory=deque)
+    max_prefill_while_decoding: int | None = None
+    waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
+    _holds: dict[int, _Hold] = field(default_factory=dict)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence, or one that lost its KV. Its history rebuilds it: its tokens stay the same."""
+        insort(self.waiting, sequence, key=rank)
 
     def admit(self) -> list[Sequence]:
-        """Move sequences from waiting to running while there is KV room. Returns those that run for the first time."""
+        """Move sequences from waiting to running while there is room. Returns those that run for the first time."""
         admitted = []
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            entry = self.kv.reserve(sequence.tokens, _room_for(sequence), sequence.request.session_id)
+        for sequence in list(self.waiting):
+            if self._held(sequence):
+                continue
+            entry = self._place(sequence)
             if entry is None:
                 break
-            self.waiting.popleft()
+            self._dequeue(sequence)
             self.running.append(sequence)
             sequence.entry = entry
+            if sequence.owes_prompt:
+                self.kv.truncate(entry, len(sequence.prompt_logprobs))
             if not sequence.admitted:
                 sequence.admitted, sequence.cached_tokens = sequence.clock(), entry.length
                 admitted.append(sequence)
@@ -52,29 +97,90 @@ class Scheduler:
     def schedule(self, candidates: Mapping[int, tuple[int, ...]]) -> list[Scheduled]:
         """The next step under the token budget: decode and verification windows, then prefill chunks."""
         self._make_room()
-        budget = self.max_batched_tokens
-        step = []
-        for sequence in _decoding_first(self.running):
-            if budget <= 0:
-                break
-            drafted = candidates.get(sequence.sequence_id, ())[: budget - 1] if sequence.pending == 1 else ()
-            start = sequence.kv.length
-            chunk = sequence.tokens[start : start + budget]
-            complete = len(chunk) == sequence.pending
-            window = Window(sequence.kv, (*chunk, *drafted), sample=1 + len(drafted) if complete else 0)
-            step.append(Scheduled(sequence, window, drafted))
-            budget -= len(window.token_ids)
-        return step
+        ranked = sorted(self.running, key=rank)
+        ready = [sequence for sequence in ranked if sequence.pending == 1][: self.max_batched_tokens]
+        prompts = [sequence for sequence in ranked if sequence.pending > 1]
+        budget = self.max_batched_tokens - len(ready)
+        # Where tokens are scarce, candidates leave prompts a half.
+        step = _decode(ready, candidates, budget // 2 if prompts else budget)
+        budget -= sum(len(part.candidates) for part in step)
+        if self.max_prefill_while_decoding is not None and any(sequence.decoding for sequence in ready):
+            budget = min(budget, self.max_prefill_while_decoding)
+        return step + _prefill(prompts, budget)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is; its KV stays behind as cache."""
+        self._dequeue(sequence)
+        if sequence.entry is not None:
+            self.running.remove(sequence)
+            self.kv.release(sequence.entry)
+            sequence.entry = None
+
+    def check(self) -> None:
+        """Raise EngineError unless exactly the running sequences hold exactly the KV in use."""
+        charged = sum(sequence.kv.charged for sequence in self.running)
+        if charged != self.kv.usage().in_use:
+            raise EngineError(f"running sequences hold {charged} KV tokens of {self.kv.usage()}")
+        if any(sequence.entry is not None for sequence in self.waiting) or len(self.running) > self.max_num_seqs:
+            raise EngineError("a waiting sequence holds KV, or too many run")
+        if not self._holds.keys() <= {sequence.sequence_id for sequence in self.waiting}:
+            raise EngineError("a sequence that does not wait is held")
+
+    def _held(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is computing a prefix that this one would compute again."""
+        hold = self._holds.get(sequence.sequence_id)
+        if hold is not None and not hold.over:
+            return True
+        hold = self._find_hold(sequence)
+        if hold is None:
+            self._holds.pop(sequence.sequence_id, None)
+            return False
+        self._holds[sequence.sequence_id] = hold
+        return True
+
+    def _find_hold(self, sequence: Sequence) -> _Hold | None:
+        """The longest useful one. Only those who come first by rank lead: they also get the prefill budget first."""
+        if sequence.owes_prompt:
+            return None
+        shared = {
+            leader: min(_common_prefix(leader.tokens, sequence.tokens), len(sequence.tokens) - 1)
+            for leader in self.running
+            if leader.pending > 1 and rank(leader) < rank(sequence)
+        }
+        leader = max(shared, key=lambda each: shared[each], default=None)
+        if leader is None:
+            return None
+        least = FORK_MIN_TOKENS if leader is sequence.leader else HOLD_MIN_TOKENS
+        if shared[leader] - leader.kv.length < least:
+            return None
+        stored = self.kv.match(sequence.tokens, sequence.request.session_id)
+        return _Hold(leader, shared[leader]) if shared[leader] - stored >= least else None
+
+    def _place(self, sequence: Sequence) -> KVEntry | None:
+        """KV for a sequence that has a slot; running ones of lower priority yield slot and KV if they must."""
+        room, priority = _room_for(sequence), sequence.request.priority
+        yielding = sorted((each for each in self.running if each.request.priority > priority), key=rank)
+        usage = self.kv.usage()
+        if room > usage.total - usage.in_use + sum(each.kv.charged for each in yielding):
+            return None
+        while True:
+            if len(self.running) < self.max_num_seqs:
+                entry = self.kv.reserve(sequence.tokens, room, sequence.request.session_id)
+                if entry is not None:
+                    return entry
+            if not yielding:
+                return None
+            self._preempt(yielding.pop())
 
     def _make_room(self) -> None:
-        """Give every running sequence room to grow; where there is none the youngest yields.
-
-        A preempted sequence keeps its history, goes to the head of the queue and recomputes its KV when it
-        runs again; its tokens stay the same.
-        """
-        for sequence in list(self.running):
-            while sequence in self.running and not self._extend(sequence):
-                self._preempt(self.running[-1])
+        """Give every running sequence room to grow, the first by rank first; where there is none the last yields."""
+        ranked = sorted(self.running, key=rank)
+        served = 0
+        while served < len(ranked):
+            if self._extend(ranked[served]):
+                served += 1
+            else:
+                self._preempt(ranked.pop())
 
     def _extend(self, sequence: Sequence) -> bool:
         """In stretches: on a GPU every extension moves the entry."""
@@ -83,17 +189,40 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.remove(sequence)
-        self.waiting.appendleft(sequence)
+        self.add(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is; its KV stays behind as cache."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        if sequence in self.running:
-            self.running.remove(sequence)
-        if sequence.entry is not None:
-            self.kv.release(sequence.entry)
-            sequence.entry = None
+    def _dequeue(self, sequence: Sequence) -> None:
+        self._holds.pop(sequence.sequence_id, None)
+        at = bisect_left(self.waiting, rank(sequence), key=rank)
+        if at < len(self.waiting) and self.waiting[at] is sequence:
+            del self.waiting[at]
+
+
+def _decode(sequences: list[Sequence], candidates: Mapping[int, tuple[int, ...]], budget: int) -> list[Scheduled]:
+    """A token each, and candidates until the budget is spent."""
+    step = []
+    for sequence in sequences:
+        spare = min(budget, sequence.kv.charged - len(sequence.tokens))
+        drafted = candidates.get(sequence.sequence_id, ())[: max(0, spare)]
+        window = Window(sequence.kv, (sequence.tokens[-1], *drafted), sample=1 + len(drafted))
+        step.append(Scheduled(sequence, window, drafted, draws=window.sample))
+        budget -= len(drafted)
+    return step
+
+
+def _prefill(sequences: list[Sequence], budget: int) -> list[Scheduled]:
+    """Chunks of what is missing, in the order given, until the budget is spent."""
+    step = []
+    for sequence in sequences:
+        if budget <= 0:
+            break
+        start = sequence.kv.length
+        chunk = sequence.tokens[start : start + budget]
+        draws = int(len(chunk) == sequence.pending)
+        window = Window(sequence.kv, chunk, sample=len(chunk) if sequence.owes_prompt else draws)
+        step.append(Scheduled(sequence, window, draws=draws))
+        budget -= len(chunk)
+    return step
 
 
 def _room_for(sequence: Sequence) -> int:
@@ -101,5 +230,13 @@ def _room_for(sequence: Sequence) -> int:
     return min(sequence.room, len(sequence.tokens) + GROWTH)
 
 
-def _decoding_first(running: Iterable[Sequence]) -> list[Sequence]:
-    return sorted(running, key=lambda sequence: sequence.pending > 1)
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    """By bisection over slices: comparing lists in C is fast, and most pairs differ at once."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

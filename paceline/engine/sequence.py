@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from paceline.engine.detokenizer import Detokenizer
 from paceline.engine.kv_cache import KVEntry
 from paceline.errors import EngineError
-from paceline.types import Delta, FinishReason, Metrics, Request
+from paceline.types import Delta, FinishReason, Metrics, Request, TokenLogprobs
 
 
 @dataclass(eq=False, slots=True)
@@ -17,13 +17,15 @@ class Sequence:
     """Token history of a request, and its place in the engine.
 
     `tokens` is the truth: prompt and output. Keys and values of a prefix of it are in `entry`; what they
-    miss is `pending`, one token while decoding, more while (re)computing a prompt.
+    miss is `pending`, one token while decoding, more while (re)computing a prompt. `leader` is the sequence
+    that computes the same prompt, while it does.
     """
 
     sequence_id: int
     request: Request
     detokenizer: Detokenizer | None
     clock: Callable[[], float] = time.monotonic
+    leader: Sequence | None = None
     tokens: list[int] = field(default_factory=list)
     entry: KVEntry | None = None
     finish_reason: FinishReason | None = None
@@ -32,11 +34,14 @@ class Sequence:
     accepted: int = 0
     late: int = 0
     steps: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     arrived: float = 0.0
     admitted: float = 0.0
     first_token: float = 0.0
     _emitted: int = 0
     _text: str = ""
+    _logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _told_prompt: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
@@ -56,7 +61,17 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        return self.pending == 1 and len(self.tokens) > len(self.request.token_ids)
+        return self.pending == 1 and len(self.tokens) > self.prompt_length
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.token_ids)
+
+    @property
+    def owes_prompt(self) -> bool:
+        """Whether prompt tokens remain whose log probabilities were asked for."""
+        wanted = self.request.params.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < self.prompt_length - 1
 
     @property
     def finished(self) -> bool:
@@ -66,7 +81,7 @@ class Sequence:
     def room(self) -> int:
         """Tokens it may grow to: prompt and `max_tokens` (resolved when it entered)."""
         assert self.request.params.max_tokens is not None
-        return len(self.request.token_ids) + self.request.params.max_tokens
+        return self.prompt_length + self.request.params.max_tokens
 
     def extend(self, drawn: list[int], eos: frozenset[int]) -> int:
         """Append tokens in order until one of them ends the sequence. Returns how many were taken."""
@@ -89,18 +104,23 @@ class Sequence:
             self.finish_reason = FinishReason.LENGTH
         return self.finished
 
+    def add_logprobs(self, found: list[TokenLogprobs]) -> None:
+        """Of the tokens added last."""
+        self._logprobs += found
+
     def take_delta(self) -> Delta:
         """What was added since the last call; with the metrics if the sequence ended."""
         new, text = tuple(self.tokens[self._emitted :]), self._text
-        self._emitted, self._text = len(self.tokens), ""
-        if not self.finished:
-            return Delta(new, text)
-        if self.detokenizer is not None:
+        logprobs, prompt = tuple(self._logprobs), tuple(self.prompt_logprobs[self._told_prompt :])
+        self._emitted, self._text, self._told_prompt = len(self.tokens), "", len(self.prompt_logprobs)
+        self._logprobs.clear()
+        if self.finished and self.detokenizer is not None:
             text += self.detokenizer.finish()
-        return Delta(new, text, self.finish_reason, self.metrics())
+        metrics = self.metrics() if self.finished else None
+        return Delta(new, text, self.finish_reason, metrics, self.request.index, logprobs, prompt)
 
     def metrics(self) -> Metrics:
-        prompt, now = len(self.request.token_ids), self.clock()
+        prompt, now = self.prompt_length, self.clock()
         return Metrics(
             prompt_tokens=prompt,
             cached_tokens=self.cached_tokens,

@@ -27,7 +27,13 @@ def hello_from_proto(message: pb.Hello) -> Hello:
 def frame_to_proto(frame: DraftFrame) -> pb.DraftRequest:
     return pb.DraftRequest(
         open=[
-            pb.Open(sequence=o.sequence, tokens=o.tokens, sampling=_sampling_to_proto(o.params), depth=o.depth)
+            pb.Open(
+                sequence=o.sequence,
+                tokens=o.tokens,
+                sampling=_sampling_to_proto(o.params),
+                depth=o.depth,
+                prompt_length=o.prompt_length,
+            )
             for o in frame.opens
         ],
         advance=[pb.Advance(sequence=a.sequence, base=a.base, tokens=a.tokens, depth=a.depth) for a in frame.advances],
@@ -38,7 +44,10 @@ def frame_to_proto(frame: DraftFrame) -> pb.DraftRequest:
 def frame_from_proto(message: pb.DraftRequest) -> DraftFrame:
     """Raises InvalidRequest if a sampling parameter is out of its range."""
     return DraftFrame(
-        opens=tuple(Open(o.sequence, tuple(o.tokens), _sampling_from_proto(o.sampling), o.depth) for o in message.open),
+        opens=tuple(
+            Open(o.sequence, tuple(o.tokens), _sampling_from_proto(o.sampling), o.depth, o.prompt_length)
+            for o in message.open
+        ),
         advances=tuple(Advance(a.sequence, a.base, tuple(a.tokens), a.depth) for a in message.advance),
         closes=tuple(close.sequence for close in message.close),
     )
@@ -71,14 +80,27 @@ def _sampling_to_proto(params: SamplingParams) -> pb.DraftSampling:
         top_k=params.top_k,
         min_p=params.min_p,
         seed=(params.seed or 0) & _SEED_MASK,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.bias,
+        min_tokens=params.min_tokens,
+        stop_token_ids=params.stop_token_ids if params.min_tokens else (),
     )
 
 
 def _sampling_from_proto(message: pb.DraftSampling) -> SamplingParams:
     return SamplingParams(
+        max_tokens=None,
         temperature=message.temperature,
         top_p=message.top_p,
         top_k=message.top_k,
         min_p=message.min_p,
         seed=message.seed,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=dict(message.logit_bias),
+        min_tokens=message.min_tokens,
+        stop_token_ids=tuple(message.stop_token_ids),
     )

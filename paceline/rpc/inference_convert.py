@@ -8,10 +8,23 @@ from typing import Any
 from paceline.api.prompts import ChatMessage
 from paceline.api.state import SessionInfo
 from paceline.errors import InvalidRequest
-from paceline.types import Accepted, Delta, FinishReason, Metrics, Request, SamplingParams
+from paceline.types import Accepted, Delta, FinishReason, Metrics, Request, SamplingParams, TokenLogprobs
 from paceline.v1 import inference_pb2 as pb
 
-_OPTIONAL_PARAMS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+_OPTIONAL_PARAMS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logprobs",
+    "prompt_logprobs",
+    "n",
+)
 
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -28,6 +41,9 @@ def params_from(message: pb.SamplingParams) -> SamplingParams:
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        logit_bias=dict(message.logit_bias),
+        min_tokens=message.min_tokens,
+        include_stop_str_in_output=message.include_stop_str_in_output,
     )
 
 
@@ -77,11 +93,28 @@ def delta_events(delta: Delta, counted: Metrics) -> list[pb.GenerateEvent]:
     """The tokens of one engine step, the end, or both. `counted` stands in for metrics the replica left out."""
     events = []
     if delta.token_ids or delta.text:
-        events.append(pb.GenerateEvent(tokens=pb.Tokens(token_ids=delta.token_ids, text=delta.text)))
+        tokens = pb.Tokens(
+            token_ids=delta.token_ids,
+            text=delta.text,
+            index=delta.index,
+            logprobs=[_logprobs_message(entry) for entry in delta.logprobs],
+            prompt_logprobs=[_logprobs_message(entry) for entry in delta.prompt_logprobs],
+        )
+        events.append(pb.GenerateEvent(tokens=tokens))
     if delta.finish_reason is not None:
         usage = usage_message(delta.metrics or counted)
-        events.append(pb.GenerateEvent(finished=pb.Finished(reason=_REASONS[delta.finish_reason], usage=usage)))
+        finished = pb.Finished(reason=_REASONS[delta.finish_reason], usage=usage, index=delta.index)
+        events.append(pb.GenerateEvent(finished=finished))
     return events
+
+
+def _logprobs_message(entry: TokenLogprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        token_id=entry.token_id,
+        logprob=entry.logprob,
+        rank=entry.rank,
+        top=[pb.TopLogprob(token_id=token, logprob=logprob) for token, logprob in entry.top],
+    )
 
 
 def usage_message(metrics: Metrics) -> pb.Usage:

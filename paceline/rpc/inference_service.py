@@ -117,10 +117,10 @@ class InferenceHandlers:
     async def _events(self, request: Request) -> Events:
         async with await self._gateway.open(request) as stream:
             yield started_event(request, stream.accepted)
-            generated = 0
+            generated = [0] * request.params.n
             async for delta in stream:
-                generated += len(delta.token_ids)
-                counted = Metrics(prompt_tokens=len(request.token_ids), completion_tokens=generated)
+                generated[delta.index] += len(delta.token_ids)
+                counted = Metrics(prompt_tokens=len(request.token_ids), completion_tokens=generated[delta.index])
                 for event in delta_events(delta, counted):
                     yield event
 

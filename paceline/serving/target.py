@@ -56,23 +56,23 @@ class Target:
         request = replace(request, params=request.params.with_seed())
         frames: asyncio.Queue[Delta | Failure] = asyncio.Queue()
         events = asyncio.get_running_loop()
-        done = False
+        left = request.params.n
         try:
             await asyncio.wrap_future(
                 self._loop.submit(request, lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
             )
             assert request.params.seed is not None
             yield Accepted(self.replica_id, request.params.seed, len(request.token_ids))
-            while not done:
+            while left:
                 frame = await frames.get()
-                done = isinstance(frame, Failure) or frame.finished
+                left = 0 if isinstance(frame, Failure) else left - frame.finished
                 yield frame
         except PacelineError as error:
-            done = True
+            left = 0
             yield Failure.of(error)
         finally:
-            if not done:
-                self._loop.abort(request.request_id)
+            if left:
+                self._loop.abort(request.request_id, request.params.n)
 
     async def sessions(self) -> list[tuple[str, str, int, bool]]:
         """(session, replica, tokens held, running) of every session held here."""

@@ -29,13 +29,10 @@ from collections.abc import Sequence
 
 import torch
 
+from paceline.seeds import GOLDEN, MIX_1, MIX_2, mix
 from paceline.types import SamplingParams
 
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_POSITION_STEP = 0xD1342543DE82EF95  # odd, unrelated to _GOLDEN: positions and token ids walk different orbits
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
+_POSITION_STEP = 0xD1342543DE82EF95  # odd, unrelated to GOLDEN: positions and token ids walk different orbits
 
 
 def gumbel(seed: int, positions: Sequence[int], vocab_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -51,10 +48,10 @@ def random_bits(
 ) -> torch.Tensor:
     """64 random bits of every token id at each position: int64 [len(positions), vocab_size], bit-equal everywhere."""
     starts = torch.tensor([_signed(_start(seed, position)) for position in positions], dtype=torch.int64, device=device)
-    x = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=device).mul_(_signed(_GOLDEN))
+    x = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=device).mul_(_signed(GOLDEN))
     x = starts[:, None] + x[None, :]
-    x = (x ^ _shift_right(x, 30)).mul_(_signed(_MIX_1))
-    x = (x ^ _shift_right(x, 27)).mul_(_signed(_MIX_2))
+    x = (x ^ _shift_right(x, 30)).mul_(_signed(MIX_1))
+    x = (x ^ _shift_right(x, 27)).mul_(_signed(MIX_2))
     return x ^ _shift_right(x, 31)
 
 
@@ -127,14 +124,7 @@ def _ints(tokens: torch.Tensor) -> list[int]:
 
 
 def _start(seed: int, position: int) -> int:
-    return _mix(_mix(seed & _MASK) + (position + 1) * _POSITION_STEP)
-
-
-def _mix(x: int) -> int:
-    x &= _MASK
-    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
-    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
-    return x ^ (x >> 31)
+    return mix(mix(seed) + (position + 1) * _POSITION_STEP)
 
 
 def _signed(x: int) -> int:

@@ -23,12 +23,16 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A sequence begins, or begins again, with its whole history; `depth` 0 prefills only."""
+    """A sequence begins, or begins again, with its whole history; `depth` 0 prefills only.
+
+    The first `prompt_length` tokens are the prompt: penalties tell it from the output.
+    """
 
     sequence: int
     tokens: tuple[int, ...]
     params: SamplingParams
     depth: int
+    prompt_length: int
 
 
 @dataclass(frozen=True, slots=True)

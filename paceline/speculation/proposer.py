@@ -28,7 +28,7 @@ class Proposer(ABC):
 
     @abstractmethod
     def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
-        """A sequence begins; its prompt may be prefilled while the target does the same."""
+        """A sequence begins; `tokens` is its prompt, which may be prefilled while the target does the same."""
 
     @abstractmethod
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, tuple[int, ...]]:

@@ -83,10 +83,14 @@ class _LinkState:
 
 @dataclass(eq=False, slots=True)
 class _SequenceState:
-    """`asked` is the base position its link was last asked for, None if it was not; `candidates` answers it."""
+    """`tokens` begin with the prompt, of `prompt_length`.
+
+    `asked` is the base position its link was last asked for, None if it was not; `candidates` answers it.
+    """
 
     tokens: list[int]
     params: SamplingParams
+    prompt_length: int
     link: str | None = None
     asked: int | None = None
     candidates: Candidates | None = None
@@ -149,7 +153,7 @@ class RemoteProposer(Proposer):
     def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
         with self._changed:
             self._forget(sequence)
-            state = self._sequences[sequence] = _SequenceState(list(tokens), params)
+            state = self._sequences[sequence] = _SequenceState(list(tokens), params, len(tokens))
             self._assign(sequence, state, depth=0)
         self._flush()
 
@@ -221,7 +225,7 @@ class RemoteProposer(Proposer):
             return
         link = min(awake, key=lambda link: len(link.sequences))
         link.sequences.add(sequence)
-        link.opens.append(Open(sequence, tuple(state.tokens), state.params, depth))
+        link.opens.append(Open(sequence, tuple(state.tokens), state.params, depth, state.prompt_length))
         state.link = link.link.replica_id
         state.ask(depth)
 

@@ -75,7 +75,8 @@ class InferenceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Chat(self, request, context):
-        """One turn of a conversation. The stream's first event is `started`, its last `finished`.
+        """One turn of a conversation. The stream's first event is `started`, its last `finished`; with n > 1 there
+        is one `finished` for each output.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

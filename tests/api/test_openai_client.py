@@ -92,7 +92,7 @@ async def test_errors_are_the_clients_own_classes() -> None:
         with pytest.raises(openai.NotFoundError):
             await client.chat.completions.create(model="other", messages=MESSAGES)
         with pytest.raises(openai.BadRequestError) as refused:
-            await client.chat.completions.create(model=MODEL, messages=MESSAGES, n=2)
+            await client.chat.completions.create(model=MODEL, messages=MESSAGES, n=200)
     assert overloaded.value.response.headers["retry-after"] == "3"
     assert (refused.value.param, refused.value.code) == ("n", "invalid_request_error")
 

@@ -48,11 +48,22 @@ WRONG_IN_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"session_id": "x" * 257}, "session_id"),
     ({"speculation": "off"}, "speculation"),
     ({"return_token_ids": 1}, "return_token_ids"),
-    ({"n": 2}, "n"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
     ({"n": True}, "n"),
-    ({"presence_penalty": 0.5}, "presence_penalty"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"presence_penalty": 2.5}, "presence_penalty"),
+    ({"presence_penalty": "high"}, "presence_penalty"),
+    ({"frequency_penalty": -2.5}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"logit_bias": [5]}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"logit_bias": {"5": "1"}}, "logit_bias"),
+    ({"logit_bias": {"262": 1}}, "logit_bias"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+    ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
     ({"colour": "red"}, "colour"),
 ]
 WRONG_IN_CHAT: list[tuple[dict[str, Any], str]] = [
@@ -72,7 +83,10 @@ WRONG_IN_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": "5"}, "max_completion_tokens"),
     ({"max_completion_tokens": 5, "max_tokens": 6}, "max_completion_tokens"),
-    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"top_logprobs": 1}, "top_logprobs"),
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"tools": [{"type": "function"}]}, "tools"),
@@ -100,7 +114,9 @@ WRONG_IN_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [1, 262]}, "prompt"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": "x" * 512}, "prompt"),
-    ({"logprobs": 0}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
     ({"echo": True}, "echo"),
     ({"best_of": 2}, "best_of"),
     ({"suffix": "end"}, "suffix"),
@@ -192,6 +208,15 @@ def test_sampling_parameters_are_those_of_the_body() -> None:
         "stop": "end",
         "stop_token_ids": [9],
         "ignore_eos": True,
+        "n": 2,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": {"7": -100, "3": 1.5},
+        "min_tokens": 2,
+        "include_stop_str_in_output": True,
+        "logprobs": True,
+        "top_logprobs": 4,
     }
     assert ChatCompletionRequest.model_validate(body).params() == SamplingParams(
         max_tokens=5,
@@ -203,7 +228,24 @@ def test_sampling_parameters_are_those_of_the_body() -> None:
         stop=("end",),
         stop_token_ids=(9,),
         ignore_eos=True,
+        n=2,
+        repetition_penalty=1.1,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={3: 1.5, 7: -100},
+        min_tokens=2,
+        include_stop_str_in_output=True,
+        logprobs=4,
     )
+
+
+def test_logprobs_of_a_completion_are_a_number() -> None:
+    params = CompletionRequest.model_validate({**COMPLETION, "logprobs": 0, "prompt_logprobs": 2}).params()
+    assert (params.logprobs, params.prompt_logprobs) == (0, 2)
+
+
+def test_logprobs_of_a_chat_are_the_tokens_alone_unless_more_are_asked_for() -> None:
+    assert ChatCompletionRequest.model_validate({**CHAT, "logprobs": True}).params().logprobs == 0
 
 
 def test_max_completion_tokens_is_the_later_word_for_max_tokens() -> None:

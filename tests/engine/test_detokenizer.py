@@ -214,3 +214,29 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
 @given(st.lists(st.sampled_from([97, 98, 32, 0xFF]).map(byte), max_size=40), stops)
 def test_any_stop_strings_cut_the_text_decoded_at_once(tokens: list[int], stop: tuple[str, ...]) -> None:
     assert "".join(pieces(tokens, stop)) == cut(decoded(tokens), stop)
+
+
+# What is done about a stop string.
+
+
+def pushed(text: str, *stop: str, **options: object) -> tuple[str, bool]:
+    """The output and whether it stopped, of a text pushed byte by byte: one token each."""
+    detokenizer = Detokenizer(tokenizer(), stop, **options)  # type: ignore[arg-type]
+    found = "".join(detokenizer.push(token) for token in tokenizer().encode(text))
+    return found + detokenizer.finish(), detokenizer.stopped
+
+
+def test_a_stop_string_may_stay_in_the_text() -> None:
+    assert pushed("one two three", "two", "never", include_stop=True) == ("one two", True)
+
+
+def test_a_stop_string_within_the_first_tokens_does_not_count() -> None:
+    assert pushed("ab ab ab", "ab", min_tokens=2) == ("ab ", True)
+
+
+def test_a_stop_string_completed_by_the_first_token_that_counts_does() -> None:
+    assert pushed("ab ab ab", "ab", min_tokens=1) == ("", True)
+
+
+def test_what_was_complete_too_early_does_not_count_later() -> None:
+    assert pushed("abcdx", "bc", "abcde", min_tokens=3) == ("abcdx", False)

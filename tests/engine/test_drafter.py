@@ -430,3 +430,28 @@ def test_drafted_tokens_are_counted() -> None:
     made.open("b", PROMPT, GREEDY, depth=3)
     drain(made)
     assert made.drafted_tokens == 7
+
+
+# Penalties.
+
+
+PENALIZED = SamplingParams(temperature=0.0, presence_penalty=2.0, frequency_penalty=1.0, min_tokens=9, max_tokens=64)
+
+
+def test_a_reopened_sequence_tells_prompt_from_output() -> None:
+    params = {"presence_penalty": 2.0, "frequency_penalty": 1.0}
+    truth = tiny.run(tiny.engine_for(MODEL), tiny.request(PROMPT, **params))["r"]
+    made, _ = drafter()
+    made.open("s", (*PROMPT, *truth[:10]), PENALIZED, depth=8, prompt_length=len(PROMPT))
+    assert only(made) == tuple(truth[10:18])
+
+
+def test_rejected_candidates_leave_no_penalty_behind() -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, PENALIZED, depth=6)
+    guessed = only(made)
+    agreed = (guessed[0], wrong(guessed[1]))
+    made.advance("s", len(PROMPT), agreed, depth=4)
+    fresh, _ = drafter()
+    fresh.open("s", (*PROMPT, *agreed), PENALIZED, depth=4, prompt_length=len(PROMPT))
+    assert only(made) == only(fresh)

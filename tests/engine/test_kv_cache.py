@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+
 import psutil
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.engine.kv_cache import KVEntry, KVGeometry, SlabKVCache
+from paceline.engine.kv_cache import KVEntry, KVExport, KVGeometry, SlabKVCache
+from paceline.errors import EngineError
 
 GEOMETRY = KVGeometry(2, 2, 4, torch.float32, torch.device("cpu"))
 
@@ -126,3 +130,113 @@ def _act(kv: SlabKVCache, running: dict[int, KVEntry], name: str, who: int, n: i
         kv.truncate(entry, n)
     elif name == "release":
         kv.release(running.pop(who))
+
+
+def roundtrip(kv: SlabKVCache, session: str) -> KVExport:
+    export = kv.export_session(session)
+    assert export is not None
+    copied: KVExport = pickle.loads(pickle.dumps(export))
+    return copied
+
+
+def test_an_export_holds_the_valid_tokens_and_no_more() -> None:
+    kv = cache()
+    kv.truncate(filled(kv, list(range(20)), "s"), 7)
+    export = roundtrip(kv, "s")
+    assert export.token_ids.tolist() == list(range(7))
+    assert (export.keys.shape, export.keys.is_contiguous()) == ((2, 2, 7, 4), True)
+    assert len(pickle.dumps(export)) < export.num_bytes + 2000
+
+
+def test_an_export_shares_no_memory_with_the_cache() -> None:
+    kv = cache()
+    entry = filled(kv, list(range(20)), "s")
+    export = kv.export_session("s")
+    entry.keys.zero_()
+    assert export is not None and export.keys[0, 0, :, 0].tolist() == [float(n) for n in range(20)]
+
+
+def test_an_unknown_session_exports_nothing() -> None:
+    assert cache().export_session("s") is None
+
+
+def test_an_import_is_found_by_its_session() -> None:
+    kv, other = cache(), cache()
+    filled(kv, list(range(20)), "s")
+    assert other.import_session(roundtrip(kv, "s"))
+    entry = other.reserve(list(range(30)), 40, "s")
+    assert entry is not None
+    assert entry.values[1, 1, : entry.length, 3].tolist() == [-float(n) for n in range(20)]
+
+
+def test_an_import_of_another_geometry_is_refused_by_both_names() -> None:
+    wider = SlabKVCache(KVGeometry(2, 2, 8, torch.float32, torch.device("cpu")), 100, 64)
+    kv = cache()
+    filled(kv, [1, 2, 3], "s")
+    with pytest.raises(EngineError, match=r"heads of 4 in float32, where this model has .* of 8"):
+        wider.import_session(roundtrip(kv, "s"))
+
+
+def test_an_import_evicts_what_is_idle() -> None:
+    kv, other = cache(), cache(30)
+    filled(kv, list(range(20)), "s")
+    other.release(filled(other, [7] * 25, "old"))
+    assert other.import_session(roundtrip(kv, "s"))
+    assert set(other.sessions()) == {"s"}
+
+
+def test_an_import_without_room_changes_nothing() -> None:
+    kv, other = cache(), cache(60)
+    filled(kv, list(range(20)), "s")
+    other.release(filled(other, [3] * 10, "s"))
+    filled(other, [7] * 45, "busy")
+    assert not other.import_session(roundtrip(kv, "s"))
+    assert other.sessions() == {"s": (10, False), "busy": (45, True)}
+
+
+def test_an_import_replaces_what_the_session_had() -> None:
+    kv, other = cache(), cache()
+    filled(kv, list(range(20)), "s")
+    other.release(filled(other, [3] * 10, "s"))
+    other.import_session(roundtrip(kv, "s"))
+    assert (other.sessions(), other.usage().cached) == ({"s": (20, False)}, 20)
+
+
+def test_anonymous_entries_are_evicted_before_sessions() -> None:
+    kv = cache(60)
+    kv.release(filled(kv, [1] * 25, "session"))
+    kv.release(filled(kv, [2] * 25))
+    kv.release(filled(kv, [3] * 25))
+    assert kv.sessions() == {"session": (25, False)}
+
+
+def test_a_copied_prefix_counts_as_used() -> None:
+    kv = cache(90)
+    for token in (1, 2):
+        kv.release(filled(kv, [token] * 20))
+    kv.release(filled(kv, [*[1] * 18, 3, 3], "s"))
+    kv.evict(50)  # 30 are free already
+    assert (kv.match([1] * 21), kv.match([2] * 21)) == (20, 0)
+
+
+def test_entries_that_hold_the_same_are_kept_once() -> None:
+    kv = cache()
+    first, second = (filled(kv, list(range(20))) for _ in range(2))
+    kv.release(first)
+    kv.release(second)
+    assert kv.usage().cached == 20
+
+
+def test_the_longest_of_many_prefixes_is_found() -> None:
+    kv = SlabKVCache(GEOMETRY, 4000, 64)
+    for n in range(50):
+        kv.release(filled(kv, [*range(32), *[100 + n] * 16, 5]))
+    entry = kv.reserve([*range(32), *[120] * 16, 6], 60)
+    assert entry is not None and entry.length == 32 + 16
+
+
+def test_an_edited_history_keeps_the_old_one_while_there_is_room() -> None:
+    kv = cache(200)
+    kv.release(filled(kv, list(range(50)), "s"))
+    edited = filled(kv, [*range(10), *[99] * 10], "s")
+    assert (edited.length, kv.match(list(range(51)), "s")) == (20, 50)

@@ -6,7 +6,7 @@ import pytest
 
 from paceline.errors import InvalidRequest
 from paceline.rpc.inference_convert import delta_events, input_from, params_from, prompt_from, speculation_from
-from paceline.types import Delta, FinishReason, Metrics, SamplingParams
+from paceline.types import Delta, FinishReason, Metrics, SamplingParams, TokenLogprobs
 from paceline.v1 import inference_pb2 as pb
 
 
@@ -30,8 +30,53 @@ def test_every_parameter_is_carried() -> None:
         stop=["a", "b"],
         stop_token_ids=[9],
         ignore_eos=True,
+        repetition_penalty=1.5,
+        presence_penalty=0.25,
+        frequency_penalty=-0.5,
+        logit_bias={9: -1.5, 4: 2},
+        min_tokens=3,
+        include_stop_str_in_output=True,
+        logprobs=2,
+        prompt_logprobs=1,
+        n=4,
     )
-    assert params_from(message) == SamplingParams(5, 0.5, 0.25, 3, 0.125, 2**64 - 1, ("a", "b"), (9,), True)
+    assert params_from(message) == SamplingParams(
+        5,
+        0.5,
+        0.25,
+        3,
+        0.125,
+        2**64 - 1,
+        ("a", "b"),
+        (9,),
+        True,
+        repetition_penalty=1.5,
+        presence_penalty=0.25,
+        frequency_penalty=-0.5,
+        logit_bias={4: 2.0, 9: -1.5},
+        min_tokens=3,
+        include_stop_str_in_output=True,
+        logprobs=2,
+        prompt_logprobs=1,
+        n=4,
+    )
+
+
+def test_logprobs_zero_is_a_value() -> None:
+    params = params_from(pb.SamplingParams(logprobs=0, prompt_logprobs=0))
+    assert (params.logprobs, params.prompt_logprobs) == (0, 0)
+
+
+def test_tokens_carry_their_log_probabilities_and_their_output() -> None:
+    entry = TokenLogprobs(5, -0.5, 2, ((7, -0.25), (5, -0.5)))
+    (event,) = delta_events(Delta((5,), "x", index=3, logprobs=(entry,), prompt_logprobs=(entry, entry)), Metrics())
+    told = pb.TokenLogprobs(
+        token_id=5,
+        logprob=-0.5,
+        rank=2,
+        top=[pb.TopLogprob(token_id=7, logprob=-0.25), pb.TopLogprob(token_id=5, logprob=-0.5)],
+    )
+    assert event.tokens == pb.Tokens(token_ids=[5], text="x", index=3, logprobs=[told], prompt_logprobs=[told, told])
 
 
 def test_a_wrong_parameter_is_named() -> None:

@@ -140,7 +140,7 @@ def test_depth_zero_is_not_waited_for() -> None:
 def test_opening_sends_the_history_and_prefills_only() -> None:
     setup = Setup()
     setup.open()
-    assert setup.links["a"].frames == [DraftFrame(opens=(Open(1, (10, 11, 12), PARAMS, 0),))]
+    assert setup.links["a"].frames == [DraftFrame(opens=(Open(1, (10, 11, 12), PARAMS, 0, 3),))]
 
 
 def test_one_step_is_one_frame() -> None:
@@ -297,7 +297,7 @@ def test_after_its_rest_a_link_is_opened_with_the_whole_history() -> None:
     setup.clock.now += FIRST_REST_S
     setup.advance()
     last = setup.links["a"].frames[-1]
-    assert last.opens == (Open(1, (10, 11, 12, 7, 7, 7, 7), PARAMS, 4),)
+    assert last.opens == (Open(1, (10, 11, 12, 7, 7, 7, 7), PARAMS, 4, 3),)
 
 
 def test_after_its_rest_a_link_is_used() -> None:
@@ -471,7 +471,7 @@ def test_a_drafter_that_lost_the_place_is_told_the_whole_history(reason: DraftFa
     setup.advance()
     setup.links["a"].reply(failure(reason))
     setup.advance()
-    assert setup.links["a"].frames[-1].opens == (Open(1, (10, 11, 12, 7, 7), PARAMS, 4),)
+    assert setup.links["a"].frames[-1].opens == (Open(1, (10, 11, 12, 7, 7), PARAMS, 4, 3),)
 
 
 @pytest.mark.parametrize("reason", REOPEN)

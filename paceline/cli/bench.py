@@ -1,0 +1,211 @@
+"""`paceline bench engine`: the engine alone, against its floor and against peers in the same run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paceline.config import DEFAULT_MODEL
+from paceline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from paceline.bench.engine import EngineBench, Quality, Sizes
+    from paceline.bench.measure import Figure
+    from paceline.bench.peers import LlamaCppPeer, TransformersPeer
+
+EPILOG = """\b
+Examples:
+  paceline bench engine
+  paceline bench engine --quick --no-peers
+  paceline bench engine --gguf SmolLM2-135M-Instruct.Q4_1.gguf --json figures.json --plot figures.png
+"""
+
+bench_app = typer.Typer(
+    name="bench",
+    help="Measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ModelName = Annotated[str, typer.Option("--model", metavar="NAME", help="Model to measure.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all usable cores if not given.")]
+Gguf = Annotated[
+    Path | None,
+    typer.Option("--gguf", metavar="FILE", help="The same model for llama.cpp; without it that peer is left out."),
+]
+LlamaPython = Annotated[
+    str, typer.Option("--llama-python", metavar="PYTHON", help="Interpreter that has llama-cpp-python.")
+]
+Peers = Annotated[bool, typer.Option("--peers/--no-peers", help="Measure transformers and llama.cpp as well.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Few, short rounds: for a look, not for a report.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every value to FILE.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the rates; needs matplotlib.")]
+
+
+@bench_app.command("engine", epilog=EPILOG)
+def engine(
+    model: ModelName = DEFAULT_MODEL,
+    threads: Threads = None,
+    gguf: Gguf = None,
+    llama_python: LlamaPython = sys.executable,
+    peers: Peers = True,
+    quick: Quick = False,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+) -> None:
+    """Throughput and latency of the engine alone, on this machine.
+
+    Figures are medians over interleaved rounds, with their spread. Keep the machine quiet meanwhile.
+    """
+    import torch
+
+    from paceline.bench.engine import EngineBench, Sizes, quality, settings
+    from paceline.cli.cluster import fetch_models
+    from paceline.cli.console import stdout
+    from paceline.config import AppSettings
+    from paceline.engine.load import load_model
+    from paceline.models import resolve
+
+    console = stdout()
+    if gguf is not None and not gguf.is_file():
+        raise ConfigError(f"--gguf: {gguf}: no such file", param="gguf")
+    fetch_models(AppSettings(model=model), console)
+    path = resolve(model).path
+    sizes = Sizes.quick() if quick else Sizes()
+    loaded = load_model(path, settings(threads))
+    for choice in loaded.choices:
+        console.print(f"{choice.name}: {choice.value} ({choice.reason})", style="dim", markup=False)
+    ours = EngineBench(loaded, sizes)
+    steps = ours.step_figures()
+    reference = _reference(path) if peers else None
+    rates = _rates(ours, sizes, reference, gguf, llama_python, torch.get_num_threads())
+    kl = quality(loaded, reference) if reference is not None else None
+    console.print(_step_table(steps))
+    console.print(_rate_table(rates))
+    if kl is not None:
+        console.print(
+            f"against float32 over {kl.tokens} tokens of text: KL {kl.kl:.1e} nats a token, "
+            f"perplexity {kl.perplexity:.3f} (float32: {kl.perplexity_fp32:.3f})",
+            markup=False,
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps(_report(model, steps, rates, kl), indent=2) + "\n")
+    if plot_file is not None:
+        _plot(rates, plot_file)
+
+
+def _reference(path: Path) -> Any:
+    """The model in Transformers, eager, float32: the peer, and what quality is measured against."""
+    import torch
+
+    from paceline.models import load_causal_lm
+
+    return load_causal_lm(path, dtype=torch.float32, device=torch.device("cpu"), attn_implementation="eager")
+
+
+def _rates(
+    ours: EngineBench, sizes: Sizes, reference: Any, gguf: Path | None, llama_python: str, threads: int
+) -> dict[str, Figure]:
+    """Tokens/s of everything, in interleaved rounds."""
+    from contextlib import ExitStack
+
+    from paceline.bench.engine import PROMPT, STREAMS
+    from paceline.bench.measure import rounds
+    from paceline.bench.peers import LlamaCppPeer, TransformersPeer, has_llama_cpp
+
+    subjects: dict[str, Callable[[], float]] = {
+        "decode, 1 stream": ours.decode,
+        f"decode, 1 stream, context {PROMPT}": lambda: ours.decode(prompt=PROMPT),
+        f"decode, {STREAMS} streams": lambda: ours.decode(STREAMS),
+        f"prefill {PROMPT}": ours.prefill,
+    }
+    with ExitStack() as stack:
+        if reference is not None:
+            peer: TransformersPeer | LlamaCppPeer = TransformersPeer(reference, sizes.tokens, PROMPT)
+            subjects |= _peer_subjects("transformers fp32", peer)
+        if gguf is not None and has_llama_cpp(llama_python):
+            peer = stack.enter_context(LlamaCppPeer(gguf, threads, sizes.tokens, PROMPT, llama_python))
+            subjects |= _peer_subjects("llama.cpp", peer)
+        return rounds(subjects, "tokens/s", sizes.repeats)
+
+
+def _peer_subjects(name: str, peer: TransformersPeer | LlamaCppPeer) -> dict[str, Callable[[], float]]:
+    from paceline.bench.engine import PROMPT
+
+    return {f"{name}: decode": peer.decode, f"{name}: prefill {PROMPT}": peer.prefill}
+
+
+def _step_table(steps: dict[str, Figure]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from paceline.bench.engine import CONTEXT
+
+    table = Table(title=f"one step at context {CONTEXT}", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("rows")
+    for name in ("ms", "least", "most", "of its products"):
+        table.add_column(name, justify="right")
+    for name, figure in steps.items():
+        products = steps.get(name.replace("step", "products"))
+        ratio = f"{figure.median / products.median:.2f} x" if products and products is not figure else ""
+        table.add_row(name, *(f"{v:.1f}" for v in (figure.median, figure.low, figure.high)), ratio)
+    return table
+
+
+def _rate_table(rates: dict[str, Figure]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="tokens a second", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("what")
+    for name in ("median", "least", "most"):
+        table.add_column(name, justify="right")
+    for name, figure in rates.items():
+        table.add_row(name, *(f"{v:.1f}" for v in (figure.median, figure.low, figure.high)))
+    return table
+
+
+def _report(model: str, steps: dict[str, Figure], rates: dict[str, Figure], kl: Quality | None) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from paceline.cli.hardware import read_cpu
+
+    figures = {**steps, **rates}
+    return {
+        "model": model,
+        "cpu": read_cpu().model,
+        "python": platform.python_version(),
+        "figures": {name: {"unit": f.unit, "median": f.median, "values": f.values} for name, f in figures.items()},
+        "quality": None if kl is None else asdict(kl),
+    }
+
+
+def _plot(rates: dict[str, Figure], path: Path) -> None:
+    """Horizontal bars of the medians, with the spread."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ConfigError("--plot: needs matplotlib (pip install 'paceline[bench]')", param="plot") from None
+    names = list(rates)
+    medians = [rates[name].median for name in names]
+    spread = [[f.median - f.low for f in rates.values()], [f.high - f.median for f in rates.values()]]
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(names) + 1), layout="constrained")
+    axes.barh(names, medians, xerr=spread, color="#3b7dd8", ecolor="#444444", capsize=3)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens a second (log scale), median and range")
+    axes.bar_label(axes.containers[1], labels=[f"{m:.0f}" for m in medians], padding=6)
+    axes.margins(x=0.15)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

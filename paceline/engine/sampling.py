@@ -1,0 +1,64 @@
+"""What one step's logits say: the target's own draws, and log probabilities where a request asked for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from paceline.engine.scheduler import Scheduled
+from paceline.speculation import sampling
+from paceline.speculation.sampling import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """One sequence's draws in a step, and the rows of logits they came from: [len(tokens), vocab]."""
+
+    tokens: list[int]
+    logits: torch.Tensor
+
+    def note_logprobs(self, part: Scheduled, taken: int) -> None:
+        """Tell the sequence what the model thought of the tokens it took, if that was asked for."""
+        top = part.sequence.request.params.logprobs
+        if top is not None and taken:
+            part.sequence.add_logprobs(sampling.logprobs(self.logits[:taken], self.tokens[:taken], top))
+
+
+def sample(step: list[Scheduled], logits: torch.Tensor) -> list[Draws]:
+    """The target's own draw at every drawing row, by member of the step; `logits` are of every sampled row."""
+    spans = _drawing_spans(step)
+    drawing = logits if sum(len(span) for span in spans) == len(logits) else logits[[n for span in spans for n in span]]
+    batch = [_rows_of(part) for part in step if part.draws]
+    drawn = iter(sampling.draw(drawing, batch))
+    return [
+        Draws(next(drawn) if part.draws else [], logits[span.start : span.stop])
+        for part, span in zip(step, spans, strict=True)
+    ]
+
+
+def note_prompt_logprobs(step: list[Scheduled], logits: torch.Tensor) -> None:
+    """Tell sequences that asked what the model thought of their prompt; call before the KV is committed."""
+    start = 0
+    for part in step:
+        sequence, window = part.sequence, part.window
+        top = sequence.request.params.prompt_logprobs
+        if top is not None and sequence.owes_prompt:
+            # The row of position p speaks of the token at p + 1.
+            tokens = sequence.tokens[window.start + 1 : min(window.end + 1, sequence.prompt_length)]
+            sequence.prompt_logprobs += sampling.logprobs(logits[start : start + len(tokens)], tokens, top)
+        start += window.sample
+
+
+def _rows_of(part: Scheduled) -> Rows:
+    sequence = part.sequence
+    return Rows(sequence.request.params, sequence.prompt_length, sequence.tokens, part.candidates, part.draws)
+
+
+def _drawing_spans(step: list[Scheduled]) -> list[range]:
+    """Of each member of a step, its drawing rows among all sampled rows."""
+    spans, end = [], 0
+    for part in step:
+        end += part.window.sample
+        spans.append(range(end - part.draws, end))
+    return spans

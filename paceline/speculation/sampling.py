@@ -1,0 +1,142 @@
+"""From rows of logits to tokens, for the target and for the draft alike: history in, token ids out.
+
+    logits ── min_tokens, logit_bias, penalties ── temperature, top-k, top-p, min-p ── coupled noise ──► token
+              (this module; they need the history)  (coupling.process_logits)           (coupling.draw)
+
+Inside a verification window each row has its own history: the tokens agreed on, then the candidates above
+it. Row by row that is what plain decoding would see, so speculation changes nothing about the draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from paceline.speculation import coupling
+from paceline.types import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The `count` consecutive rows of logits that draw tokens of one sequence.
+
+    The last row draws the token after `tokens` and `following`, each row above it one token earlier. The
+    first `prompt_length` of `tokens` are the prompt.
+    """
+
+    params: SamplingParams
+    prompt_length: int
+    tokens: Sequence[int]
+    following: Sequence[int] = ()
+    count: int = 1
+
+    @property
+    def positions(self) -> range:
+        """Of the tokens drawn, from the start of the prompt."""
+        end = len(self.tokens) + len(self.following)
+        return range(end - self.count + 1, end + 1)
+
+    @property
+    def settled(self) -> int:
+        """How many of `following` every row has in its history."""
+        return len(self.following) - self.count + 1
+
+
+def draw(logits: torch.Tensor, batch: Sequence[Rows]) -> list[list[int]]:
+    """The tokens of each member of a batch, in order; `logits` is [sum of counts, vocab].
+
+    Plain greedy rows are drawn by one argmax over all of them, so that they cost one call and one copy.
+    """
+    plain = [rows.params.greedy and not rows.params.adjusts for rows in batch]
+    best = _argmax(logits, batch, plain)
+    drawn, start = [], 0
+    for rows, easy in zip(batch, plain, strict=True):
+        end = start + rows.count
+        if easy:
+            drawn.append(best[start:end])
+        else:
+            drawn.append(coupling.draw(adjust(logits[start:end], rows), rows.params, rows.positions))
+        start = end
+    return drawn
+
+
+def adjust(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Logits after min_tokens, bias and penalties: float32 [count, vocab]; the same tensor if none is set.
+
+    Order and formulas are vLLM's; the repetition penalty is also Transformers' (Keskar et al. 1909.05858).
+    """
+    params = rows.params
+    if not params.adjusts:
+        return logits
+    logits = logits.float().clone()
+    _mask_ends(logits, rows)
+    for token, bias in params.bias.items():
+        if token < logits.shape[-1]:
+            logits[:, token] += bias
+    if params.penalizes:
+        logits = _penalized(logits, rows)
+    return logits
+
+
+def logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """What the distribution of each row, unprocessed, says of its token and of the `top` likeliest.
+
+    `logits` is [len(tokens), vocab].
+    """
+    scores = logits.float().log_softmax(dim=-1)
+    chosen = scores.gather(-1, torch.tensor(tokens, device=scores.device)[:, None])
+    ranks = (scores > chosen).sum(dim=-1) + 1
+    best = scores.topk(min(top, scores.shape[-1]), dim=-1)
+    columns = (tokens, chosen[:, 0].tolist(), ranks.tolist(), best.indices.tolist(), best.values.tolist())
+    return [
+        TokenLogprobs(token, logprob, rank, tuple(zip(ids, values, strict=True)))
+        for token, logprob, rank, ids, values in zip(*columns, strict=True)
+    ]
+
+
+def _argmax(logits: torch.Tensor, batch: Sequence[Rows], plain: Sequence[bool]) -> list[int]:
+    """The likeliest token of every row, or nothing if no row wants it."""
+    if not any(plain):
+        return []
+    if all(rows.params.greedy for rows in batch):
+        found: list[int] = logits.argmax(dim=-1).tolist()
+        return found
+    wanted = [n for rows, easy in zip(batch, plain, strict=True) for n in [easy] * rows.count]
+    where = [n for n, easy in enumerate(wanted) if easy]
+    tokens = [-1] * len(wanted)
+    for n, token in zip(where, logits[torch.tensor(where, device=logits.device)].argmax(dim=-1).tolist(), strict=True):
+        tokens[n] = token
+    return tokens
+
+
+def _mask_ends(logits: torch.Tensor, rows: Rows) -> None:
+    """Rows with fewer than `min_tokens` before them draw none of `stop_token_ids`; an engine adds EOS to these."""
+    missing = rows.params.min_tokens - (rows.positions[0] - rows.prompt_length)
+    ends = [token for token in rows.params.stop_token_ids if token < logits.shape[-1]]
+    if missing > 0 and ends:
+        logits[:missing, ends] = -torch.inf
+
+
+def _penalized(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+    params, vocab = rows.params, logits.shape[-1]
+    split = rows.prompt_length
+    output = [*rows.tokens[split:], *rows.following[: rows.settled]]
+    counts = _ids(output, logits).bincount(minlength=vocab).repeat(rows.count, 1)
+    for row, token in enumerate(rows.following[rows.settled :], start=1):
+        counts[row:, token] += 1
+    if params.repetition_penalty != 1.0:
+        seen = counts > 0
+        seen[:, _ids(rows.tokens[:split], logits)] = True
+        scaled = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+        logits = torch.where(seen, scaled, logits)
+    if params.frequency_penalty:
+        logits = logits - params.frequency_penalty * counts
+    if params.presence_penalty:
+        logits = logits - params.presence_penalty * (counts > 0)
+    return logits
+
+
+def _ids(tokens: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(list(tokens), dtype=torch.long, device=like.device)

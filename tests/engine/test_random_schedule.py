@@ -1,0 +1,177 @@
+"""Whatever happens around a request, it gets the tokens it gets alone, and every account closes.
+
+A schedule is a list of events between steps: requests arrive (with shared prefixes, in sessions with follow-up
+turns, with priorities), some are cancelled, idle KV is evicted, sessions are dropped. KV is so small that running
+sequences are preempted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from paceline.engine.drafter import Drafter
+from paceline.engine.engine import Engine
+from paceline.speculation.local import LocalProposer
+from paceline.types import Request
+from tests import tiny
+
+MODEL = tiny.tiny_llama(num_hidden_layers=1, hidden_size=24, num_attention_heads=4, num_key_value_heads=2)
+OTHER = tiny.tiny_llama(seed=7, num_hidden_layers=1, hidden_size=24, num_attention_heads=4, num_key_value_heads=2)
+DRAFTS: dict[str, PreTrainedModel | None] = {"alone": None, "agreeing": MODEL, "disagreeing": OTHER}
+CAPACITY = 260
+PREFIXES = [tiny.prompt(length, seed=length) for length in (1, 40, 110)]
+TAILS = [tiny.prompt(length, seed=1000 + length) for length in (1, 7, 30)]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A prompt made of a shared prefix and a tail; in a session it continues that session's last turn, if it may."""
+
+    prefix: int
+    tail: int
+    session: int | None
+    priority: int
+    max_tokens: int
+    sampled: bool
+    speculate: bool
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """The request that arrived as number `which` modulo the number so far."""
+
+    which: int
+
+
+@dataclass(frozen=True)
+class Evict:
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Drop:
+    session: int
+
+
+arrivals = st.builds(
+    Arrival,
+    prefix=st.integers(0, 2),
+    tail=st.integers(0, 2),
+    session=st.none() | st.integers(0, 1),
+    priority=st.integers(-1, 1),
+    max_tokens=st.integers(1, 40),
+    sampled=st.booleans(),
+    speculate=st.booleans(),
+)
+events = arrivals | arrivals | st.builds(Cancel, st.integers(0, 20)) | st.builds(Evict, st.integers(1, 200))
+schedules = st.lists(st.tuples(st.integers(0, 6), events | st.builds(Drop, st.integers(0, 1))), min_size=3, max_size=14)
+
+
+@dataclass
+class World:
+    """An engine under a schedule, and what each request has been given."""
+
+    engine: Engine
+    drafter: Drafter | None
+    given: dict[str, list[int]] = field(default_factory=dict)
+    requests: dict[str, Request] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    cancelled: set[str] = field(default_factory=set)
+    last_turn: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def act(self, event: Arrival | Cancel | Evict | Drop) -> None:
+        if isinstance(event, Arrival):
+            self._arrive(event)
+        elif isinstance(event, Cancel) and self.requests:
+            name = str(event.which % len(self.requests))
+            if self.engine.abort(name) is not None:
+                self.done.add(name)
+                self.cancelled.add(name)
+        elif isinstance(event, Evict):
+            self.engine.kv.evict(event.tokens)
+        elif isinstance(event, Drop):
+            self.engine.kv.drop_session(f"s{event.session}")
+        self.engine.check()
+
+    def step(self) -> None:
+        for name, delta in self.engine.step().items():
+            self.given[name] += delta.token_ids
+            if delta.finished:
+                self.done.add(name)
+                self._remember(name)
+        self.engine.check()
+        if self.drafter is not None:
+            self.drafter.kv.check()
+
+    def _arrive(self, event: Arrival) -> None:
+        before = self.last_turn.get(event.session, ()) if event.session is not None else ()
+        prompt = (*(before or PREFIXES[event.prefix]), *TAILS[event.tail])
+        if len(prompt) + event.max_tokens > CAPACITY:
+            return
+        name = str(len(self.requests))
+        params = {"temperature": 0.8, "top_k": 20, "seed": 3} if event.sampled else {}
+        session = None if event.session is None else f"s{event.session}"
+        request = tiny.request(prompt, name, session, max_tokens=event.max_tokens, **params)
+        self.requests[name] = replace(request, priority=event.priority, speculate=event.speculate)
+        self.given[name] = []
+        self.engine.add(self.requests[name])
+
+    def _remember(self, name: str) -> None:
+        request = self.requests[name]
+        if request.session_id is not None:
+            self.last_turn[int(request.session_id[1:])] = (*request.token_ids, *self.given[name])
+
+
+def alone(request: Request) -> list[int]:
+    return list(_alone(request.token_ids, request.params.max_tokens or 0, request.params.greedy))
+
+
+@cache
+def _alone(tokens: tuple[int, ...], max_tokens: int, greedy: bool) -> tuple[int, ...]:
+    params = {} if greedy else {"temperature": 0.8, "top_k": 20, "seed": 3}
+    return tuple(tiny.run(_engine(128, None), tiny.request(tokens, max_tokens=max_tokens, **params))["r"])
+
+
+def _engine(budget: int, drafter: Drafter | None, capacity: int = CAPACITY, share: int | None = None) -> Engine:
+    return tiny.engine_for(
+        MODEL,
+        capacity=capacity,
+        max_num_seqs=4,
+        max_batched_tokens=budget,
+        max_prefill_while_decoding=share,
+        proposer=LocalProposer(drafter) if drafter is not None else None,
+    )
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@seed(20240607)
+@settings(max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@given(schedules, st.sampled_from([2, 5, 24, 64]), st.sampled_from([None, 1, 8]))
+def test_no_schedule_changes_a_token(
+    draft: str, schedule: list[tuple[int, Arrival | Cancel | Evict | Drop]], budget: int, share: int | None
+) -> None:
+    model = DRAFTS[draft]
+    drafter = tiny.drafter_for(model, capacity=300) if model is not None else None
+    world = World(_engine(budget, drafter, share=share), drafter)
+    for steps, event in schedule:
+        world.act(event)
+        for _ in range(steps):
+            world.step()
+    steps_left = 5000
+    while world.engine.has_work and steps_left:
+        world.step()
+        steps_left -= 1
+    assert world.done == world.requests.keys()
+    for name, request in world.requests.items():
+        expected = alone(request)
+        assert world.given[name] == (expected[: len(world.given[name])] if name in world.cancelled else expected)
+    engine = world.engine
+    assert (engine.num_running, engine.num_waiting, engine.kv.usage().in_use) == (0, 0, 0)
+    if drafter is not None:
+        assert (drafter.num_sequences, drafter.kv.usage().in_use) == (0, 0)
