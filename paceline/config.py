@@ -142,13 +142,19 @@ def parse_settings(values: Mapping[str, Any]) -> AppSettings:
 
 def config_error(error: ValidationError, prefix: str = "") -> ConfigError:
     """pydantic's findings in one line a person can act on."""
-    parts = []
-    for found in error.errors():
-        key = ".".join(str(part) for part in (prefix, *found["loc"]) if part != "")
-        what = "unknown key" if found["type"] == "extra_forbidden" else found["msg"]
-        parts.append(f"{key}: {what}")
-    first = parts[0].split(":", 1)[0] if parts else None
-    return ConfigError("; ".join(parts), param=first)
+    found: dict[str, str] = {}
+    for finding in error.errors():
+        unknown = finding["type"] == "extra_forbidden"
+        path = [str(part) for part in finding["loc"] if unknown or not _is_union_branch(part)]
+        key = ".".join(part for part in (prefix, *path) if part)
+        what = "unknown key" if unknown else finding["msg"]
+        found[key] = f"{found[key]} or {what.removeprefix('Input should be ')}" if key in found else what
+    return ConfigError("; ".join(f"{key}: {what}" for key, what in found.items()), param=next(iter(found), None))
+
+
+def _is_union_branch(part: str | int) -> bool:
+    """In the path of a wrong `Positive | Auto`, pydantic names the type it tried; a key has no such characters."""
+    return isinstance(part, str) and ("-" in part or "[" in part)
 
 
 def load_deployment(path: Path) -> dict[str, Any]:

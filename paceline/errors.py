@@ -116,4 +116,5 @@ def _tree(kind: type[PacelineError]) -> list[type[PacelineError]]:
     return [kind, *(found for child in kind.__subclasses__() for found in _tree(child))]
 
 
-_BY_CODE = {kind.code: kind for kind in reversed(_tree(PacelineError))}
+# EngineError has the base's code; it is the one of the two that is raised.
+_BY_CODE = {kind.code: kind for kind in _tree(PacelineError)}

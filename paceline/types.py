@@ -6,6 +6,7 @@ raises `InvalidRequest` with the name of the field, so that both front ends repo
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,8 +73,9 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = _tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
         self._check_drawing()
         self._check_ending()
@@ -158,6 +160,10 @@ class Request:
     priority: int = 0
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "token_ids", tuple(map(operator.index, self.token_ids)))
+        except TypeError:
+            raise InvalidRequest("prompt: token ids must be integers", param="prompt") from None
         if not self.token_ids:
             raise InvalidRequest("prompt: must hold at least one token", param="prompt")
         _check_int("priority", self.priority)
@@ -334,6 +340,13 @@ def _bias_pairs(bias: Mapping[int, float] | Sequence[tuple[int, float]]) -> tupl
     return tuple(sorted((token, float(value)) for token, value in pairs))
 
 
+def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(value)
+    except TypeError:
+        raise InvalidRequest(f"{name}: must be a list, got {value!r}", param=name) from None
+
+
 def _check_int(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(f"{name}: must be an integer, got {value!r}", param=name)
@@ -348,4 +361,4 @@ def _check_number(name: str, value: Any, *, low: float, high: float, low_open: b
         raise InvalidRequest(f"{name}: must be a number, got {value!r}", param=name)
     if not (low <= value <= high) or (low_open and value == low):
         bound = "above" if low_open else "at least"
-        raise InvalidRequest(f"{name}: must be {bound} {low:g} and at most {high:g}, got {value:g}", param=name)
+        raise InvalidRequest(f"{name}: must be {bound} {low:g} and at most {high:g}, got {value}", param=name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import paceline
@@ -69,6 +71,50 @@ def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     stopped = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=12, stop=("is",)))[0]
     assert stopped.finish_reason == ("stop" if "is" in plain else "length")
     assert stopped.text == plain.partition("is")[0]
+
+
+def test_n_outputs_share_one_prompt(llm: LLM) -> None:
+    prompt = "Once upon a time, in a land far away behind seven mountains, there lived a"
+    (found,) = llm.generate(prompt, SamplingParams(max_tokens=8, seed=5, n=3))
+    (alone,) = llm.generate(prompt, SamplingParams(max_tokens=8, seed=5))
+    assert [output.index for output in found.outputs] == [0, 1, 2]
+    assert (found.token_ids, found.text, found.seed) == (alone.token_ids, alone.text, 5)
+    assert len({output.text for output in found.outputs}) == 3
+    assert [output.metrics.cached_tokens for output in found.outputs[1:]] == [len(found.prompt_token_ids) - 1] * 2
+
+
+def test_an_output_repeats_from_its_own_seed(llm: LLM) -> None:
+    (found,) = llm.generate("Once upon a time", SamplingParams(max_tokens=8, n=2))
+    (again,) = llm.generate("Once upon a time", SamplingParams(max_tokens=8, seed=found.outputs[1].seed))
+    assert again.token_ids == found.outputs[1].token_ids
+
+
+def test_logprobs_have_an_entry_for_each_token(llm: LLM) -> None:
+    (found,) = llm.generate("The capital of France is", replace(GREEDY, logprobs=2, prompt_logprobs=0))
+    assert found.logprobs is not None
+    assert found.prompt_logprobs is not None
+    assert tuple(entry.token_id for entry in found.logprobs) == found.token_ids
+    assert all(entry.rank == 1 and entry.top[0] == (entry.token_id, entry.logprob) for entry in found.logprobs)
+    told = [entry.token_id if entry is not None else None for entry in found.prompt_logprobs]
+    assert told == [None, *found.prompt_token_ids[1:]]
+
+
+def test_without_logprobs_there_are_none(llm: LLM) -> None:
+    (found,) = llm.generate("Hello", GREEDY)
+    assert (found.logprobs, found.prompt_logprobs) == (None, None)
+
+
+def test_a_draft_in_this_process_changes_no_penalized_token(llm: LLM, drafted: LLM) -> None:
+    params = replace(SEEDED, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3, min_tokens=20, n=2)
+    plain = llm.generate("The three laws of motion are", params)[0]
+    found = drafted.generate("The three laws of motion are", params)[0]
+    assert [o.token_ids for o in found.outputs] == [o.token_ids for o in plain.outputs]
+    assert all(o.metrics.drafted > 0 for o in found.outputs)
+
+
+def test_a_stop_string_may_stay_in_the_text(llm: LLM) -> None:
+    (found,) = llm.generate("The capital of France is", replace(GREEDY, stop="Par", include_stop_str_in_output=True))
+    assert found.text == " Par"
 
 
 def test_a_bad_prompt_is_named(llm: LLM) -> None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine
-from paceline.errors import EngineError, PacelineError, Unavailable
+from paceline.errors import DraftError, EngineError, PacelineError, Unavailable
 from paceline.speculation.frames import Candidates, DraftFrame
 from paceline.types import Delta, Failure, Request, choice_ids
 
@@ -19,9 +19,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Sink = Callable[[Delta | Failure], object]
-"""Called in the engine's thread with each thing that happens to one request; must not block."""
+"""Called in the engine's thread with each thing that happens to one request; must not block. If it raises,
+nobody listens any more: the request is aborted."""
 DraftSink = Callable[[list[Candidates]], object]
-"""Called in the drafter's thread with what became ready for one stream; must not block."""
+"""Called in the drafter's thread with what became ready for one stream; must not block. If it raises, nobody
+listens any more: the stream is disconnected."""
 
 
 class DeviceThread:
@@ -91,8 +93,10 @@ class DeviceThread:
             end = EngineError("the engine failed while serving this request")
         with self._wake:
             self._stopping = True
-        self._on_end(end)
-        self._drain_inbox(refusal=end)
+        try:
+            self._on_end(end)
+        finally:
+            self._drain_inbox(refusal=end)
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -132,8 +136,7 @@ class EngineLoop:
 
         def drop() -> None:
             for name in choice_ids(request_id, n):
-                self._sinks.pop(name, None)
-                self.engine.abort(name)
+                self._drop(name)
 
         return self.call(drop)
 
@@ -144,12 +147,16 @@ class EngineLoop:
     def _step(self) -> None:
         for request_id, delta in self.engine.step().items():
             sink = self._sinks.pop(request_id, None) if delta.finished else self._sinks.get(request_id)
-            if sink is not None:
-                sink(delta)
+            if sink is not None and not _told(sink, delta):
+                self._drop(request_id)
+
+    def _drop(self, request_id: str) -> None:
+        self._sinks.pop(request_id, None)
+        self.engine.abort(request_id)
 
     def _fail_all(self, error: PacelineError) -> None:
         for sink in self._sinks.values():
-            sink(Failure.of(error))
+            _told(sink, Failure.of(error))
         self._sinks.clear()
 
 
@@ -179,7 +186,9 @@ class DrafterLoop:
         """What one target says after one of its steps."""
 
         def act() -> None:
-            sequences = self._sequences[stream]
+            sequences = self._sequences.get(stream)
+            if sequences is None:
+                raise DraftError(f"stream {stream!r} is not connected")
             for sequence in frame.closes:
                 self.drafter.close((stream, sequence))
                 sequences.discard(sequence)
@@ -194,13 +203,7 @@ class DrafterLoop:
 
     def disconnect(self, stream: str) -> Future[None]:
         """A target's stream ended, however: forget its sequences, keep their KV as cache."""
-
-        def drop() -> None:
-            self._sinks.pop(stream, None)
-            for sequence in self._sequences.pop(stream, ()):
-                self.drafter.close((stream, sequence))
-
-        return self.call(drop)
+        return self.call(lambda: self._drop(stream))
 
     def stop(self, timeout_s: float = 10.0) -> None:
         self._thread.stop(timeout_s)
@@ -211,5 +214,20 @@ class DrafterLoop:
             stream, sequence = answer.key
             replies.setdefault(stream, []).append(Candidates(sequence, answer.base, answer.tokens, answer.failure))
         for stream, ready in replies.items():
-            if (sink := self._sinks.get(stream)) is not None:
-                sink(ready)
+            if (sink := self._sinks.get(stream)) is not None and not _told(sink, ready):
+                self._drop(stream)
+
+    def _drop(self, stream: str) -> None:
+        self._sinks.pop(stream, None)
+        for sequence in self._sequences.pop(stream, ()):
+            self.drafter.close((stream, sequence))
+
+
+def _told(sink: Callable[[T], object], message: T) -> bool:
+    """Whether the sink took it. One that raises must not end the thread that serves all others."""
+    try:
+        sink(message)
+    except Exception:
+        logger.exception("a listener failed and is dropped")
+        return False
+    return True

@@ -14,6 +14,7 @@ _REASONS = {
 }
 _REASONS_BACK = {wire: reason for reason, wire in _REASONS.items()}
 _SEED_MASK = 2**64 - 1
+_MAX_UINT32 = 2**32 - 1
 
 
 def hello_to_proto(hello: Hello) -> pb.Hello:
@@ -77,7 +78,7 @@ def _sampling_to_proto(params: SamplingParams) -> pb.DraftSampling:
     return pb.DraftSampling(
         temperature=params.temperature,
         top_p=params.top_p,
-        top_k=params.top_k,
+        top_k=min(params.top_k, _MAX_UINT32),  # more than any vocabulary: off either way
         min_p=params.min_p,
         seed=(params.seed or 0) & _SEED_MASK,
         repetition_penalty=params.repetition_penalty,

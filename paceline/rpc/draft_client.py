@@ -25,6 +25,7 @@ CONNECT_TIMEOUT_S = 10.0
 FIRST_RETRY_S = 0.2
 LONGEST_RETRY_S = 10.0
 CHANNEL_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -72,12 +73,12 @@ class DraftPool:
         for replica_id in self._members.keys() - members.keys():
             self._proposer.retire_link(replica_id)
             self.problems.pop(replica_id, None)
+        for replica_id in members.keys() - self._members.keys():
+            self._proposer.restore_link(replica_id)
         self._members = dict(members)
         for replica_id in members:
             if replica_id not in self._tasks:
-                task = asyncio.create_task(self._keep_connected(replica_id))
-                self._tasks[replica_id] = task
-                task.add_done_callback(functools.partial(self._forget, replica_id))
+                self._start(replica_id)
 
     async def close(self) -> None:
         """End every stream."""
@@ -87,19 +88,20 @@ class DraftPool:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _forget(self, replica_id: str, _task: asyncio.Task[None]) -> None:
-        self._tasks.pop(replica_id, None)
+    def _start(self, replica_id: str) -> None:
+        task = self._tasks[replica_id] = asyncio.create_task(self._keep_connected(replica_id))
+        task.add_done_callback(functools.partial(self._ended, replica_id))
+
+    def _ended(self, replica_id: str, _task: asyncio.Task[None]) -> None:
+        del self._tasks[replica_id]
+        if replica_id in self._members:  # it came back in the meantime
+            self._start(replica_id)
 
     async def _keep_connected(self, replica_id: str) -> None:
         retry_s = FIRST_RETRY_S
         while (address := self._members.get(replica_id)) is not None:
-            try:
-                await self._stream(replica_id, address)
+            if await self._stream(replica_id, address):
                 retry_s = FIRST_RETRY_S
-            except DraftError as error:
-                self._note_problem(replica_id, error.message)
-            except grpc.aio.AioRpcError as error:
-                self._note_problem(replica_id, f"{error.code().name}: {error.details()}")
             await asyncio.sleep(retry_s)
             retry_s = min(LONGEST_RETRY_S, retry_s * 2)
 
@@ -108,15 +110,26 @@ class DraftPool:
             self.problems[replica_id] = problem
             logger.warning("drafter %s: no stream: %s", replica_id, problem)
 
-    async def _stream(self, replica_id: str, address: str) -> None:
-        """One stream's whole life; returns or raises when it ended."""
-        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-            call = DraftStub(channel).Speculate()
-            try:
-                await self._greet(call)
-                await self._serve(replica_id, call)
-            finally:
-                call.cancel()
+    async def _stream(self, replica_id: str, address: str) -> bool:
+        """One stream's whole life. Whether it was ever up; why it ended is noted."""
+        up = False
+        try:
+            async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+                call = DraftStub(channel).Speculate()
+                try:
+                    await self._greet(call)
+                    up = True
+                    await self._serve(replica_id, call)
+                finally:
+                    call.cancel()
+        except DraftError as error:
+            self._note_problem(replica_id, error.message)
+        except grpc.aio.AioRpcError as error:
+            self._note_problem(replica_id, f"{error.code().name}: {error.details()}")
+        except Exception:
+            logger.exception("drafter %s: the stream failed", replica_id)
+            self._note_problem(replica_id, "the stream failed; the log has the reason")
+        return up
 
     async def _greet(self, call: Any) -> None:
         try:
@@ -133,21 +146,32 @@ class DraftPool:
 
     async def _serve(self, replica_id: str, call: Any) -> None:
         link = GrpcDraftLink(replica_id, asyncio.get_running_loop())
+        reader = asyncio.create_task(self._read(replica_id, call))
         writer = asyncio.create_task(_write(call, link))
         self.problems.pop(replica_id, None)
         self._proposer.add_link(link)
+        if replica_id not in self._members:
+            self._proposer.retire_link(replica_id)
         logger.info("drafter %s: stream up", replica_id)
         try:
-            while (reply := await call.read()) is not EOF:
-                self._proposer.receive(replica_id, convert.candidates_from_proto(reply))
+            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                writer.result()
+            await reader
         finally:
             self._proposer.remove_link(replica_id)
+            reader.cancel()
             writer.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
             logger.info("drafter %s: stream down", replica_id)
+
+    async def _read(self, replica_id: str, call: Any) -> None:
+        while (reply := await call.read()) is not EOF:
+            self._proposer.receive(replica_id, convert.candidates_from_proto(reply))
 
 
 async def _write(call: Any, link: GrpcDraftLink) -> None:
-    """Errors end the read side too, which reports them."""
+    """A broken stream ends the read side too, which reports it."""
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
         while True:
             await call.write(convert.frame_to_proto(await link.outbox.get()))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from paceline.errors import InvalidRequest
+from paceline.errors import PacelineError
 from paceline.rpc import convert
 from paceline.speculation.frames import Candidates, Hello
 from paceline.v1 import draft_pb2 as pb
@@ -44,21 +44,23 @@ class DraftService(DraftServicer):
         self, request_iterator: AsyncIterator[pb.DraftRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.DraftReply]:
         stream = await self._greet(request_iterator, context)
-        yield pb.DraftReply(hello=convert.hello_to_proto(self._hello))
         replies: asyncio.Queue[list[Candidates] | None] = asyncio.Queue()
         events = asyncio.get_running_loop()
-        await asyncio.wrap_future(
-            self._loop.connect(stream, lambda ready: events.call_soon_threadsafe(replies.put_nowait, ready))
-        )
-        reader = asyncio.create_task(self._read(stream, request_iterator, replies))
+        reader: asyncio.Task[None] | None = None
         try:
+            yield pb.DraftReply(hello=convert.hello_to_proto(self._hello))
+            await asyncio.wrap_future(
+                self._loop.connect(stream, lambda ready: events.call_soon_threadsafe(replies.put_nowait, ready))
+            )
+            reader = asyncio.create_task(self._read(stream, request_iterator, replies))
             while (ready := await replies.get()) is not None:
                 yield convert.candidates_to_proto(ready)
             await reader
-        except InvalidRequest as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)
+        except PacelineError as error:
+            await context.abort(grpc.StatusCode[error.grpc_code], error.message)
         finally:
-            reader.cancel()
+            if reader is not None:
+                reader.cancel()
             self.streams.pop(stream, None)
             self._loop.disconnect(stream)
 
@@ -97,9 +99,10 @@ async def start_draft_server(service: DraftService, host: str, port: int = 0) ->
     """Serve on host:port (0: a free one). Returns the server and its address. Raises OSError if the port is taken."""
     server = grpc.aio.server(options=SERVER_OPTIONS)
     add_DraftServicer_to_server(service, server)
+    bracketed = f"[{host}]" if ":" in host else host
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(f"{bracketed}:{port}")
     except RuntimeError as error:
-        raise OSError(f"draft.port: cannot listen on {host}:{port}") from error
+        raise OSError(f"draft.port: cannot listen on {bracketed}:{port}") from error
     await server.start()
-    return server, f"{host}:{bound}"
+    return server, f"{bracketed}:{bound}"

@@ -1,6 +1,6 @@
 """Candidates from draft replicas elsewhere: a state machine over links, with no transport in it.
 
-    link      up ──late too often or failing──► resting (backoff, doubling) ──rest over──► up
+    link      up ──missed too often or failing──► resting (backoff, doubling) ──rest over──► up
     sequence  unassigned ──open──► assigned to one link ──link lost, rests or failed──► unassigned
 
 A link that lets a sequence go is told to close it, so that no drafter holds KV for a sequence it lost.
@@ -27,7 +27,7 @@ from paceline.types import SamplingParams
 logger = logging.getLogger(__name__)
 
 LATE_BEFORE_REST = 3
-"""Steps in a row a link may miss before it is left alone."""
+"""Misses in a row, late or out of step with the sequence, before a link is left alone."""
 FIRST_REST_S = 0.5
 LONGEST_REST_S = 30.0
 MAX_DOUBLINGS = 16
@@ -58,7 +58,7 @@ class RemoteStats:
 class _LinkState:
     link: DraftLink
     sequences: set[int] = field(default_factory=set)
-    late_in_a_row: int = 0
+    misses: int = 0
     rests: int = 0
     resting_until: float = 0.0
     retired: bool = False
@@ -102,7 +102,7 @@ class _SequenceState:
 class RemoteProposer(Proposer):
     """Spreads sequences over the links there are, and goes on without any.
 
-    `timeout_s` bounds the wait for candidates, from the moment they were asked for. A link that is late
+    `timeout_s` bounds the wait for candidates, from the moment they were asked for. A link that misses
     LATE_BEFORE_REST times in a row rests for 0.5 s, then 1, 2, … up to 30.
     """
 
@@ -237,12 +237,14 @@ class RemoteProposer(Proposer):
         if reply.failure is None:
             state.candidates = reply
             link = self._links[replica_id]
-            link.late_in_a_row = link.rests = 0
+            link.misses = link.rests = 0
             return
         logger.info("drafter %s: sequence %d: %s", replica_id, reply.sequence, reply.failure)
-        self.stats.reopened += reply.failure.reopen
         self._unassign(reply.sequence, state)
-        if not reply.failure.reopen:
+        if reply.failure.reopen:
+            self.stats.reopened += 1
+            self._miss(replica_id)
+        else:
             self._rest(replica_id)
 
     def _unassign(self, sequence: int, state: _SequenceState) -> None:
@@ -273,10 +275,13 @@ class RemoteProposer(Proposer):
         self.stats.late += len(late)
         known = [state for sequence in late if (state := self._sequences.get(sequence)) is not None]
         for replica_id in {state.link for state in known if state.link is not None and state.asked is not None}:
-            link = self._links[replica_id]
-            link.late_in_a_row += 1
-            if link.late_in_a_row >= LATE_BEFORE_REST:
-                self._rest(replica_id)
+            self._miss(replica_id)
+
+    def _miss(self, replica_id: str) -> None:
+        link = self._links[replica_id]
+        link.misses += 1
+        if link.misses >= LATE_BEFORE_REST:
+            self._rest(replica_id)
 
     def _rest(self, replica_id: str) -> None:
         """Leave a drafter alone for a while; it forgets our sequences, so that it catches up on nothing stale."""
@@ -285,7 +290,7 @@ class RemoteProposer(Proposer):
         pause = min(LONGEST_REST_S, FIRST_REST_S * 2 ** min(link.rests, MAX_DOUBLINGS))
         link.resting_until = self._clock() + pause
         link.rests += 1
-        link.late_in_a_row = 0
+        link.misses = 0
         self.stats.links_rested += 1
         logger.warning("drafter %s is too slow or failing: left alone for %.1f s", replica_id, pause)
 

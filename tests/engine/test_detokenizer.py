@@ -220,7 +220,7 @@ def test_any_stop_strings_cut_the_text_decoded_at_once(tokens: list[int], stop: 
 
 
 def pushed(text: str, *stop: str, **options: object) -> tuple[str, bool]:
-    """The output and whether it stopped, of a text pushed byte by byte: one token each."""
+    """The output and whether it stopped, of a text pushed token by token."""
     detokenizer = Detokenizer(tokenizer(), stop, **options)  # type: ignore[arg-type]
     found = "".join(detokenizer.push(token) for token in tokenizer().encode(text))
     return found + detokenizer.finish(), detokenizer.stopped
@@ -235,7 +235,9 @@ def test_a_stop_string_within_the_first_tokens_does_not_count() -> None:
 
 
 def test_a_stop_string_completed_by_the_first_token_that_counts_does() -> None:
-    assert pushed("ab ab ab", "ab", min_tokens=1) == ("", True)
+    assert len(tokenizer().encode("ab ab ab")) == 3
+    assert pushed("ab ab ab", "ab ab", min_tokens=1) == ("", True)
+    assert pushed("ab ab ab", "ab ab", min_tokens=2) == ("ab ", True)
 
 
 def test_what_was_complete_too_early_does_not_count_later() -> None:

@@ -220,6 +220,14 @@ def test_advancing_by_nothing_drafts_the_same_again() -> None:
     assert only(made) == drafted
 
 
+def test_advancing_by_nothing_drafts_from_a_prefilled_prompt() -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, GREEDY, depth=0)
+    drain(made)
+    made.advance("s", len(PROMPT), (), depth=3)
+    assert only(made) == continuation(PROMPT, 3)
+
+
 def test_a_base_in_the_past_rewrites_history() -> None:
     made, _ = drafter()
     made.open("s", PROMPT, GREEDY, depth=3)

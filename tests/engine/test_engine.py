@@ -149,6 +149,16 @@ def test_preemption_changes_no_token(reference: list[list[int]]) -> None:
     assert list(tiny.run(engine, *many).values()) == [tiny.generate(MODEL, PROMPTS[3], 100)] * 4
 
 
+def test_room_is_given_in_stretches() -> None:
+    engine = tiny.engine_for(MODEL)
+    engine.add(tiny.request(PROMPTS[2], max_tokens=200))
+    rooms = set()
+    while engine.has_work:
+        engine.step()
+        rooms.add(engine.kv.usage().in_use)
+    assert len(rooms) <= 200 // 32 + 2
+
+
 def test_abort_frees_everything() -> None:
     engine = tiny.engine_for(MODEL, proposer=LocalProposer(tiny.drafter_for(MODEL)))
     engine.add(tiny.request(PROMPTS[3]))

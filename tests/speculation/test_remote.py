@@ -483,6 +483,17 @@ def test_a_drafter_that_lost_the_place_does_not_rest(reason: DraftFailureReason)
 
 
 @pytest.mark.parametrize("reason", REOPEN)
+def test_a_drafter_that_loses_the_place_again_and_again_rests(reason: DraftFailureReason) -> None:
+    setup = Setup()
+    setup.open()
+    for _ in range(LATE_BEFORE_REST):
+        setup.advance()
+        setup.links["a"].reply(failure(reason))
+    setup.advance()
+    assert (setup.proposer.stats.links_rested, setup.links["a"].held) == (1, {})
+
+
+@pytest.mark.parametrize("reason", REOPEN)
 def test_a_drafter_left_by_a_sequence_is_told_to_forget_it(reason: DraftFailureReason) -> None:
     setup = Setup(links=("a", "b"))
     setup.open(1)
