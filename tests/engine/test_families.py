@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from paceline.config import EngineSettings
 from paceline.engine import attention
 from paceline.engine.attention import ATTENTION_NAME, Window
 from paceline.engine.drafter import Drafter
 from paceline.engine.families import refuse_unservable, runner_for
+from paceline.engine.load import load_model
 from paceline.engine.per_sequence import PerSequenceRunner
 from paceline.engine.runner import ModelRunner, Runner
 from paceline.errors import ModelError
@@ -196,6 +206,42 @@ def test_a_family_that_does_not_fit_is_refused_with_the_reason(family: str) -> N
         pytest.skip(f"this Transformers has no {family}")
     with pytest.raises(ModelError, match=f"{family} cannot be served: .*{reason}"):
         runner_for(from_config(family, **config))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With a tokenizer of numbered words."""
+    vocabulary = {f"w{n}": n for n in range(tiny.VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["Llama", "OPT", "GPT-J", "Falcon RW", "MPT", "BLOOM"])
+def test_a_saved_model_answers_alike(name: str, folder: Path) -> None:
+    model = copy.deepcopy(model_of(name))
+    for parameter in model.parameters():
+        parameter.copy_(parameter.half().float())  # so that half-precision products are taken where they run
+    model.save_pretrained(folder)
+    loaded = load_model(folder, EngineSettings(device="cpu", threads=1, kv_tokens=512))
+    found = tiny.run(loaded.engine(), tiny.request(PROMPTS[2], max_tokens=TOKENS, ignore_eos=True))
+    assert found["r"] == tiny.generate(model, PROMPTS[2], TOKENS)
+
+
+def test_the_choices_say_why_a_model_runs_sequence_by_sequence(folder: Path) -> None:
+    model_of("MPT").save_pretrained(folder)
+    loaded = load_model(folder, EngineSettings(device="cpu", threads=1, kv_tokens=512))
+    reasons = {choice.name: (choice.value, choice.reason) for choice in loaded.choices}
+    assert reasons["attention"] == (
+        "the model's own, sequence by sequence",
+        "MptForCausalLM does not take Transformers' AttentionInterface",
+    )
+
+
+def test_a_folder_of_a_kind_that_cannot_be_served_is_refused_by_name(folder: Path) -> None:
+    CONFIG_MAPPING["mamba"]().save_pretrained(folder)
+    with pytest.raises(ModelError, match="mamba keeps a recurrent state"):
+        load_model(folder, EngineSettings(device="cpu", threads=1))
 
 
 def test_positions_that_change_with_the_length_end_where_they_change() -> None:

@@ -315,7 +315,7 @@ class Stream:
 
 
 def opening(*sequences: int, depth: int = 3) -> DraftFrame:
-    return DraftFrame(opens=tuple(Open(sequence, PROMPT, GREEDY, depth) for sequence in sequences))
+    return DraftFrame(opens=tuple(Open(sequence, PROMPT, GREEDY, depth, len(PROMPT)) for sequence in sequences))
 
 
 def test_a_stream_gets_its_candidates(drafting: DrafterLoop) -> None:

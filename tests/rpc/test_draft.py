@@ -463,14 +463,14 @@ sequences = st.integers(0, 2**64 - 1)
 token_lists = st.lists(numbers, max_size=8).map(tuple)
 sampling = st.builds(
     SamplingParams,
-    max_tokens=st.just(256),
+    max_tokens=st.none(),
     temperature=st.floats(0, 100),
     top_p=st.floats(0, 1, exclude_min=True),
     top_k=numbers,
     min_p=st.floats(0, 1),
     seed=st.integers(0, 2**64 - 1),
 )
-opens = st.lists(st.builds(Open, sequences, token_lists, sampling, numbers), max_size=3).map(tuple)
+opens = st.lists(st.builds(Open, sequences, token_lists, sampling, numbers, numbers), max_size=3).map(tuple)
 advances = st.lists(st.builds(Advance, sequences, numbers, token_lists, numbers), max_size=3).map(tuple)
 frames = st.builds(DraftFrame, opens, advances, st.lists(sequences, max_size=3).map(tuple))
 drafted = st.lists(st.builds(Candidates, sequences, numbers, token_lists), max_size=3)
@@ -499,14 +499,14 @@ def test_a_hello_survives_the_wire(hello: Hello) -> None:
 
 @given(st.integers(-(2**63), -1))
 def test_a_negative_seed_crosses_as_its_unsigned_twin(seed: int) -> None:
-    frame = DraftFrame(opens=(Open(1, (5,), SamplingParams(seed=seed), 1),))
+    frame = DraftFrame(opens=(Open(1, (5,), SamplingParams(seed=seed), 1, 1),))
     assert convert.frame_from_proto(convert.frame_to_proto(frame)).opens[0].params.seed == seed + 2**64
 
 
 def test_what_only_the_target_needs_does_not_cross() -> None:
     params = SamplingParams(seed=1, stop=("x",), stop_token_ids=(3,), max_tokens=9, ignore_eos=True)
-    frame = DraftFrame(opens=(Open(1, (5,), params, 1),))
-    assert convert.frame_from_proto(convert.frame_to_proto(frame)).opens[0].params == SamplingParams(seed=1)
+    frame = DraftFrame(opens=(Open(1, (5,), params, 1, 1),))
+    assert convert.frame_from_proto(convert.frame_to_proto(frame)).opens[0].params == SamplingParams(seed=1, max_tokens=None)
 
 
 def test_an_unknown_failure_reason_is_internal() -> None:
