@@ -105,7 +105,9 @@ def test_without_logprobs_there_are_none(llm: LLM) -> None:
 
 
 def test_a_draft_in_this_process_changes_no_penalized_token(llm: LLM, drafted: LLM) -> None:
-    params = replace(SEEDED, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3, min_tokens=20, n=2)
+    params = replace(
+        SEEDED, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3, min_tokens=9, n=2, max_tokens=12
+    )
     plain = llm.generate("The three laws of motion are", params)[0]
     found = drafted.generate("The three laws of motion are", params)[0]
     assert [o.token_ids for o in found.outputs] == [o.token_ids for o in plain.outputs]

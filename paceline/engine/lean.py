@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,14 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class NotLeanError(Exception):
-    """The model is built differently; the message says how."""
+    """The model is built differently; the message says how.
+
+    `spent`: its weights were given up before that was known.
+    """
+
+    def __init__(self, message: str, *, spent: bool = False) -> None:
+        super().__init__(message)
+        self.spent = spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +66,11 @@ class Layer:
 class LeanRunner(Runner):
     """Runs the layers taken from a Transformers model, of which nothing else is kept.
 
-    Raises NotLeanError, or AttributeError, if it is built differently.
+    Raises NotLeanError, or AttributeError, if it is built differently. With `consume` the model gives up each
+    weight as it is taken, but none before its whole structure has been checked.
     """
 
-    def __init__(self, whole: ModelRunner, kernels: Kernels, *, fp16: bool) -> None:
+    def __init__(self, whole: ModelRunner, kernels: Kernels, *, fp16: bool, consume: bool = False) -> None:
         self._kernels = kernels.library
         self._vocab_size, self._max_model_len = whole.vocab_size, whole.max_model_len
         self._geometry = whole.kv_geometry()
@@ -69,10 +78,13 @@ class LeanRunner(Runner):
         body = _part(model, "model")
         embedding = body.embed_tokens.weight.detach()
         self._embedding: torch.Tensor = embedding.half() if fp16 else embedding
-        self._layers = [_take_layer(layer, fp16) for layer in body.layers]
+        checked = [_take_layer(layer, _checked) for layer in body.layers]
+        _checked([model.lm_head])
         self._final_norm, self._eps = _norm(_part(body, "norm"))
-        self._head = _product([model.lm_head], fp16)
-        self._cos, self._sin = _rotary_tables(body, self._layers[0].heads, whole.max_model_len)
+        self._cos, self._sin = _rotary_tables(body, checked[0].heads, whole.max_model_len)
+        take = partial(_product, fp16=fp16, consume=consume)
+        self._layers = [_take_layer(layer, take) for layer in body.layers]
+        self._head = take([model.lm_head])
         config = model.config
         self._embedding_scale = float(getattr(config, "embedding_multiplier", 1.0) or 1.0)
         self._residual_scale = float(getattr(config, "residual_multiplier", 1.0) or 1.0)
@@ -112,7 +124,6 @@ class LeanRunner(Runner):
             step.norm(x, layer.down(gated), following, h)
         logits = self._head(h[rows])
         return logits * self._logits_scale if self._logits_scale != 1.0 else logits
-
 
     @torch.inference_mode()
     def run_products(self, rows: int) -> None:
@@ -216,19 +227,20 @@ class _Step:
         return self._masks[key]
 
 
-def lean_runner(whole: ModelRunner, kernels: Kernels, *, fp16: bool) -> LeanRunner:
+def lean_runner(whole: ModelRunner, kernels: Kernels, *, fp16: bool, consume: bool = False) -> LeanRunner:
     """The lean form of a model, after it has reproduced the model's own logits on a probe.
 
-    Raises NotLeanError, with the reason, if the model is built differently or the logits differ.
+    With `consume` the two never lie in memory side by side: `whole` cannot run afterwards, nor if the NotLeanError
+    raised says `spent`. Raises NotLeanError, with the reason, if the model is built differently or the logits differ.
     """
+    expected = _probe(whole)
     try:
-        lean = LeanRunner(whole, kernels, fp16=fp16)
+        lean = LeanRunner(whole, kernels, fp16=fp16, consume=consume)
     except AttributeError as error:
         raise NotLeanError(f"its modules are arranged differently ({error})") from None
-    expected, found = (_probe(runner) for runner in (whole, lean))
-    difference = float((expected - found).abs().max() / expected.std())
+    difference = float((expected - _probe(lean)).abs().max() / expected.std())
     if not difference < PROBE_TOLERANCE:
-        raise NotLeanError(f"its logits differ by {difference:.1e} of their spread")
+        raise NotLeanError(f"its logits differ by {difference:.1e} of their spread", spent=consume)
     return lean
 
 
@@ -246,7 +258,7 @@ def _probe(runner: Runner) -> torch.Tensor:
     return torch.cat(logits)
 
 
-def _take_layer(layer: Any, fp16: bool) -> Layer:
+def _take_layer(layer: Any, take: Callable[[list[Any]], Product]) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm"):
         if hasattr(layer, name):
@@ -258,10 +270,10 @@ def _take_layer(layer: Any, fp16: bool) -> Layer:
     attention_norm, _ = _norm(layer.input_layernorm)
     mlp_norm, _ = _norm(layer.post_attention_layernorm)
     return Layer(
-        qkv=_product([attention.q_proj, attention.k_proj, attention.v_proj], fp16),
-        out=_product([attention.o_proj], fp16),
-        gate_up=_product([mlp.gate_proj, mlp.up_proj], fp16),
-        down=_product([mlp.down_proj], fp16),
+        qkv=take([attention.q_proj, attention.k_proj, attention.v_proj]),
+        out=take([attention.o_proj]),
+        gate_up=take([mlp.gate_proj, mlp.up_proj]),
+        down=take([mlp.down_proj]),
         attention_norm=attention_norm,
         mlp_norm=mlp_norm,
         heads=heads,
@@ -303,14 +315,22 @@ def _norm(module: Any) -> tuple[torch.Tensor, float]:
     return module.weight.detach().float().clone(), float(module.variance_epsilon)
 
 
-def _product(linears: list[Any], fp16: bool) -> Product:
-    """One matrix product in place of several that share their input."""
+def _checked(linears: list[Any]) -> Product:
+    """No product yet, but there can be one."""
     for linear in linears:
         if not isinstance(linear, nn.Linear):
             raise NotLeanError(f"it has a {type(linear).__name__} where a Linear is expected")
+    return torch.clone
+
+
+def _product(linears: list[Any], *, fp16: bool, consume: bool) -> Product:
+    """One matrix product in place of several that share their input."""
     weight = torch.cat([linear.weight.detach() for linear in linears]).float()
     has_bias = any(linear.bias is not None for linear in linears)
     bias = torch.cat([_bias(linear) for linear in linears]) if has_bias else None
+    if consume:
+        for linear in linears:
+            linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     if fp16:
         return fp16_product(weight, bias)
     return lambda x: F.linear(x, weight, bias)

@@ -14,6 +14,7 @@ from paceline.engine.backends import KV_SHARE_OF_FREE_MEMORY, Backends, Choice, 
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine, EngineLimits
 from paceline.engine.families import refuse_unservable, runner_for
+from paceline.engine.heap import compact_allocations
 from paceline.engine.kv_cache import KVGeometry, SlabKVCache
 from paceline.engine.lean import NotLeanError, lean_runner
 from paceline.engine.per_sequence import PerSequenceRunner
@@ -73,33 +74,42 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     backends = resolve_backends(settings)
     torch.set_num_threads(backends.threads)
     refuse_unservable(load_config(path))
-    model = load_causal_lm(path, dtype=backends.dtype or "auto", device=backends.device)
-    runner, choices = _choose_forward(runner_for(model), backends)
+    with compact_allocations():
+        runner, choices = _load_runner(path, backends)
     limits = _limits(settings, runner)
     kv_tokens = _kv_tokens(settings, runner.kv_geometry(), limits)
     tokenizer = load_tokenizer(path)
     logger.info("%s: %s; %d KV tokens", path.name, ", ".join(f"{c.name} {c.value}" for c in choices), kv_tokens)
-    eos = eos_token_ids(model.config, getattr(model, "generation_config", None), tokenizer)
+    eos = eos_token_ids(path, tokenizer=tokenizer)
     return LoadedModel(runner, tokenizer, eos, limits, kv_tokens, tokenizer_fingerprint(tokenizer), choices)
 
 
-def _choose_forward(whole: ModelRunner | PerSequenceRunner, backends: Backends) -> tuple[Runner, tuple[Choice, ...]]:
+def _load_runner(path: Path, backends: Backends) -> tuple[Runner, tuple[Choice, ...]]:
     """The lean pass if the model has one, else the model's own code; and the choices as they turned out."""
+    whole = _whole(path, backends)
     fp16 = backends.fp16_linears if backends.fp16_linears is not None else exact_in_fp16(whole.model)
     replaced = [] if fp16 else [Choice("linear layers", "torch", "the weights are not exact in fp16, or as configured")]
-    runner: Runner = whole
+    runner: Runner | None = None
     try:
         if isinstance(whole, PerSequenceRunner):
             replaced.append(Choice("attention", "the model's own, sequence by sequence", whole.why))
             raise NotLeanError("its attention cannot be replaced")
         if backends.kernels is not None:
-            runner = lean_runner(whole, backends.kernels, fp16=fp16)
+            runner = lean_runner(whole, backends.kernels, fp16=fp16, consume=True)
     except NotLeanError as error:
         replaced.append(Choice("forward pass", "transformers", str(error)))
-    if runner is whole and fp16:
-        use_fp16_linears(whole.model)
+        if error.spent:
+            whole = _whole(path, backends)
+    if runner is None:
+        runner = whole
+        if fp16:
+            use_fp16_linears(whole.model)
     by_name = {choice.name: choice for choice in (*backends.choices, *replaced)}
     return runner, tuple(by_name.values())
+
+
+def _whole(path: Path, backends: Backends) -> ModelRunner | PerSequenceRunner:
+    return runner_for(load_causal_lm(path, dtype=backends.dtype or "auto", device=backends.device))
 
 
 def _limits(settings: EngineSettings, runner: Runner) -> EngineLimits:

@@ -24,7 +24,10 @@ from paceline.config import cache_dir
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-std=c++17", "-fPIC", "-shared")
+# Sums may be reordered, which is what vectorizes them. Not -ffast-math: a library linked with it makes the whole
+# process flush subnormal numbers to zero.
+MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
+FLAGS = ("-O3", "-march=native", *MATH, "-fopenmp", "-std=c++17", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_TIMEOUT_S = 120
 

@@ -75,6 +75,7 @@ def candidates_from_proto(message: pb.DraftReply) -> list[Candidates]:
 
 
 def _sampling_to_proto(params: SamplingParams) -> pb.DraftSampling:
+    masked = params.stop_token_ids if params.min_tokens else ()
     return pb.DraftSampling(
         temperature=params.temperature,
         top_p=params.top_p,
@@ -86,7 +87,7 @@ def _sampling_to_proto(params: SamplingParams) -> pb.DraftSampling:
         frequency_penalty=params.frequency_penalty,
         logit_bias=params.bias,
         min_tokens=params.min_tokens,
-        stop_token_ids=params.stop_token_ids if params.min_tokens else (),
+        stop_token_ids=[token for token in masked if token <= _MAX_UINT32],  # beyond any vocabulary
     )
 
 

@@ -11,7 +11,7 @@ from paceline.cli import app as cli
 from paceline.errors import ModelError
 from tests.cli.conftest import Run
 
-COMMANDS = ["serve", "chat", "status", "doctor", "demo", "models pull", "models list", "models path"]
+COMMANDS = ["serve", "chat", "status", "doctor", "demo", "models pull", "models list", "models path", "bench engine"]
 
 
 def test_help_imports_neither_torch_nor_ray() -> None:
@@ -26,7 +26,7 @@ def test_help_imports_neither_torch_nor_ray() -> None:
 
 
 def test_the_commands_are(run: Run) -> None:
-    assert list(get_command(cli.app).commands) == ["serve", "chat", "status", "doctor", "demo", "models"]
+    assert list(get_command(cli.app).commands) == ["serve", "chat", "status", "doctor", "demo", "models", "bench"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

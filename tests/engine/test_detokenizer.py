@@ -235,9 +235,9 @@ def test_a_stop_string_within_the_first_tokens_does_not_count() -> None:
 
 
 def test_a_stop_string_completed_by_the_first_token_that_counts_does() -> None:
-    assert len(tokenizer().encode("ab ab ab")) == 3
-    assert pushed("ab ab ab", "ab ab", min_tokens=1) == ("", True)
-    assert pushed("ab ab ab", "ab ab", min_tokens=2) == ("ab ", True)
+    assert len(tokenizer().encode("ab ab")) == 3
+    assert pushed("ab ab ab", "ab ab", min_tokens=2) == ("", True)
+    assert pushed("ab ab ab", "ab ab", min_tokens=3) == ("ab ", True)
 
 
 def test_what_was_complete_too_early_does_not_count_later() -> None:

@@ -506,7 +506,9 @@ def test_a_negative_seed_crosses_as_its_unsigned_twin(seed: int) -> None:
 def test_what_only_the_target_needs_does_not_cross() -> None:
     params = SamplingParams(seed=1, stop=("x",), stop_token_ids=(3,), max_tokens=9, ignore_eos=True)
     frame = DraftFrame(opens=(Open(1, (5,), params, 1, 1),))
-    assert convert.frame_from_proto(convert.frame_to_proto(frame)).opens[0].params == SamplingParams(seed=1, max_tokens=None)
+    assert convert.frame_from_proto(convert.frame_to_proto(frame)).opens[0].params == SamplingParams(
+        seed=1, max_tokens=None
+    )
 
 
 def test_an_unknown_failure_reason_is_internal() -> None:

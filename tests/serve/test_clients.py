@@ -45,6 +45,21 @@ def test_the_openai_client_completes(client: openai.OpenAI) -> None:
     assert answer.usage is not None and answer.usage.completion_tokens == 16
 
 
+def test_penalized_choices_with_logprobs_are_the_same_with_and_without_drafts(client: openai.OpenAI) -> None:
+    asked = {"temperature": 0.9, "seed": 3, "max_tokens": 20, "n": 3, "logprobs": True, "top_logprobs": 2}
+    penalties = {"presence_penalty": 0.5, "frequency_penalty": 0.3, "logit_bias": {"260": -5}}
+    told = []
+    for speculation in (True, False):
+        extra = {"speculation": speculation, "repetition_penalty": 1.1, "min_tokens": 12}
+        answer = client.chat.completions.create(  # type: ignore[call-overload]
+            model="smollm2-135m", messages=FRANCE, extra_body=extra, **asked, **penalties
+        )
+        told.append([[token.token for token in choice.logprobs.content] for choice in answer.choices])
+        assert (answer.model_extra["paceline"]["drafted_tokens"] > 0) is speculation
+    assert told[0] == told[1]
+    assert len({tuple(tokens) for tokens in told[0]}) == 3
+
+
 def test_the_openai_client_lists_the_model(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["smollm2-135m"]
 
@@ -68,6 +83,15 @@ def test_grpc_generates_from_token_ids(stub: InferenceStub) -> None:
     )
     text = "".join(event.tokens.text for event in stub.Generate(request, timeout=60))
     assert text.startswith(" Paris")
+
+
+def test_grpc_streams_several_outputs(stub: InferenceStub) -> None:
+    sampling = pb.SamplingParams(seed=3, max_tokens=6, ignore_eos=True, n=2, logprobs=1, prompt_logprobs=0)
+    events = list(stub.Generate(pb.GenerateRequest(text="The capital of France is", sampling=sampling), timeout=60))
+    counts = [sum(len(e.tokens.logprobs) for e in events if e.tokens.index == index) for index in range(2)]
+    assert counts == [6, 6]
+    assert sorted(e.finished.index for e in events if e.WhichOneof("event") == "finished") == [0, 1]
+    assert sum(len(e.tokens.prompt_logprobs) for e in events) == events[0].started.prompt_tokens - 1
 
 
 def test_grpc_refuses_bad_input_by_name(stub: InferenceStub) -> None:
