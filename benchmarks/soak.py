@@ -4,8 +4,8 @@
     python benchmarks/soak.py --model smollm2-135m --requests 500
 
 Sessions with follow-up turns, shared prefixes, priorities and cancellations are mixed. Prints the resident set
-every tenth of the way and fails if it grew by more than `--max-growth-mb` after the first fifth, which fills the KV
-cache and every allocator's pools.
+every tenth of the way and fails if it grew by more than `--max-growth-mb` after the warm-up: the first of these
+points at which the KV cache is full, the second at the earliest, for the allocators' pools.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def main() -> int:
 
 
 def soak(engine: Engine, vocab: int, count: int) -> float:
-    """Run `count` requests; MB of resident set gained after the first fifth."""
+    """Run `count` requests; MB of resident set gained after the warm-up. Raises if there were too few to end it."""
     traffic, sizes, begun = Traffic(random.Random(0), vocab), [], time.perf_counter()
+    warm = 1
     for number in range(count):
         while engine.num_running + engine.num_waiting >= IN_FLIGHT:
             engine.step()
@@ -62,12 +63,16 @@ def soak(engine: Engine, vocab: int, count: int) -> float:
             engine.check()
             sizes.append(resident_mb())
             usage = engine.kv.usage()
+            if usage.cached < 0.9 * usage.total:
+                warm = max(warm, len(sizes))
             print(
                 f"{number + 1:6d} requests {time.perf_counter() - begun:6.1f} s  {sizes[-1]:7.1f} MB  "
                 f"{usage.cached} KV tokens cached, {len(engine.kv.sessions())} sessions",
                 flush=True,
             )
-    return max(sizes[2:]) - sizes[1]
+    if len(sizes) < warm + 2:
+        raise SystemExit("too few requests: the KV cache was never full")
+    return max(sizes[warm + 1 :]) - sizes[warm]
 
 
 class Traffic:

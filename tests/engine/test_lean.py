@@ -139,3 +139,22 @@ def test_the_lean_pass_keeps_nothing_of_the_model() -> None:
     del runner
     gc.collect()
     assert (layer(), kept.vocab_size) == (None, tiny.VOCAB)
+
+
+def test_a_model_that_gives_up_its_weights_leaves_the_same_lean_one() -> None:
+    model = tiny.tiny_llama()
+    whole = tiny.ours(model)
+    runner = lean_runner(whole, compiled(), fp16=False, consume=True)
+    assert tiny.run(tiny.engine_for(model, runner=runner), tiny.request(tiny.prompt(9)))["r"] == tiny.generate(
+        model, tiny.prompt(9)
+    )
+    assert whole.model.lm_head.weight.numel() == 0
+
+
+def test_a_model_that_is_not_lean_gives_up_nothing() -> None:
+    whole = tiny.ours(tiny.tiny_llama())
+    whole.model.lm_head = torch.nn.Identity()
+    with pytest.raises(NotLeanError) as caught:
+        LeanRunner(whole, compiled(), fp16=False, consume=True)
+    weights = [layer.self_attn.q_proj.weight.numel() for layer in whole.model.model.layers]
+    assert (caught.value.spent, weights) == (False, [48 * 48] * 3)
