@@ -258,7 +258,8 @@ class SlabKVCache(KVCache):
         if not entry.length:
             return self._drop(entry)
         own = self._by_session.get(entry.session_id, {}) if entry.session_id is not None else {}
-        for other in (*own, *self._index.find(entry.token_ids)):
+        # A session's own entry may be found by the index as well: once is enough, it can be dropped only once.
+        for other in dict.fromkeys((*own, *self._index.find(entry.token_ids))):
             if other is entry:
                 continue
             shared = other.shared_prefix(entry.token_ids)

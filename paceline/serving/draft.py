@@ -63,7 +63,9 @@ class Draft:
             raise RuntimeError("the drafter's thread has ended")
 
     async def __del__(self) -> None:
-        """Awaited by Serve on a graceful shutdown."""
+        """Awaited by Serve on a graceful shutdown, also of a replica that is still loading."""
+        if not hasattr(self, "_server"):
+            return
         await self._server.stop(grace=DRAIN_GRACE_S)
         await asyncio.to_thread(self._loop.stop)
 

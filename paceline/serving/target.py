@@ -76,7 +76,7 @@ class Target:
 
     async def sessions(self) -> list[tuple[str, str, int, bool]]:
         """(session, replica, tokens held, running) of every session held here."""
-        held = await asyncio.wrap_future(self._loop.call(self._loop.engine.kv.sessions))
+        held = await self._sessions()
         return [(name, self.replica_id, tokens, running) for name, (tokens, running) in held.items()]
 
     async def close_session(self, session_id: str) -> bool:
@@ -96,7 +96,7 @@ class Target:
             "kv_tokens_total": usage.total,
             "kv_tokens_in_use": usage.in_use,
             "kv_tokens_cached": usage.cached,
-            "sessions": len(engine.kv.sessions()),
+            "sessions": len(await self._sessions()),
             "drafted_tokens": engine.drafted_tokens,
             "accepted_tokens": engine.accepted_tokens,
             "drafters_connected": 0,
@@ -108,9 +108,9 @@ class Target:
             numbers["drafter_problems"] = "; ".join(f"{k}: {v}" for k, v in self._pool.problems.items())
         return numbers
 
-    def record_routing_stats(self) -> dict[str, Any]:
+    async def record_routing_stats(self) -> dict[str, Any]:
         """Polled by the controller, pushed to every SessionRouter. No timestamps: a change is a broadcast."""
-        return {"sessions": sorted(self._loop.engine.kv.sessions())[:MAX_ADVERTISED_SESSIONS]}
+        return {"sessions": sorted(await self._sessions())[:MAX_ADVERTISED_SESSIONS]}
 
     def check_health(self) -> None:
         if not self._loop.healthy:
@@ -122,7 +122,12 @@ class Target:
             self._watch.stop()
         if self._pool is not None:
             await self._pool.close()
-        await asyncio.to_thread(self._loop.stop)
+        if hasattr(self, "_loop"):  # it may be called while __init__ is still loading
+            await asyncio.to_thread(self._loop.stop)
+
+    async def _sessions(self) -> dict[str, tuple[int, bool]]:
+        """(tokens held, running) by session; the engine's thread alone may look."""
+        return await asyncio.wrap_future(self._loop.call(self._loop.engine.kv.sessions))
 
 
 def _load(settings: AppSettings) -> LoadedModel:

@@ -47,6 +47,8 @@ def test_the_help_of_every_command_is_there() -> None:
         "## paceline models pull",
         "## paceline models list",
         "## paceline models path",
+        "## paceline bench",
+        "## paceline bench engine",
     ]
 
 

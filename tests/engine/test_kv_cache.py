@@ -36,6 +36,17 @@ def filled(kv: SlabKVCache, tokens: list[int], session: str | None = None) -> KV
     return entry
 
 
+def test_a_session_with_two_entries_keeps_the_one_that_holds_both() -> None:
+    kv = cache()
+    second = kv.reserve(list(range(31)), 31, "s")
+    assert second is not None
+    kv.release(filled(kv, list(range(20)), "s"))
+    compute(kv, second, list(range(30)))
+    kv.release(second)
+    kv.check()
+    assert (kv.sessions(), kv.usage().cached) == ({"s": (30, False)}, 30)
+
+
 def test_a_session_finds_its_prefix_again() -> None:
     kv = cache()
     kv.release(filled(kv, list(range(20)), "s"))
