@@ -45,7 +45,8 @@ Gguf = Annotated[
     typer.Option("--gguf", metavar="FILE", help="The same model for llama.cpp; without it that peer is left out."),
 ]
 LlamaPython = Annotated[
-    str, typer.Option("--llama-python", metavar="PYTHON", help="Interpreter that has llama-cpp-python.")
+    str | None,
+    typer.Option("--llama-python", metavar="PYTHON", help="Interpreter with llama-cpp-python; this one if not given."),
 ]
 Peers = Annotated[bool, typer.Option("--peers/--no-peers", help="Measure transformers and llama.cpp as well.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few, short rounds: for a look, not for a report.")]
@@ -58,7 +59,7 @@ def engine(
     model: ModelName = DEFAULT_MODEL,
     threads: Threads = None,
     gguf: Gguf = None,
-    llama_python: LlamaPython = sys.executable,
+    llama_python: LlamaPython = None,
     peers: Peers = True,
     quick: Quick = False,
     json_file: JsonFile = None,
@@ -89,7 +90,7 @@ def engine(
     ours = EngineBench(loaded, sizes)
     steps = ours.step_figures()
     reference = _reference(path) if peers else None
-    rates = _rates(ours, sizes, reference, gguf, llama_python, torch.get_num_threads())
+    rates = _rates(ours, sizes, reference, gguf, llama_python or sys.executable, torch.get_num_threads())
     kl = quality(loaded, reference) if reference is not None else None
     console.print(_step_table(steps))
     console.print(_rate_table(rates))
