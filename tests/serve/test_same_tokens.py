@@ -43,8 +43,10 @@ PROMPTS = [
     "Explain what a KV cache is in a language model.",
 ]
 MAX_TOKENS = 64
-GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": MAX_TOKENS}
-SEEDED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 42, "max_tokens": MAX_TOKENS}
+# Past the end of an answer as well, so that every prompt is held over all 64 tokens.
+FULL: dict[str, Any] = {"max_tokens": MAX_TOKENS, "ignore_eos": True}
+GREEDY: dict[str, Any] = {"temperature": 0, **FULL}
+SEEDED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 42, **FULL}
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +59,10 @@ def reference(smollm2: ModelFiles) -> list[list[int]]:
     batch = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
-    out = model.generate(**batch, do_sample=False, max_new_tokens=MAX_TOKENS)
-    answers = out[:, batch["input_ids"].shape[1] :].tolist()
-    return [_until_eos(answer, tokenizer.eos_token_id) for answer in answers]
+    out = model.generate(**batch, do_sample=False, max_new_tokens=MAX_TOKENS, eos_token_id=None)
+    answers: list[list[int]] = out[:, batch["input_ids"].shape[1] :].tolist()
+    assert {len(answer) for answer in answers} == {MAX_TOKENS}
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +123,3 @@ async def _with_a_killed_draft(server: Server, **options: Any) -> list[list[int]
     assert victim["replica_id"] in {draft["replica_id"] for draft in before}
     assert victim["replica_id"] not in {draft["replica_id"] for draft in after}
     return [tokens for tokens, _ in answers]
-
-
-def _until_eos(tokens: list[int], eos: int) -> list[int]:
-    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
