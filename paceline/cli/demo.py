@@ -79,7 +79,7 @@ def demo(
 def read_demo_deployment(config: Path | None, port: int | None, grpc_port: int | None) -> Deployment:
     """The config of the demo on free ports, so that a running server does not disturb it."""
     from paceline.cli.deployment import Overrides, find_local_cpu, read_deployment
-    from paceline.cli.ports import free_ports
+    from paceline.ports import free_ports
 
     http, grpc = free_ports(2)
     overrides = Overrides(port=port or http, grpc_port=grpc_port or grpc)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import paceline
-from paceline.cli.ports import ALL_INTERFACES, require_free
 from paceline.config import (
     GRPC_SERVICER,
     IMPORT_PATH,
@@ -18,6 +17,7 @@ from paceline.config import (
     parse_settings,
 )
 from paceline.errors import ConfigError
+from paceline.ports import ALL_INTERFACES, require_free
 
 LOCAL_CPU = Path("deployments") / "local-cpu.yaml"
 

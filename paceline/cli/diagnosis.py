@@ -20,9 +20,9 @@ from paceline.cli.hardware import (
     read_gpus,
     read_memory,
 )
-from paceline.cli.ports import ALL_INTERFACES, why_unusable
 from paceline.config import cache_dir, parse_settings
 from paceline.errors import PacelineError
+from paceline.ports import ALL_INTERFACES, why_unusable
 
 if TYPE_CHECKING:
     from paceline.engine.backends import Choice

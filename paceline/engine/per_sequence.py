@@ -16,9 +16,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from paceline.engine.attention import Window
-from paceline.engine.geometry import Seen, kv_geometry, max_model_len, text_config
-from paceline.engine.kv_cache import KVGeometry
-from paceline.engine.runner import Runner
+from paceline.engine.geometry import Seen, kv_geometry
+from paceline.engine.runner import TransformersRunner
 from paceline.errors import ModelError
 
 OBSERVED_TOKENS = 4
@@ -72,7 +71,7 @@ class WindowLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
-class PerSequenceRunner(Runner):
+class PerSequenceRunner(TransformersRunner):
     """Runs a Transformers causal language model with its own attention, window after window.
 
     `why` says why its attention is not ours. Raises ModelError if the model does not use a KV cache as expected.
@@ -88,21 +87,6 @@ class PerSequenceRunner(Runner):
         brought = kv_geometry({n: Seen(tuple(k.shape), tuple(v.shape)) for n, (k, v) in layers.items()}, model)
         self._copies = _copies([tensor for pair in layers.values() for tensor in pair])
         self._geometry = replace(brought, num_kv_heads=brought.num_kv_heads // self._copies)
-
-    @property
-    def vocab_size(self) -> int:
-        return int(text_config(self.model).vocab_size)
-
-    @property
-    def max_model_len(self) -> int:
-        return max_model_len(self.model)
-
-    @property
-    def device(self) -> torch.device:
-        return self._geometry.device
-
-    def kv_geometry(self) -> KVGeometry:
-        return self._geometry
 
     @torch.inference_mode()
     def run(self, windows: Sequence[Window]) -> torch.Tensor:

@@ -54,20 +54,11 @@ class Runner(ABC):
         return tuple(torch.tensor(x, dtype=torch.long, device=self.device) for x in (ids, positions, rows))  # type: ignore[return-value]
 
 
-class ModelRunner(Runner):
-    """Runs a Transformers causal language model whose attention is ours, all windows in one pass."""
+class TransformersRunner(Runner):
+    """Runs a Transformers model as it is; what is known of it comes from its config and from watching it run."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Raises ModelError if our attention is not reached, or the layers bring what the KV cache cannot hold."""
-        kind = type(model).__name__
-        if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
-            raise ModelError(f"{kind} has attention {model.config._attn_implementation!r}, not ours")
-        self.model = model
-        self._seen = self._observe()
-        if not self._seen:
-            raise ModelError(f"{kind} does not call the attention function it is given")
-        self._geometry = kv_geometry(self._seen, model)
-        self._check_layer_types()
+    model: PreTrainedModel
+    _geometry: KVGeometry
 
     @property
     def vocab_size(self) -> int:
@@ -83,6 +74,22 @@ class ModelRunner(Runner):
 
     def kv_geometry(self) -> KVGeometry:
         return self._geometry
+
+
+class ModelRunner(TransformersRunner):
+    """Runs a Transformers causal language model whose attention is ours, all windows in one pass."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises ModelError if our attention is not reached, or the layers bring what the KV cache cannot hold."""
+        kind = type(model).__name__
+        if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
+            raise ModelError(f"{kind} has attention {model.config._attn_implementation!r}, not ours")
+        self.model = model
+        self._seen = self._observe()
+        if not self._seen:
+            raise ModelError(f"{kind} does not call the attention function it is given")
+        self._geometry = kv_geometry(self._seen, model)
+        self._check_layer_types()
 
     @torch.inference_mode()
     def run(self, windows: Sequence[Window]) -> torch.Tensor:

@@ -8,7 +8,6 @@ import io
 import logging
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from paceline.config import APP_NAME, IMPORT_PATH, AppSettings, parse_settings
 from paceline.errors import ConfigError, PacelineError, Unavailable
 from paceline.hardware import usable_cores
+from paceline.ports import ALL_INTERFACES, require_free
 
 DEPLOY_TIMEOUT_S = 900.0
 POLL_S = 0.25
@@ -55,8 +55,8 @@ class LocalCluster:
         http, grpc = self._config.get("http_options") or {}, self._config.get("grpc_options") or {}
         host = str(http.get("host", "127.0.0.1"))
         http_port, grpc_port = int(http.get("port", 8000)), int(grpc.get("port", 9000))
-        _require_free(host, http_port, "http_options.port")
-        _require_free("0.0.0.0", grpc_port, "grpc_options.port")
+        require_free(host, http_port, key="http_options.port", option="--port")
+        require_free(ALL_INTERFACES, grpc_port, key="grpc_options.port", option="--grpc-port")
         try:
             self._start_ray()
             self._deploy()
@@ -154,15 +154,6 @@ def share_cores(config: Mapping[str, Any], cores: int) -> dict[str, Any]:
             args[role] = {**(args.get(role) or {})}
             args[role]["engine"] = {**(args[role].get("engine") or {}), "threads": threads}
     return shared
-
-
-def _require_free(host: str, port: int, key: str) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"{key}: port {port} on {host} is not free: {error.strerror}", param=key) from None
 
 
 def _application(config: Mapping[str, Any]) -> dict[str, Any]:

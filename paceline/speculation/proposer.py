@@ -41,6 +41,3 @@ class Proposer(ABC):
     @abstractmethod
     def close(self, sequence: int) -> None:
         """The sequence ended or was cancelled."""
-
-    def shutdown(self) -> None:  # noqa: B027  (most sources hold nothing)
-        """Release what the source holds."""

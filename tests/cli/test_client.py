@@ -6,8 +6,8 @@ import httpx
 import pytest
 
 from paceline.cli.client import ChatOptions, Client, Message, sse_events
-from paceline.cli.ports import free_ports
 from paceline.errors import ConfigError, EngineError, InvalidRequest, Overloaded, PacelineError, Unavailable
+from paceline.ports import free_ports
 from paceline.types import Metrics
 from tests.cli.fakes import FakeServer, Refusal, answer_events, refusal
 

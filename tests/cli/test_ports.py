@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from paceline.cli.ports import ALL_INTERFACES, free_ports, require_free, why_unusable
 from paceline.errors import ConfigError
+from paceline.ports import ALL_INTERFACES, free_ports, require_free, why_unusable
 
 
 @pytest.fixture

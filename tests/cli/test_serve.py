@@ -4,9 +4,9 @@ import socket
 
 import pytest
 
-from paceline.cli.ports import free_ports
 from paceline.config import default_deployment, parse_settings
 from paceline.errors import ConfigError, ModelError
+from paceline.ports import free_ports
 from tests.cli.conftest import Outcome, Run
 from tests.cli.fakes import FakeCluster
 
