@@ -75,6 +75,21 @@ class SpeculationSettings(Settings):
     draft_timeout_ms: Milliseconds = Field(
         1000.0, description="Longest a step waits for candidates before it goes on with a plain decode."
     )
+    verification: Literal["coupled", "rejection"] = Field(
+        "coupled",
+        description="coupled: a candidate stands iff it equals the target's own draw, so that drafts never change an "
+        "output; rejection: rejection sampling, the same distribution, but the tokens depend on the drafts.",
+    )
+    prompt_lookup_num_tokens: Annotated[int, Field(ge=0, le=16)] = Field(
+        8,
+        description="Most candidates taken from the sequence's own text, after the last place where its latest tokens "
+        "occurred; 0 switches this source off.",
+    )
+    synthetic_acceptance: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="For benchmarks only: accept each candidate with this probability, whatever it is. The text is "
+        "nonsense and every answer is marked.",
+    )
 
 
 class TargetSettings(Settings):

@@ -16,9 +16,8 @@ from paceline.engine.sampling import Draws
 from paceline.engine.scheduler import Scheduled, Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.errors import InvalidRequest, Overloaded
-from paceline.speculation import coupling
 from paceline.speculation.frames import Advance
-from paceline.speculation.proposer import Proposer, Wanted
+from paceline.speculation.proposer import Proposal, Proposer, Wanted
 from paceline.types import Delta, FinishReason, Request
 
 logger = logging.getLogger(__name__)
@@ -112,8 +111,7 @@ class Engine:
     def step(self) -> dict[str, Delta]:
         """One forward pass for everything that can run. Returns what each request gained."""
         self._admit()
-        candidates = self._propose()
-        step = self._scheduler.schedule(candidates)
+        step = self._scheduler.schedule(self._propose())
         if not step:
             return {}
         logits = self._runner.run([part.window for part in step])
@@ -132,7 +130,7 @@ class Engine:
             if self.proposer is not None and sequence.request.speculate:
                 self.proposer.open(sequence.sequence_id, sequence.tokens, sequence.request.params)
 
-    def _propose(self) -> Mapping[int, tuple[int, ...]]:
+    def _propose(self) -> Mapping[int, Proposal]:
         if self.proposer is None:
             return {}
         wanted = [
@@ -146,12 +144,13 @@ class Engine:
         late = {want.sequence for want in wanted} - found.keys()
         for sequence in self._scheduler.running:
             sequence.late += sequence.sequence_id in late
-        return {sequence_id: self._known(candidates) for sequence_id, candidates in found.items()}
+        return {sequence_id: self._known(proposal) for sequence_id, proposal in found.items()}
 
-    def _known(self, candidates: tuple[int, ...]) -> tuple[int, ...]:
+    def _known(self, proposal: Proposal) -> Proposal:
         """Candidates up to the first that is no id of this model: a drafter's vocabulary may be larger."""
         vocab = self._runner.vocab_size
-        return tuple(itertools.takewhile(lambda token: 0 <= token < vocab, candidates))
+        known = sum(1 for _ in itertools.takewhile(lambda token: 0 <= token < vocab, proposal.tokens))
+        return proposal.first(known)
 
     def _depth_for(self, sequence: Sequence) -> int:
         """Candidates worth asking for: none for the last token, it is drawn anyway."""
@@ -161,14 +160,13 @@ class Engine:
         """Accept the longest agreeing run, keep its KV, drop the rest; tell the proposer."""
         committed, updates = [], []
         for part, draws in zip(step, drawn, strict=True):
-            tokens = draws.tokens
             sequence, base = part.sequence, len(part.sequence.tokens)
             sequence.steps += sequence.decoding
             self.kv.append(sequence.kv, part.window.token_ids)
-            if not tokens:
+            if not draws.tokens:
                 continue
-            accepted = coupling.accept(part.candidates, tokens)
-            taken = sequence.extend(tokens[: accepted + 1], self._eos)
+            accepted = draws.accepted
+            taken = sequence.extend(draws.tokens, self._eos)
             draws.note_logprobs(part, taken)
             self.kv.truncate(sequence.kv, base + min(accepted, taken))
             sequence.drafted += len(part.candidates)

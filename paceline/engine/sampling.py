@@ -7,16 +7,20 @@ from dataclasses import dataclass
 import torch
 
 from paceline.engine.scheduler import Scheduled
-from paceline.speculation import sampling
+from paceline.speculation import coupling, sampling
 from paceline.speculation.sampling import Rows
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """One sequence's draws in a step, and the rows of logits they came from: [len(tokens), vocab]."""
+    """What a step says of one sequence: the run of candidates accepted, then one token of the target's own.
+
+    `logits` is [drawing rows, vocab]; row i is the one that `tokens[i]` came from.
+    """
 
     tokens: list[int]
     logits: torch.Tensor
+    accepted: int = 0
 
     def note_logprobs(self, part: Scheduled, taken: int) -> None:
         """Tell the sequence what the model thought of the tokens it took, if that was asked for."""
@@ -26,13 +30,13 @@ class Draws:
 
 
 def sample(step: list[Scheduled], logits: torch.Tensor) -> list[Draws]:
-    """The target's own draw at every drawing row, by member of the step; `logits` are of every sampled row."""
+    """What each member of the step commits; `logits` are of every sampled row."""
     spans = _drawing_spans(step)
     drawing = logits if sum(len(span) for span in spans) == len(logits) else logits[[n for span in spans for n in span]]
     batch = [_rows_of(part) for part in step if part.draws]
     drawn = iter(sampling.draw(drawing, batch))
     return [
-        Draws(next(drawn) if part.draws else [], logits[span.start : span.stop])
+        _accepted(part, next(drawn), logits[span.start : span.stop]) if part.draws else Draws([], logits[:0])
         for part, span in zip(step, spans, strict=True)
     ]
 
@@ -48,6 +52,12 @@ def note_prompt_logprobs(step: list[Scheduled], logits: torch.Tensor) -> None:
             tokens = sequence.tokens[window.start + 1 : min(window.end + 1, sequence.prompt_length)]
             sequence.prompt_logprobs += sampling.logprobs(logits[start : start + len(tokens)], tokens, top)
         start += window.sample
+
+
+def _accepted(part: Scheduled, drawn: list[int], logits: torch.Tensor) -> Draws:
+    """The coupled rule: candidates stand as long as they equal the target's own draws."""
+    accepted = coupling.accept(part.candidates, drawn)
+    return Draws(drawn[: accepted + 1], logits, accepted)
 
 
 def _rows_of(part: Scheduled) -> Rows:

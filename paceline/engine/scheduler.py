@@ -16,6 +16,7 @@ from paceline.engine.attention import Window
 from paceline.engine.kv_cache import FORK_MIN_TOKENS, KVCache, KVEntry
 from paceline.engine.sequence import Sequence
 from paceline.errors import EngineError
+from paceline.speculation.proposer import Proposal
 
 GROWTH = 64
 """Tokens of KV room a sequence is given ahead of need; half of it is more than any verification window."""
@@ -33,8 +34,12 @@ class Scheduled:
 
     sequence: Sequence
     window: Window
-    candidates: tuple[int, ...] = ()
+    proposal: Proposal | None = None
     draws: int = 0
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        return self.proposal.tokens if self.proposal is not None else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,7 @@ class Scheduler:
                 admitted.append(sequence)
         return admitted
 
-    def schedule(self, candidates: Mapping[int, tuple[int, ...]]) -> list[Scheduled]:
+    def schedule(self, proposals: Mapping[int, Proposal]) -> list[Scheduled]:
         """The next step under the token budget: decode and verification windows, then prefill chunks."""
         self._make_room()
         ranked = sorted(self.running, key=rank)
@@ -102,7 +107,7 @@ class Scheduler:
         prompts = [sequence for sequence in ranked if sequence.pending > 1]
         budget = self.max_batched_tokens - len(ready)
         # Where tokens are scarce, candidates leave prompts a half.
-        step = _decode(ready, candidates, budget // 2 if prompts else budget)
+        step = _decode(ready, proposals, budget // 2 if prompts else budget)
         budget -= sum(len(part.candidates) for part in step)
         if self.max_prefill_while_decoding is not None and any(sequence.decoding for sequence in ready):
             budget = min(budget, self.max_prefill_while_decoding)
@@ -198,14 +203,17 @@ class Scheduler:
             del self.waiting[at]
 
 
-def _decode(sequences: list[Sequence], candidates: Mapping[int, tuple[int, ...]], budget: int) -> list[Scheduled]:
+def _decode(sequences: list[Sequence], proposals: Mapping[int, Proposal], budget: int) -> list[Scheduled]:
     """A token each, and candidates until the budget is spent."""
     step = []
     for sequence in sequences:
         spare = min(budget, sequence.kv.charged - len(sequence.tokens))
-        drafted = candidates.get(sequence.sequence_id, ())[: max(0, spare)]
+        proposal = proposals.get(sequence.sequence_id)
+        if proposal is not None:
+            proposal = proposal.first(max(0, spare))
+        drafted = proposal.tokens if proposal is not None else ()
         window = Window(sequence.kv, (sequence.tokens[-1], *drafted), sample=1 + len(drafted))
-        step.append(Scheduled(sequence, window, drafted, draws=window.sample))
+        step.append(Scheduled(sequence, window, proposal, draws=window.sample))
         budget -= len(drafted)
     return step
 

@@ -68,6 +68,14 @@ class DraftFailureReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class SparseRow:
+    """A distribution over few tokens: ids and their probabilities, which sum to 1."""
+
+    ids: tuple[int, ...]
+    probs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Candidates:
     """From draft to target: tokens for positions base, base + 1, …; or the failure instead of them."""
 

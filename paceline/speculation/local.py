@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from paceline.speculation.frames import Advance, DraftFailureReason
-from paceline.speculation.proposer import Proposer, Wanted
+from paceline.speculation.proposer import Proposal, Proposer, Source, Wanted
 from paceline.types import SamplingParams
+
+SMOOTHING = 0.2
+"""Weight of the latest measurement."""
 
 
 class Answer(Protocol):
@@ -40,8 +44,11 @@ class LocalProposer(Proposer):
     def __init__(self, drafter: DrafterLike) -> None:
         self._drafter = drafter
         self._ready: dict[int, Answer] = {}
+        self._open: set[int] = set()
+        self._token_s = 0.0
 
     def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
+        self._open.add(sequence)
         self._drafter.open(sequence, tokens, params, depth=0)
 
     def advance(self, updates: Sequence[Advance]) -> None:
@@ -49,7 +56,8 @@ class LocalProposer(Proposer):
             self._ready.pop(update.sequence, None)
             self._drafter.advance(update.sequence, update.base, update.tokens, update.depth)
 
-    def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, tuple[int, ...]]:
+    def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:
+        began = time.perf_counter()
         while self._drafter.has_work:
             for answer in self._drafter.step():
                 if answer.failure is None and isinstance(answer.key, int):
@@ -58,9 +66,18 @@ class LocalProposer(Proposer):
         for want in wanted:
             ready = self._ready.get(want.sequence)
             if ready is not None and ready.base == want.base:
-                found[want.sequence] = ready.tokens[: want.depth]
+                found[want.sequence] = Proposal(ready.tokens[: want.depth], Source.LOCAL)
+        if depth := max((len(proposal.tokens) for proposal in found.values()), default=0):
+            self._token_s += SMOOTHING * ((time.perf_counter() - began) / depth - self._token_s)
         return found
 
     def close(self, sequence: int) -> None:
+        self._open.discard(sequence)
         self._ready.pop(sequence, None)
         self._drafter.close(sequence)
+
+    def serves(self, sequence: int) -> bool:
+        return sequence in self._open
+
+    def latency(self, depth: int) -> float:
+        return depth * self._token_s

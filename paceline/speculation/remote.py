@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from paceline.errors import DraftError
 from paceline.speculation.frames import Advance, Candidates, DraftFrame, Open
-from paceline.speculation.proposer import Proposer, Wanted
+from paceline.speculation.proposer import Proposal, Proposer, Source, Wanted
 from paceline.types import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ class RemoteProposer(Proposer):
         self._links: dict[str, _LinkState] = {}
         self._sequences: dict[int, _SequenceState] = {}
         self._asked_at = 0.0
+        self._latency_s = 0.0
 
     # Called by the transport.
 
@@ -166,7 +167,7 @@ class RemoteProposer(Proposer):
                     self._advance_one(state, update)
         self._flush()
 
-    def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, tuple[int, ...]]:
+    def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:
         deadline = self._asked_at + self._timeout_s
         with self._changed:
             while self._any_missing(wanted) and (left := deadline - self._clock()) > 0:
@@ -179,6 +180,14 @@ class RemoteProposer(Proposer):
         with self._changed:
             self._forget(sequence)
         self._flush()
+
+    def serves(self, sequence: int) -> bool:
+        with self._changed:
+            state = self._sequences.get(sequence)
+            return state is not None and state.link is not None
+
+    def latency(self, depth: int) -> float:
+        return 0.0 if depth == 0 else self._latency_s
 
     def check(self) -> None:
         """Raise DraftError unless every assigned sequence is in the books of its link, and of no other."""
@@ -264,11 +273,11 @@ class RemoteProposer(Proposer):
                 return True
         return False
 
-    def _ready(self, want: Wanted) -> tuple[int, ...] | None:
+    def _ready(self, want: Wanted) -> Proposal | None:
         state = self._sequences.get(want.sequence)
         if state is None or state.candidates is None or state.candidates.base != want.base:
             return None
-        return state.candidates.tokens[: want.depth]
+        return Proposal(state.candidates.tokens[: want.depth], Source.REMOTE)
 
     def _note_lateness(self, wanted: Sequence[Wanted], found: Iterable[int]) -> None:
         late = {want.sequence for want in wanted} - set(found)

@@ -87,7 +87,7 @@ class Setup:
 
     def propose(self, *sequences: int, depth: int = 4) -> dict[int, tuple[int, ...]]:
         wanted = [Wanted(s, len(self.tokens[s]), depth) for s in sequences or tuple(self.tokens)]
-        return dict(self.proposer.propose(wanted))
+        return {s: proposal.tokens for s, proposal in self.proposer.propose(wanted).items()}
 
     def close(self, sequence: int = 1) -> None:
         del self.tokens[sequence]
