@@ -15,9 +15,12 @@ the case without noise.
 Never combine this with rejection sampling on the same noise: that rule redraws from the residual and would
 be biased by it.
 
-The integers are equal on every device. The logarithms are taken in float64, so that two devices disagree by
-a few units in the last place of a double; logits computed by different kernels differ far more (1e-5 in
-float32). Both matter only where the two best scores tie that closely.
+Near-ties. The integers are equal on every device. The logarithms are taken in float64, so that two devices
+disagree by a few units in the last place of a double, 1e-15; logits computed by different kernels, or for another
+shape of batch, differ far more: about 1e-5 in float32, 1e-2 in bfloat16. Either can change the draw only where the
+two best scores are that close. The gap between them has a density of at most 1 near 0 (the difference of two
+Gumbels), so logits apart by d change about a share d of the draws, and from that token on an output goes its own
+way. Nothing here can prevent it; what it amounts to is measured (tests/serve/test_same_tokens.py).
 
 The generator is SplitMix64 (Steele, Lea, Flood 2014): a 64-bit counter stepped by the golden ratio and
 finalized by a bijective mix. The counter is the token id; its starting point is a mix of seed and position.
@@ -30,6 +33,7 @@ from collections.abc import Sequence
 import torch
 
 from paceline.seeds import GOLDEN, MIX_1, MIX_2, mix
+from paceline.speculation.processing import survivors
 from paceline.types import SamplingParams
 
 _POSITION_STEP = 0xD1342543DE82EF95  # odd, unrelated to GOLDEN: positions and token ids walk different orbits
@@ -37,54 +41,48 @@ _POSITION_STEP = 0xD1342543DE82EF95  # odd, unrelated to GOLDEN: positions and t
 
 def gumbel(seed: int, positions: Sequence[int], vocab_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Gumbel(0, 1) noise of every token id at each position: float64 [len(positions), vocab_size]."""
-    bits = random_bits(seed, positions, vocab_size, device)
-    # 53 bits to the middle of their cell in (0, 1): never 0, never 1, and finest near 0, where argmax looks.
-    u = ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).mul_(2.0**-53)
-    return u.neg_().log1p_().neg_().log_().neg_()
+    return _to_gumbel(random_bits(seed, positions, vocab_size, device))
 
 
 def random_bits(
     seed: int, positions: Sequence[int], vocab_size: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """64 random bits of every token id at each position: int64 [len(positions), vocab_size], bit-equal everywhere."""
-    starts = torch.tensor([_signed(_start(seed, position)) for position in positions], dtype=torch.int64, device=device)
-    x = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=device).mul_(_signed(GOLDEN))
-    x = starts[:, None] + x[None, :]
-    x = (x ^ _shift_right(x, 30)).mul_(_signed(MIX_1))
-    x = (x ^ _shift_right(x, 27)).mul_(_signed(MIX_2))
-    return x ^ _shift_right(x, 31)
-
-
-def process_logits(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Scores from which a token is drawn: temperature, top-k, top-p, min-p, in Transformers' order.
-
-    `logits` is float [n, vocab]; the result is float32 [n, vocab] with -inf for the tokens filtered out.
-    Ties at a filter's edge stay in. Draft and target both call this, on their own logits.
-    """
-    scores = logits.float() / params.temperature
-    if 0 < params.top_k < scores.shape[-1]:
-        kth = scores.topk(params.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < kth, -torch.inf)
-    if params.top_p < 1.0:
-        scores = scores.masked_fill(scores < _nucleus_edge(scores, params.top_p), -torch.inf)
-    if params.min_p > 0.0:
-        edge = scores.amax(dim=-1, keepdim=True) + torch.tensor(params.min_p).log().item()
-        scores = scores.masked_fill(scores < edge, -torch.inf)
-    return scores
+    starts = _starts([(seed, position) for position in positions], device)
+    return _bits(starts, torch.arange(vocab_size, device=device)[None])
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, positions: Sequence[int]) -> list[int]:
-    """The token of each row, drawn for the given positions.
+    """The token of each row of one request, drawn for the given positions.
 
     `logits` is [n, vocab]; `positions[i]` is the index, from the start of the prompt, of the token that row i
     draws. `params.seed` must be set unless greedy. Returns n token ids.
     """
-    if params.greedy:
-        return _ints(logits.argmax(dim=-1))
-    assert params.seed is not None, "a seed is fixed where a request enters"
-    scores = process_logits(logits, params)
-    noise = gumbel(params.seed, positions, scores.shape[-1], scores.device)
-    return _ints(noise.add_(scores).argmax(dim=-1))
+    found: list[int] = draw_rows(logits, [params] * len(logits), positions).tolist()
+    return found
+
+
+def draw_rows(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> torch.Tensor:
+    """The token of each row, of whatever request: int64 [n] on the logits' device.
+
+    `params` and `positions` have an entry for each row; see `draw`. Noise is computed only for the tokens the
+    filters left, since it is a function of their ids.
+    """
+    greedy = [p.greedy for p in params]
+    if all(greedy):
+        return logits.argmax(dim=-1)
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    if any(greedy):
+        rows = _where(greedy, logits.device)
+        tokens[rows] = logits[rows].argmax(dim=-1)
+        drawing = _where([not g for g in greedy], logits.device)
+        tokens[drawing] = _draw_sampled(
+            logits[drawing],
+            [p for p, g in zip(params, greedy, strict=True) if not g],
+            [p for p, g in zip(positions, greedy, strict=True) if not g],
+        )
+        return tokens
+    return _draw_sampled(logits, params, positions)
 
 
 def accept(candidates: Sequence[int], drawn: Sequence[int]) -> int:
@@ -99,32 +97,44 @@ def accept(candidates: Sequence[int], drawn: Sequence[int]) -> int:
     return len(candidates)
 
 
-def _nucleus_edge(scores: torch.Tensor, top_p: float, first: int = 1024) -> torch.Tensor:
-    """The lowest score inside the nucleus of each row, [n, 1].
-
-    Looks among the `first` best tokens before it sorts the whole vocabulary: sorting 49152 scores costs more
-    than everything else here, and a nucleus is rarely that wide.
-    """
-    total = scores.logsumexp(dim=-1, keepdim=True)
-    width = min(first, scores.shape[-1])
-    best = scores.topk(width, dim=-1).values
-    mass = (best - total).exp().cumsum(dim=-1)
-    if width < scores.shape[-1] and bool((mass[:, -1] < top_p).any()):
-        best = scores.sort(dim=-1, descending=True).values
-        mass = (best - total).exp().cumsum(dim=-1)
-    # The nucleus ends with the first token that reaches top_p.
-    last = (mass < top_p).sum(dim=-1, keepdim=True).clamp_(max=best.shape[-1] - 1)
-    return best.gather(-1, last)
+def _draw_sampled(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> torch.Tensor:
+    starts = _starts([(_seed(p), position) for p, position in zip(params, positions, strict=True)], logits.device)
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    everyone = torch.arange(logits.shape[-1], device=logits.device)[None]
+    for part in survivors(logits, params):
+        noise = _to_gumbel(_bits(starts[part.rows], everyone if part.ids is None else part.ids))
+        best = noise.add_(part.scores).argmax(dim=-1, keepdim=True)
+        tokens[part.rows] = (best if part.ids is None else part.ids.gather(-1, best))[:, 0]
+    return tokens
 
 
-def _ints(tokens: torch.Tensor) -> list[int]:
-    """In one copy from the device."""
-    found: list[int] = tokens.tolist()
-    return found
+def _seed(params: SamplingParams) -> int:
+    assert params.seed is not None, "a seed is fixed where a request enters"
+    return params.seed
 
 
-def _start(seed: int, position: int) -> int:
-    return mix(mix(seed) + (position + 1) * _POSITION_STEP)
+def _where(wanted: Sequence[bool], device: torch.device) -> torch.Tensor:
+    return torch.tensor([n for n, found in enumerate(wanted) if found], device=device)
+
+
+def _starts(places: Sequence[tuple[int, int]], device: torch.device | str) -> torch.Tensor:
+    """Where the counter of each (seed, position) starts: int64 [n]."""
+    starts = [_signed(mix(mix(seed) + (position + 1) * _POSITION_STEP)) for seed, position in places]
+    return torch.tensor(starts, dtype=torch.int64).to(device)
+
+
+def _bits(starts: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Of each row's token ids, [n or 1, m]: the output of its generator after that many steps and one."""
+    x = (ids + 1).mul_(_signed(GOLDEN)) + starts[:, None]
+    x = (x ^ _shift_right(x, 30)).mul_(_signed(MIX_1))
+    x = (x ^ _shift_right(x, 27)).mul_(_signed(MIX_2))
+    return x ^ _shift_right(x, 31)
+
+
+def _to_gumbel(bits: torch.Tensor) -> torch.Tensor:
+    # 53 bits to the middle of their cell in (0, 1): never 0, never 1, and finest near 0, where argmax looks.
+    u = _shift_right(bits, 11).to(torch.float64).add_(0.5).mul_(2.0**-53)
+    return u.neg_().log1p_().neg_().log_().neg_()
 
 
 def _signed(x: int) -> int:
@@ -134,4 +144,4 @@ def _signed(x: int) -> int:
 
 def _shift_right(x: torch.Tensor, n: int) -> torch.Tensor:
     """Logical shift: torch's own repeats the sign."""
-    return (x >> n) & ((1 << (64 - n)) - 1)
+    return (x >> n).bitwise_and_((1 << (64 - n)) - 1)

@@ -26,8 +26,8 @@ from enum import IntEnum
 import torch
 
 from paceline.seeds import GOLDEN, mix
-from paceline.speculation.coupling import process_logits
 from paceline.speculation.frames import SparseRow
+from paceline.speculation.processing import process_logits
 from paceline.speculation.sampling import Rows, adjust
 
 TOP_K = 64

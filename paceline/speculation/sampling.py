@@ -1,7 +1,7 @@
 """From rows of logits to tokens, for the target and for the draft alike: history in, token ids out.
 
     logits ── min_tokens, logit_bias, penalties ── temperature, top-k, top-p, min-p ── coupled noise ──► token
-              (this module; they need the history)  (coupling.process_logits)           (coupling.draw)
+              (this module; they need the history)  (processing)                        (coupling)
 
 Inside a verification window each row has its own history: the tokens agreed on, then the candidates above
 it. Row by row that is what plain decoding would see, so speculation changes nothing about the draw.
@@ -47,19 +47,30 @@ class Rows:
 def draw(logits: torch.Tensor, batch: Sequence[Rows]) -> list[list[int]]:
     """The tokens of each member of a batch, in order; `logits` is [sum of counts, vocab].
 
-    Plain greedy rows are drawn by one argmax over all of them, so that they cost one call and one copy.
+    All rows are drawn together, whatever their parameters, and come back in one copy.
     """
-    plain = [rows.params.greedy and not rows.params.adjusts for rows in batch]
-    best = _argmax(logits, batch, plain)
-    drawn, start = [], 0
-    for rows, easy in zip(batch, plain, strict=True):
+    params, positions = by_row(batch)
+    tokens = iter(coupling.draw_rows(adjust_all(logits, batch), params, positions).tolist())
+    return [[next(tokens) for _ in range(rows.count)] for rows in batch]
+
+
+def by_row(batch: Sequence[Rows]) -> tuple[list[SamplingParams], list[int]]:
+    """Parameters and position of every row."""
+    params = [rows.params for rows in batch for _ in range(rows.count)]
+    return params, [position for rows in batch for position in rows.positions]
+
+
+def adjust_all(logits: torch.Tensor, batch: Sequence[Rows]) -> torch.Tensor:
+    """`adjust` for every member: [sum of counts, vocab], the same tensor if nobody wants it."""
+    if not any(rows.params.adjusts for rows in batch):
+        return logits
+    adjusted, start = logits.float().clone(), 0
+    for rows in batch:
         end = start + rows.count
-        if easy:
-            drawn.append(best[start:end])
-        else:
-            drawn.append(coupling.draw(adjust(logits[start:end], rows), rows.params, rows.positions))
+        if rows.params.adjusts:
+            adjusted[start:end] = adjust(logits[start:end], rows)
         start = end
-    return drawn
+    return adjusted
 
 
 def adjust(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -94,21 +105,6 @@ def logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Toke
         TokenLogprobs(token, logprob, rank, tuple(zip(ids, values, strict=True)))
         for token, logprob, rank, ids, values in zip(*columns, strict=True)
     ]
-
-
-def _argmax(logits: torch.Tensor, batch: Sequence[Rows], plain: Sequence[bool]) -> list[int]:
-    """The likeliest token of every row, or nothing if no row wants it."""
-    if not any(plain):
-        return []
-    if all(rows.params.greedy for rows in batch):
-        found: list[int] = logits.argmax(dim=-1).tolist()
-        return found
-    wanted = [n for rows, easy in zip(batch, plain, strict=True) for n in [easy] * rows.count]
-    where = [n for n, easy in enumerate(wanted) if easy]
-    tokens = [-1] * len(wanted)
-    for n, token in zip(where, logits[torch.tensor(where, device=logits.device)].argmax(dim=-1).tolist(), strict=True):
-        tokens[n] = token
-    return tokens
 
 
 def _mask_ends(logits: torch.Tensor, rows: Rows) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from paceline.speculation import coupling
+from paceline.speculation import coupling, processing
 from paceline.types import SamplingParams
 
 MASK = 2**64 - 1
@@ -246,13 +246,13 @@ def transformers_scores(logits: torch.Tensor, params: SamplingParams) -> torch.T
 def test_processing_equals_transformers(params: dict[str, float]) -> None:
     logits = torch.randn(30, 700, generator=torch.Generator().manual_seed(6)) * 4
     settings = SamplingParams(**params)
-    assert torch.equal(coupling.process_logits(logits, settings), transformers_scores(logits, settings))
+    assert torch.equal(processing.process_logits(logits, settings), transformers_scores(logits, settings))
 
 
 def test_a_nucleus_wider_than_the_first_look_is_right() -> None:
     logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(6)) * 0.1
     params = SamplingParams(top_p=0.9)
-    found = coupling.process_logits(logits, params)
+    found = processing.process_logits(logits, params)
     assert torch.equal(found, transformers_scores(logits, params))
     assert int(found[0].isfinite().sum()) > 1024
 
@@ -261,17 +261,17 @@ def test_a_wide_row_does_not_change_a_narrow_one() -> None:
     generator = torch.Generator().manual_seed(6)
     wide, narrow = torch.randn(1, 5000, generator=generator) * 0.1, torch.randn(1, 5000, generator=generator) * 9
     params = SamplingParams(top_p=0.9)
-    together = coupling.process_logits(torch.cat([wide, narrow]), params)
-    assert torch.equal(together[1:], coupling.process_logits(narrow, params))
+    together = processing.process_logits(torch.cat([wide, narrow]), params)
+    assert torch.equal(together[1:], processing.process_logits(narrow, params))
 
 
 def test_ties_at_the_edge_of_top_k_stay_in() -> None:
-    scores = coupling.process_logits(torch.tensor([[3.0, 2.0, 2.0, 1.0]]), SamplingParams(top_k=2))
+    scores = processing.process_logits(torch.tensor([[3.0, 2.0, 2.0, 1.0]]), SamplingParams(top_k=2))
     assert scores.isfinite().tolist() == [[True, True, True, False]]
 
 
 def test_ties_at_the_edge_of_the_nucleus_stay_in() -> None:
-    scores = coupling.process_logits(torch.tensor([[0.4, 0.25, 0.25, 0.1]]).log(), SamplingParams(top_p=0.5))
+    scores = processing.process_logits(torch.tensor([[0.4, 0.25, 0.25, 0.1]]).log(), SamplingParams(top_p=0.5))
     assert scores.isfinite().tolist() == [[True, True, True, False]]
 
 
@@ -283,7 +283,7 @@ def test_the_logits_given_are_left_as_they_were() -> None:
 
 
 def test_half_precision_logits_are_processed_in_float32() -> None:
-    assert coupling.process_logits(torch.zeros(1, 4, dtype=torch.bfloat16), SamplingParams()).dtype == torch.float32
+    assert processing.process_logits(torch.zeros(1, 4, dtype=torch.bfloat16), SamplingParams()).dtype == torch.float32
 
 
 # Acceptance.
