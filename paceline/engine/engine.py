@@ -58,7 +58,9 @@ class Engine:
         self._runner = runner
         self._eos = eos
         self._decoder = decoder
-        self._depth = (speculation or SpeculationSettings()).depth
+        speculation = speculation or SpeculationSettings()
+        self._depth = speculation.depth
+        self._verification = speculation.verification
         self._scheduler = Scheduler(
             kv, limits.max_num_seqs, limits.max_batched_tokens, limits.max_prefill_while_decoding
         )
@@ -116,7 +118,7 @@ class Engine:
             return {}
         logits = self._runner.run([part.window for part in step])
         sampling.note_prompt_logprobs(step, logits)
-        drawn = sampling.sample(step, logits)
+        drawn = sampling.sample(step, logits, self._verification)
         committed = self._commit(step, drawn)
         return self._emit(committed)
 
@@ -147,10 +149,13 @@ class Engine:
         return {sequence_id: self._known(proposal) for sequence_id, proposal in found.items()}
 
     def _known(self, proposal: Proposal) -> Proposal:
-        """Candidates up to the first that is no id of this model: a drafter's vocabulary may be larger."""
+        """Candidates up to the first that is no id of this model: a drafter's vocabulary may be larger.
+
+        Its distribution stays: under rejection sampling it is a candidate that is refused.
+        """
         vocab = self._runner.vocab_size
         known = sum(1 for _ in itertools.takewhile(lambda token: 0 <= token < vocab, proposal.tokens))
-        return proposal.first(known)
+        return replace(proposal, tokens=proposal.tokens[:known], probs=proposal.probs[: known + 1])
 
     def _depth_for(self, sequence: Sequence) -> int:
         """Candidates worth asking for: none for the last token, it is drawn anyway."""

@@ -1,14 +1,18 @@
-"""What one step's logits say: the target's own draws, and log probabilities where a request asked for them."""
+"""What one step's logits say: the tokens it commits, and log probabilities where a request asked for them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from paceline.engine.scheduler import Scheduled
-from paceline.speculation import coupling, sampling
+from paceline.speculation import coupling, rejection, sampling
+from paceline.speculation.rejection import Guess
 from paceline.speculation.sampling import Rows
+
+Verification = Literal["coupled", "rejection"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +23,8 @@ class Draws:
     """
 
     tokens: list[int]
+    accepted: int
     logits: torch.Tensor
-    accepted: int = 0
 
     def note_logprobs(self, part: Scheduled, taken: int) -> None:
         """Tell the sequence what the model thought of the tokens it took, if that was asked for."""
@@ -29,14 +33,17 @@ class Draws:
             part.sequence.add_logprobs(sampling.logprobs(self.logits[:taken], self.tokens[:taken], top))
 
 
-def sample(step: list[Scheduled], logits: torch.Tensor) -> list[Draws]:
-    """What each member of the step commits; `logits` are of every sampled row."""
+def sample(step: list[Scheduled], logits: torch.Tensor, verification: Verification = "coupled") -> list[Draws]:
+    """What each member of the step commits; `logits` are of every sampled row.
+
+    The two ways to verify share no random numbers, so an engine keeps to one of them.
+    """
     spans = _drawing_spans(step)
     drawing = logits if sum(len(span) for span in spans) == len(logits) else logits[[n for span in spans for n in span]]
-    batch = [_rows_of(part) for part in step if part.draws]
-    drawn = iter(sampling.draw(drawing, batch))
+    parts = [part for part in step if part.draws]
+    found = iter(_coupled(parts, drawing) if verification == "coupled" else _rejection(parts, drawing))
     return [
-        _accepted(part, next(drawn), logits[span.start : span.stop]) if part.draws else Draws([], logits[:0])
+        Draws(*next(found), logits[span.start : span.stop]) if part.draws else Draws([], 0, logits[:0])
         for part, span in zip(step, spans, strict=True)
     ]
 
@@ -54,10 +61,27 @@ def note_prompt_logprobs(step: list[Scheduled], logits: torch.Tensor) -> None:
         start += window.sample
 
 
-def _accepted(part: Scheduled, drawn: list[int], logits: torch.Tensor) -> Draws:
-    """The coupled rule: candidates stand as long as they equal the target's own draws."""
-    accepted = coupling.accept(part.candidates, drawn)
-    return Draws(drawn[: accepted + 1], logits, accepted)
+def _coupled(parts: list[Scheduled], logits: torch.Tensor) -> list[tuple[list[int], int]]:
+    """Candidates stand as long as they equal the target's own draws."""
+    found = []
+    for part, drawn in zip(parts, sampling.draw(logits, [_rows_of(part) for part in parts]), strict=True):
+        accepted = coupling.accept(part.candidates, drawn)
+        found.append((drawn[: accepted + 1], accepted))
+    return found
+
+
+def _rejection(parts: list[Scheduled], logits: torch.Tensor) -> list[tuple[list[int], int]]:
+    """Candidates stand with probability min(1, p / q)."""
+    batch, guesses = [_rows_of(part) for part in parts], [_guess_of(part) for part in parts]
+    return [(verdict.tokens, verdict.accepted) for verdict in rejection.verify(logits, batch, guesses)]
+
+
+def _guess_of(part: Scheduled) -> Guess:
+    """A row beyond the candidates is that of one whose id the model does not know."""
+    if part.proposal is None:
+        return Guess()
+    tokens, probs = part.proposal.tokens, part.proposal.probs
+    return Guess(tokens, probs[: len(tokens)], probs[len(tokens)] if len(probs) > len(tokens) else None)
 
 
 def _rows_of(part: Scheduled) -> Rows:

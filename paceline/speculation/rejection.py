@@ -14,31 +14,42 @@ independently of the draws made here. Two things follow:
 - Each kind of draw has a stream of its own: pure functions of (request seed, purpose, position), apart from
   each other and from the noise of `coupling`. Sharing a stream with the drafter would bias the output.
 
-Which candidates are verified must not depend on what they are, only on what came before them. Against one that
-has no usable row (`usable`) nothing right can be done: it and those after it count as not proposed.
+Which candidates are verified must not depend on what they are, only on what came before them: to keep a
+candidate because of its value is to draw from another q. So an id the target does not know is refused, like any
+token with p(x) = 0, and not passed over (`Guess.impossible`). A row that is no distribution, or does not hold its
+candidate, comes from a drafter that broke the protocol; nothing right can be done with that candidate, and it and
+those after it count as not proposed (`usable`).
+
+Greedy decoding needs no distribution: a candidate stands iff it is the likeliest token, as in `coupling`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import torch
 
 from paceline.seeds import GOLDEN, mix
+from paceline.speculation import coupling
 from paceline.speculation.frames import SparseRow
 from paceline.speculation.processing import process_logits
-from paceline.speculation.sampling import Rows, adjust
+from paceline.speculation.sampling import Rows, adjust_all, by_row
+from paceline.types import SamplingParams
 
 TOP_K = 64
 """Tokens a draft's row keeps: about 450 bytes on the wire."""
+SUM_TOLERANCE = 1e-3
+"""How far from 1 a row may sum. Rounding 64 probabilities to float32 moves the sum by 4e-6 at most."""
 
 _DOMAIN = 0xA0761D6478BD642F
 _POSITION_STEP = 0xD1342543DE82EF95
 
 
 class Purpose(IntEnum):
-    """What a uniform is drawn for."""
+    """What a uniform is drawn for: a candidate, its acceptance, the token after a refusal, the target's own token."""
 
     DRAFT = 1
     ACCEPT = 2
@@ -46,11 +57,47 @@ class Purpose(IntEnum):
     OWN = 4
 
 
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What was proposed for one sequence: `tokens`, and a row for each, or none if they are certain.
+
+    `impossible` is the row of a candidate after these whose id the target does not know.
+    """
+
+    tokens: Sequence[int] = ()
+    probs: Sequence[SparseRow] = ()
+    impossible: SparseRow | None = None
+
+    def rows(self) -> list[SparseRow]:
+        """The distributions of the usable candidates, then that of the impossible one if they lead up to it."""
+        given = self.probs or [SparseRow((token,), (1.0,)) for token in self.tokens]
+        rows: list[SparseRow] = []
+        for token, row in zip(self.tokens, given, strict=False):
+            if not usable(token, row):
+                return rows
+            rows.append(row)
+        whole = len(rows) == len(self.tokens)
+        return [*rows, self.impossible] if whole and self.impossible and _is_distribution(self.impossible) else rows
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The candidates accepted and one token more; how many were accepted."""
+
+    tokens: list[int]
+    accepted: int
+
+
 def uniform(seed: int, purpose: Purpose, position: int) -> float:
-    """In (0, 1), 53 bits: the one number drawn for a purpose at a position."""
+    """In (0, 1), 52 bits: the one number drawn for a purpose at a position."""
     key = mix(mix(mix(seed) ^ _DOMAIN) + purpose * GOLDEN)
     bits = mix(key + (position + 1) * _POSITION_STEP)
-    return ((bits >> 11) + 0.5) * 2.0**-53
+    return ((bits >> 12) + 0.5) * 2.0**-52
+
+
+def usable(token: int, row: SparseRow) -> bool:
+    """Whether the row is a distribution from which the token can have been drawn."""
+    return _is_distribution(row) and dict(zip(row.ids, row.probs, strict=True)).get(token, 0.0) > 0
 
 
 def draft(logits: torch.Tensor, batch: Sequence[Rows]) -> list[tuple[int, SparseRow]]:
@@ -60,19 +107,164 @@ def draft(logits: torch.Tensor, batch: Sequence[Rows]) -> list[tuple[int, Sparse
     token, certain. The row sums to 1 within float32's rounding, has at most TOP_K tokens, each with a
     probability above 0, and always holds the candidate.
     """
-    return [_draft_one(logits[n : n + 1], rows) for n, rows in enumerate(batch)]
+    found: list[tuple[int, SparseRow]] = [(-1, SparseRow((), ()))] * len(batch)
+    logits = adjust_all(logits, batch)
+    greedy = [n for n, rows in enumerate(batch) if rows.params.greedy]
+    sampled = [n for n, rows in enumerate(batch) if not rows.params.greedy]
+    if greedy:
+        for n, token in zip(greedy, _pick(logits, greedy).argmax(dim=-1).tolist(), strict=True):
+            found[n] = token, SparseRow((token,), (1.0,))
+    if sampled:
+        for n, drawn in zip(sampled, _draft(_pick(logits, sampled), [batch[n] for n in sampled]), strict=True):
+            found[n] = drawn
+    return found
 
 
-def _draft_one(logits: torch.Tensor, rows: Rows) -> tuple[int, SparseRow]:
-    logits = adjust(logits, rows)
-    if rows.params.greedy:
-        token = int(logits.argmax())
-        return token, SparseRow((token,), (1.0,))
-    assert rows.params.seed is not None, "a seed is fixed where a request enters"
-    best = process_logits(logits, rows.params)[0].topk(min(TOP_K, logits.shape[-1]))
-    probs = best.values.double().softmax(-1).float()
-    ids, kept = best.indices[probs > 0].tolist(), probs[probs > 0].double()
-    edges = kept.cumsum(-1)
-    u = uniform(rows.params.seed, Purpose.DRAFT, rows.positions[0])
-    place = int((edges <= u * edges[-1]).sum().clamp(max=len(ids) - 1))
-    return ids[place], SparseRow(tuple(ids), tuple(kept.tolist()))
+def verify(logits: torch.Tensor, batch: Sequence[Rows], guesses: Sequence[Guess]) -> list[Verdict]:
+    """The target's side: of each member what its candidates come to.
+
+    `logits` is [sum of counts, vocab]; a member's `following` are all its candidates, and it has a row for each
+    and one more. Without candidates this is a plain draw. One copy from the device for the whole batch.
+    """
+    logits = adjust_all(logits, batch)
+    verdicts: list[Verdict | None] = [None] * len(batch)
+    starts = [0]
+    for rows in batch:
+        starts.append(starts[-1] + rows.count)
+    for greedy in (True, False):
+        members = [n for n, rows in enumerate(batch) if rows.params.greedy is greedy]
+        if members:
+            its = _pick(logits, [row for n in members for row in range(starts[n], starts[n + 1])])
+            each = [batch[n] for n in members], [guesses[n] for n in members]
+            for n, verdict in zip(members, (_verify_greedy if greedy else _verify)(its, *each), strict=True):
+                verdicts[n] = verdict
+    return [verdict for verdict in verdicts if verdict is not None]
+
+
+def _draft(logits: torch.Tensor, batch: Sequence[Rows]) -> list[tuple[int, SparseRow]]:
+    params, positions = by_row(batch)
+    best = process_logits(logits, params).topk(min(TOP_K, logits.shape[-1]))
+    # Drawn from what is sent: the rounded numbers.
+    probs = best.values.double().softmax(dim=-1).float().double()
+    places = _draw(probs, [uniform(_seed(p), Purpose.DRAFT, at) for p, at in zip(params, positions, strict=True)])
+    table = torch.cat([places[:, None].double(), best.indices.double(), probs], dim=-1)
+    found = []
+    for place, *row in table.tolist():
+        width = len(row) // 2
+        kept = [n for n in range(width) if row[width + n] > 0]
+        ids = tuple(int(row[n]) for n in kept)
+        found.append((int(row[int(place)]), SparseRow(ids, tuple(row[width + n] for n in kept))))
+    return found
+
+
+def _verify_greedy(logits: torch.Tensor, batch: Sequence[Rows], guesses: Sequence[Guess]) -> list[Verdict]:
+    likeliest, verdicts = iter(logits.argmax(dim=-1).tolist()), []
+    for rows, guess in zip(batch, guesses, strict=True):
+        own = [next(likeliest) for _ in range(rows.count)]
+        accepted = coupling.accept(guess.tokens, own)
+        verdicts.append(Verdict(own[: accepted + 1], accepted))
+    return verdicts
+
+
+def _verify(logits: torch.Tensor, batch: Sequence[Rows], guesses: Sequence[Guess]) -> list[Verdict]:
+    vocab, device = logits.shape[-1], logits.device
+    scores = process_logits(logits, by_row(batch)[0])
+    highest = scores.amax(dim=-1, keepdim=True)
+    weights = (scores - highest).exp_()
+    totals = weights.sum(dim=-1, dtype=torch.float64)
+
+    plan = _Plan.of(batch, guesses, vocab).to(device)
+    above = plan.rows[:, :-1]
+    p_x = weights[above, plan.tried].double() / totals[above]
+    stands = plan.accept * plan.q_of_tried < p_x
+    accepted = stands.long().cumprod(dim=-1).sum(dim=-1, keepdim=True)
+
+    last = plan.rows.gather(-1, accepted)[:, 0]
+    p = weights[last].double() / totals[last][:, None]
+    q_ids, q = (table.take_along_dim(accepted[..., None], dim=1)[:, 0] for table in (plan.ids, plan.probs))
+    residual = p.scatter_add(-1, q_ids, -q).clamp_(min=0)
+    # A refusal by rounding alone leaves nothing: then p and q are equal but for it.
+    residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p)
+    tokens = _draw(residual, plan.final.gather(-1, accepted)[:, 0])
+    found = torch.stack([accepted[:, 0], tokens], dim=-1).tolist()
+    return [Verdict([*guess.tokens[:n], token], n) for guess, (n, token) in zip(guesses, found, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Numbers of every member and candidate, made on the host; k is the most candidates of any member.
+
+    `rows` [members, k + 1] are rows of logits. `tried`, `q_of_tried` and `accept` [members, k] are the
+    candidates, their q and their uniforms; beyond a member's candidates a uniform of infinity refuses. `ids` and
+    `probs` [members, k + 1, width] are the distributions, 0 where there is none, and `final` [members, k + 1] the
+    uniform that draws the last token if so many are accepted.
+    """
+
+    rows: torch.Tensor
+    tried: torch.Tensor
+    q_of_tried: torch.Tensor
+    accept: torch.Tensor
+    ids: torch.Tensor
+    probs: torch.Tensor
+    final: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Sequence[Rows], guesses: Sequence[Guess], vocab: int) -> _Plan:
+        sources = [guess.rows() for guess in guesses]
+        usable_tokens = [guess.tokens[: len(found)] for guess, found in zip(guesses, sources, strict=True)]
+        k = max(len(tokens) for tokens in usable_tokens)
+        width = max((len(row.ids) for found in sources for row in found), default=1)
+        n = len(batch)
+        rows = torch.zeros(n, k + 1, dtype=torch.int64)
+        tried = torch.zeros(n, k, dtype=torch.int64)
+        q_of_tried = torch.ones(n, k, dtype=torch.float64)
+        accept = torch.full((n, k), torch.inf, dtype=torch.float64)
+        ids = torch.zeros(n, k + 1, width, dtype=torch.int64)
+        probs = torch.zeros(n, k + 1, width, dtype=torch.float64)
+        final = torch.zeros(n, k + 1, dtype=torch.float64)
+        start = 0
+        for member, (each, tokens, found) in enumerate(zip(batch, usable_tokens, sources, strict=True)):
+            seed, positions = _seed(each.params), each.positions
+            rows[member] = torch.arange(start, start + k + 1).clamp(max=start + each.count - 1)
+            for place, row in enumerate(found):
+                total = math.fsum(row.probs)
+                known = [(token, q / total) for token, q in zip(row.ids, row.probs, strict=True) if token < vocab]
+                ids[member, place, : len(known)] = torch.tensor([token for token, _ in known], dtype=torch.int64)
+                probs[member, place, : len(known)] = torch.tensor([q for _, q in known], dtype=torch.float64)
+                if place < len(tokens) and tokens[place] < vocab:
+                    tried[member, place] = tokens[place]
+                    q_of_tried[member, place] = dict(known)[tokens[place]]
+                    accept[member, place] = uniform(seed, Purpose.ACCEPT, positions[place])
+            for place in range(len(tokens) + 1):
+                purpose = Purpose.RESIDUAL if place < len(found) else Purpose.OWN
+                final[member, place] = uniform(seed, purpose, positions[place])
+            start += each.count
+        return cls(rows, tried, q_of_tried, accept, ids, probs, final)
+
+    def to(self, device: torch.device) -> _Plan:
+        return _Plan(*(getattr(self, each.name).to(device) for each in fields(self)))
+
+
+def _draw(weights: torch.Tensor, u: torch.Tensor | Sequence[float]) -> torch.Tensor:
+    """Of each row of weights, float64 [n, m], the place that its uniform falls on: int64 [n]."""
+    edges = weights.cumsum(dim=-1)
+    aims = torch.as_tensor(u, dtype=torch.float64, device=weights.device)[:, None] * edges[:, -1:]
+    return torch.searchsorted(edges, aims, right=True)[:, 0].clamp_(max=weights.shape[-1] - 1)
+
+
+def _is_distribution(row: SparseRow) -> bool:
+    return (
+        len(row.ids) == len(row.probs) == len(set(row.ids))
+        and all(token >= 0 for token in row.ids)
+        and all(0 <= q <= 1 + SUM_TOLERANCE for q in row.probs)
+        and abs(math.fsum(row.probs) - 1) <= SUM_TOLERANCE
+    )
+
+
+def _pick(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    return logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)]
+
+
+def _seed(params: SamplingParams) -> int:
+    assert params.seed is not None, "a seed is fixed where a request enters"
+    return params.seed
