@@ -6,38 +6,64 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from paceline.engine.attention import Window
 from paceline.engine.kv_cache import KVCache, KVEntry
 from paceline.engine.runner import Runner
 from paceline.engine.scheduler import GROWTH
-from paceline.speculation import sampling
-from paceline.speculation.frames import DraftFailureReason
+from paceline.speculation import rejection, sampling
+from paceline.speculation.frames import MAX_AHEAD, MAX_DEPTH, DraftFailureReason, SparseRow
+from paceline.speculation.run import common_prefix
 from paceline.speculation.sampling import Rows
 from paceline.types import SamplingParams
+
+MAX_SEQUENCES = 1024
+"""Open at once; one more is BUSY. KV room usually ends earlier."""
+PROMPT_TOKENS = 32
+"""A sequence that misses more KV than this is prefilled after the others, in chunks; one that nobody wants drafted
+is brought up to date in pieces of this size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """Candidates for positions base, base + 1, … of a sequence, or the reason there are none."""
+    """Candidates for positions base + offset, … of a sequence with `base` agreed tokens, or why there are none.
+
+    `final`: nothing follows, the context ends.
+    """
 
     key: Any
     base: int
     tokens: tuple[int, ...] = ()
     failure: DraftFailureReason | None = None
+    offset: int = 0
+    probs: tuple[SparseRow, ...] = ()
+    final: bool = False
 
 
 @dataclass(eq=False, slots=True)
 class _Draft:
-    """`agreed` tokens came from the target; `drafted` follow them; `entry` holds KV of a prefix of both."""
+    """`agreed` tokens came from the target; `drafted` follow them; `entry` holds KV of a prefix of both.
+
+    `depth` candidates are owed until they are `answered`, then up to `allowance` more, at most `ahead`, are drafted
+    while the target is busy. `sent` of the drafted ones the caller has. A `parked` sequence gave its KV away.
+    """
 
     key: Hashable
     agreed: list[int]
     params: SamplingParams
     depth: int
     prompt_length: int
+    ahead: int = 0
+    allowance: int = 0
+    rejection: bool = False
+    streaming: bool = False
     entry: KVEntry | None = None
     drafted: list[int] = field(default_factory=list)
+    probs: list[SparseRow] = field(default_factory=list)
+    sent: int = 0
     answered: bool = False
+    parked: bool = False
 
     @property
     def length(self) -> int:
@@ -58,30 +84,67 @@ class _Draft:
         head = self.agreed[start : start + limit]
         return head + self.drafted[max(0, start - split) : max(0, start + limit - split)]
 
+    def agree(self, tokens: Sequence[int]) -> int:
+        """Take the target's tokens; what was drafted beyond them stays if it begins with them. Returns how many of
+        the drafted ones were right.
+
+        The allowance grows while the guesses hold and shrinks where they do not, as a congestion window does: tokens
+        beyond a divergence are drafted for nothing.
+        """
+        same = common_prefix(self.drafted, tokens)
+        parted = same < min(len(self.drafted), len(tokens))
+        self.allowance = self.allowance // 2 if parted else min(self.ahead, 2 * self.allowance + 1)
+        keep = same if same == len(tokens) else len(self.drafted)
+        del self.drafted[:keep], self.probs[:keep]
+        self.sent = max(0, self.sent - same) if self.streaming and self.drafted else 0
+        self.agreed += tokens
+        return same
+
 
 class Drafter:
     """Sequences are opened, advanced and closed under keys of the caller's; `step` runs one ragged batch.
 
-    A sequence is drafted token by token with the coupled noise until it has `depth` candidates. When the
-    target advances, candidates that turned out right keep their KV and count as already drafted.
+    A sequence is drafted token by token until it has `depth` candidates, then on for as long as its credit lasts.
+    When the target advances, candidates that turned out right keep their KV and count as already drafted. Owed
+    candidates come first; those ahead ride in the same forward pass; prompts come last, in chunks of at most
+    `max_prefill_while_drafting`, so that they do not make the others late.
     """
 
-    def __init__(self, runner: Runner, kv: KVCache, *, max_batched_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        kv: KVCache,
+        *,
+        max_batched_tokens: int,
+        max_model_len: int,
+        max_prefill_while_drafting: int | None = None,
+        max_sequences: int = MAX_SEQUENCES,
+    ) -> None:
         self.kv = kv
         self._runner = runner
         self._budget = max_batched_tokens
+        self._prefill = max_prefill_while_drafting or max_batched_tokens
         self._max_model_len = max_model_len
+        self._max_sequences = max_sequences
         self._drafts: dict[Hashable, _Draft] = {}
         self._outbox: list[Drafted] = []
         self.drafted_tokens = 0
+        self.rolled_back_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._outbox) or any(self._wants_work(draft) for draft in self._drafts.values())
+        return bool(self._outbox) or any(
+            self._wants_work(draft) or self._has_news(draft) for draft in self._drafts.values()
+        )
 
     @property
     def num_sequences(self) -> int:
         return len(self._drafts)
+
+    @property
+    def owing(self) -> list[Any]:
+        """Sequences whose caller waits for an answer."""
+        return [draft.key for draft in self._drafts.values() if not draft.answered]
 
     def open(
         self,
@@ -90,44 +153,61 @@ class Drafter:
         params: SamplingParams,
         depth: int,
         prompt_length: int | None = None,
+        *,
+        ahead: int = 0,
+        rejection: bool = False,
+        streaming: bool = False,
     ) -> None:
         """Begin, or begin again, with the whole history. `depth` 0 only prefills.
 
-        The first `prompt_length` tokens are the prompt, None means all.
+        The first `prompt_length` tokens are the prompt, None means all. A `streaming` caller keeps what it gets: each
+        token is sent once, also those up to `ahead` beyond the depth, and an empty answer when a prompt is prefilled.
+        Others get `depth` candidates for each advance.
         """
         self.close(key)
+        failure = None
         if not tokens or not self._known(tokens):
-            self._outbox.append(Drafted(key, len(tokens), failure=DraftFailureReason.INTERNAL))
+            failure = DraftFailureReason.UNSUPPORTED
+        elif len(self._drafts) >= self._max_sequences:
+            failure = DraftFailureReason.BUSY
+        if failure is not None:
+            self._outbox.append(Drafted(key, len(tokens), failure=failure))
             return
         prompt = len(tokens) if prompt_length is None else prompt_length
-        self._drafts[key] = _Draft(key, list(tokens), params, depth, prompt)
+        credit = min(ahead, MAX_AHEAD)
+        depth = min(depth, MAX_DEPTH)
+        self._drafts[key] = _Draft(
+            key, list(tokens), params, depth, prompt, credit, credit, rejection=rejection, streaming=streaming
+        )
 
     def advance(self, key: Hashable, base: int, tokens: Sequence[int], depth: int) -> None:
-        """The target agreed on `tokens` from position `base`: roll back what differs, then draft `depth` more."""
+        """The target, at `base` agreed tokens, agreed on these: roll back what differs, then draft `depth` more."""
         draft = self._drafts.get(key)
-        if draft is None or base > len(draft.agreed):
-            reason = DraftFailureReason.UNKNOWN_SEQUENCE if draft is None else DraftFailureReason.BASE_MISMATCH
-            self._outbox.append(Drafted(key, base, failure=reason))
-            return
-        if not self._known(tokens):
-            self._outbox.append(Drafted(key, base, failure=DraftFailureReason.INTERNAL))
+        failure = None
+        if draft is None:
+            failure = DraftFailureReason.UNKNOWN_SEQUENCE
+        elif base != len(draft.agreed):
+            failure = DraftFailureReason.BASE_MISMATCH
+        elif not self._known(tokens):
+            failure = DraftFailureReason.UNSUPPORTED
+        if draft is None or failure is not None:
+            self._outbox.append(Drafted(key, base, failure=failure))
             self.close(key)
             return
-        guessed = draft.agreed[base:] + draft.drafted
-        same = _common_prefix(guessed, tokens)
+        guessed = len(draft.drafted)
+        same = draft.agree(tokens)
+        self.rolled_back_tokens += guessed - same - len(draft.drafted)
         if draft.entry is not None:
-            self.kv.truncate(draft.entry, base + same)
-        draft.agreed[base:] = tokens
-        draft.drafted = guessed[same:] if same == len(tokens) else []
-        draft.depth, draft.answered = depth, False
+            self.kv.truncate(draft.entry, base + same + len(draft.drafted))
+        draft.depth = min(depth, MAX_DEPTH)
+        draft.answered = draft.answered and draft.depth == 0
+        draft.parked = draft.parked and draft.depth == 0
 
     def close(self, key: Hashable) -> None:
         """Forget a sequence; its KV stays behind as cache for the session's next turn."""
         draft = self._drafts.pop(key, None)
-        if draft is not None and draft.entry is not None:
-            # Guesses are cut off, so that the next turn continues the entry in place.
-            self.kv.truncate(draft.entry, len(draft.agreed))
-            self.kv.release(draft.entry)
+        if draft is not None:
+            self._give_up_room(draft)
 
     def step(self) -> list[Drafted]:
         """One forward pass over every sequence with work. Returns what became ready."""
@@ -137,62 +217,138 @@ class Drafter:
             logits = self._runner.run([window for _, window in batch])
             for draft, window in batch:
                 self.kv.append(draft.entry, window.token_ids)  # type: ignore[arg-type]
-            drawing = [draft for draft, window in batch if window.sample]
-            for draft, tokens in zip(drawing, sampling.draw(logits, [draft.rows() for draft in drawing]), strict=True):
-                draft.drafted += tokens
-            self.drafted_tokens += len(drawing)
-        ready += [self._answer(draft) for draft in self._drafts.values() if self._is_ready(draft)]
-        return ready
+            self._draw(logits, [draft for draft, window in batch if window.sample])
+        news = [self._answer(draft) for draft in self._drafts.values() if self._has_news(draft)]
+        return ready + [answer for answer in news if answer is not None]
 
     def _schedule(self, ready: list[Drafted]) -> list[tuple[_Draft, Window]]:
         budget, batch = self._budget, []
-        # Shortest first: a long prompt must not make the running drafts late.
-        for draft in sorted(self._drafts.values(), key=lambda draft: draft.pending):
-            if budget <= 0:
+        working = [draft for draft in self._drafts.values() if self._wants_work(draft)]
+        drafting = any(draft.depth > 0 and draft.pending <= PROMPT_TOKENS for draft in self._drafts.values())
+        prefill = self._prefill if drafting else self._budget
+        # Prompts last; what is owed before what is ahead; the shortest first.
+        working.sort(key=lambda draft: (draft.pending > PROMPT_TOKENS, not self._owes(draft), draft.pending))
+        for draft in working:
+            is_prompt = draft.pending > PROMPT_TOKENS
+            limit = min(budget, prefill) if is_prompt else budget
+            if limit <= 0:
                 break
-            if not self._wants_work(draft) or self._is_ready(draft):
-                continue
             entry = self._room(draft)
             if entry is None:
-                ready.append(Drafted(draft.key, len(draft.agreed), failure=DraftFailureReason.BUSY))
-                self.close(draft.key)
+                self._do_without(draft, ready)
                 continue
             # A token is drawn from the logits of the one before it, so at least that one is computed.
             self.kv.truncate(entry, draft.length - 1)
-            chunk = draft.tokens_from(entry.length, budget)
-            complete = len(chunk) == draft.pending and len(draft.drafted) < draft.depth
+            chunk = draft.tokens_from(entry.length, limit)
+            complete = len(chunk) == draft.pending and len(draft.drafted) < self._goal(draft)
             batch.append((draft, Window(entry, chunk, sample=int(complete))))
             budget -= len(chunk)
+            prefill -= len(chunk) if is_prompt else 0
         return batch
 
+    def _draw(self, logits: torch.Tensor, drafts: list[_Draft]) -> None:
+        """One more token for each; by one of the two rules, whose draws never mix."""
+        for rejecting in (False, True):
+            rows = [n for n, draft in enumerate(drafts) if draft.rejection is rejecting]
+            if not rows:
+                continue
+            chosen = [drafts[n] for n in rows]
+            these = logits if len(rows) == len(drafts) else logits[torch.tensor(rows, device=logits.device)]
+            histories = [draft.rows() for draft in chosen]
+            if rejecting:
+                for draft, (token, row) in zip(chosen, rejection.draft(these, histories), strict=True):
+                    draft.drafted.append(token)
+                    draft.probs.append(row)
+            else:
+                for draft, tokens in zip(chosen, sampling.draw(these, histories), strict=True):
+                    draft.drafted += tokens
+        self.drafted_tokens += len(drafts)
+
+    def _goal(self, draft: _Draft) -> int:
+        """Tokens to have drafted beyond the agreed ones, in the end."""
+        wanted = draft.depth + draft.allowance if draft.depth else 0
+        return max(0, min(wanted, self._max_model_len - len(draft.agreed)))
+
+    def _full(self, draft: _Draft) -> bool:
+        """Whether it has the candidates owed, or the context ends."""
+        return len(draft.drafted) >= draft.depth or draft.length >= self._max_model_len
+
+    def _owes(self, draft: _Draft) -> bool:
+        return draft.depth > 0 and not draft.answered and not self._full(draft)
+
+    def _behind(self, draft: _Draft) -> int:
+        """Agreed tokens that could be computed now, so that drafting can begin at once."""
+        if draft.length >= self._max_model_len or draft.parked:
+            return 0
+        return len(draft.agreed) - 1 - (draft.entry.length if draft.entry is not None else 0)
+
     def _wants_work(self, draft: _Draft) -> bool:
-        """Something to compute or to say: candidates are owed, or KV of agreed tokens is missing."""
+        """Candidates are owed, or allowed ahead; or KV of agreed tokens is missing."""
         if draft.depth > 0:
-            return not draft.answered
-        behind = draft.entry is None or draft.entry.length < len(draft.agreed) - 1
-        return behind and draft.length < self._max_model_len
+            return self._owes(draft) or (draft.answered and len(draft.drafted) < self._goal(draft))
+        return self._behind(draft) >= (PROMPT_TOKENS if draft.answered else 1)
 
-    def _is_ready(self, draft: _Draft) -> bool:
-        """All candidates are there, or the context ends."""
-        full = len(draft.drafted) >= draft.depth or draft.length >= self._max_model_len
-        return draft.depth > 0 and not draft.answered and full
+    def _has_news(self, draft: _Draft) -> bool:
+        """Something to say: what was owed, or what came since."""
+        if draft.answered:
+            return draft.streaming and draft.depth > 0 and len(draft.drafted) > draft.sent
+        if draft.depth > 0:
+            return self._full(draft)
+        return self._behind(draft) <= 0
 
-    def _answer(self, draft: _Draft) -> Drafted:
-        draft.answered = True
-        return Drafted(draft.key, len(draft.agreed), tuple(draft.drafted[: draft.depth]))
+    def _answer(self, draft: _Draft) -> Drafted | None:
+        """What is owed or new; None if the caller has it already, or waits for nothing."""
+        first, draft.answered = not draft.answered, True
+        if not draft.streaming:
+            if not draft.depth:
+                return None
+            end = draft.depth
+            return Drafted(draft.key, len(draft.agreed), tuple(draft.drafted[:end]), probs=tuple(draft.probs[:end]))
+        sent, end = draft.sent, len(draft.drafted) if draft.depth else draft.sent
+        final = len(draft.drafted) < draft.depth
+        if sent == end and draft.depth and not (first and final):
+            return None
+        draft.sent = end
+        tokens, probs = tuple(draft.drafted[sent:end]), tuple(draft.probs[sent:end])
+        return Drafted(draft.key, len(draft.agreed), tokens, offset=sent, probs=probs, final=final)
 
     def _room(self, draft: _Draft) -> KVEntry | None:
         room = min(self._max_model_len, draft.length + GROWTH)
-        if draft.entry is None:
-            draft.entry = self.kv.reserve(draft.tokens_from(0, draft.length), room)
-            return draft.entry
-        enough = draft.length <= draft.entry.charged or self.kv.extend(draft.entry, room)
-        return draft.entry if enough else None
+        while True:
+            if draft.entry is None:
+                draft.entry = self.kv.reserve(draft.tokens_from(0, draft.length), room)
+                if draft.entry is not None:
+                    return draft.entry
+            elif draft.length <= draft.entry.charged or self.kv.extend(draft.entry, room):
+                return draft.entry
+            if not self._park_one(draft):
+                return None
+
+    def _park_one(self, beneficiary: _Draft) -> bool:
+        """Take the KV of a sequence nobody wants drafted now. False if there is none."""
+        idle = (each for each in self._drafts.values() if not each.depth and each.entry and each is not beneficiary)
+        draft = next(idle, None)
+        if draft is None or not beneficiary.depth:
+            return False
+        self._give_up_room(draft)
+        draft.parked = draft.answered
+        return True
+
+    def _do_without(self, draft: _Draft, ready: list[Drafted]) -> None:
+        """No room: what is ahead can wait, what is owed is refused."""
+        if draft.depth > 0 and draft.answered:
+            draft.allowance = 0
+            return
+        ready.append(Drafted(draft.key, len(draft.agreed), failure=DraftFailureReason.BUSY))
+        self.close(draft.key)
+
+    def _give_up_room(self, draft: _Draft) -> None:
+        if draft.entry is not None:
+            # Guesses are cut off, so that the next turn continues the entry in place.
+            self.kv.truncate(draft.entry, len(draft.agreed))
+            self.kv.release(draft.entry)
+            draft.entry = None
 
     def _known(self, tokens: Sequence[int]) -> bool:
         """Whether these are ids of this model; a target's may have a larger vocabulary."""
         return all(0 <= token < self._runner.vocab_size for token in tokens)
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from paceline.engine.draft_streams import DraftStreams
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine
-from paceline.errors import DraftError, EngineError, PacelineError, Unavailable
+from paceline.errors import EngineError, PacelineError, Unavailable
 from paceline.speculation.frames import Candidates, DraftFrame
 from paceline.types import Delta, Failure, Request, choice_ids
 
@@ -22,8 +23,8 @@ Sink = Callable[[Delta | Failure], object]
 """Called in the engine's thread with each thing that happens to one request; must not block. If it raises,
 nobody listens any more: the request is aborted."""
 DraftSink = Callable[[list[Candidates]], object]
-"""Called in the drafter's thread with what became ready for one stream; must not block. If it raises, nobody
-listens any more: the stream is disconnected."""
+"""Called in the drafter's thread with what became ready for one stream, maybe nothing; must not block. If it raises,
+nobody listens any more: the stream is disconnected."""
 
 
 class DeviceThread:
@@ -165,8 +166,8 @@ class DrafterLoop:
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
+        self._streams = DraftStreams(drafter)
         self._sinks: dict[str, DraftSink] = {}
-        self._sequences: dict[str, set[int]] = {}
         self._thread = DeviceThread("drafter", lambda: drafter.has_work, self._step, lambda _: self._sinks.clear())
         self.call = self._thread.call
 
@@ -178,28 +179,14 @@ class DrafterLoop:
         """A target's stream begins."""
 
         def add() -> None:
-            self._sinks[stream], self._sequences[stream] = sink, set()
+            self._streams.connect(stream)
+            self._sinks[stream] = sink
 
         return self.call(add)
 
     def apply(self, stream: str, frame: DraftFrame) -> Future[None]:
         """What one target says after one of its steps."""
-
-        def act() -> None:
-            sequences = self._sequences.get(stream)
-            if sequences is None:
-                raise DraftError(f"stream {stream!r} is not connected")
-            for sequence in frame.closes:
-                self.drafter.close((stream, sequence))
-                sequences.discard(sequence)
-            for opened in frame.opens:
-                key = (stream, opened.sequence)
-                self.drafter.open(key, opened.tokens, opened.params, opened.depth, opened.prompt_length)
-                sequences.add(opened.sequence)
-            for step in frame.advances:
-                self.drafter.advance((stream, step.sequence), step.base, step.tokens, step.depth)
-
-        return self.call(act)
+        return self.call(lambda: self._streams.apply(stream, frame))
 
     def disconnect(self, stream: str) -> Future[None]:
         """A target's stream ended, however: forget its sequences, keep their KV as cache."""
@@ -209,18 +196,13 @@ class DrafterLoop:
         self._thread.stop(timeout_s)
 
     def _step(self) -> None:
-        replies: dict[str, list[Candidates]] = {}
-        for answer in self.drafter.step():
-            stream, sequence = answer.key
-            replies.setdefault(stream, []).append(Candidates(sequence, answer.base, answer.tokens, answer.failure))
-        for stream, ready in replies.items():
+        for stream, ready in self._streams.step().items():
             if (sink := self._sinks.get(stream)) is not None and not _told(sink, ready):
                 self._drop(stream)
 
     def _drop(self, stream: str) -> None:
         self._sinks.pop(stream, None)
-        for sequence in self._sequences.pop(stream, ()):
-            self.drafter.close((stream, sequence))
+        self._streams.disconnect(stream)
 
 
 def _told(sink: Callable[[T], object], message: T) -> bool:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from paceline.speculation.frames import Advance, Candidates, DraftFailureReason, DraftFrame, Hello, Open
+from paceline.speculation.frames import (
+    Advance,
+    Candidates,
+    DraftFailureReason,
+    DraftFrame,
+    Hello,
+    Open,
+    SparseRow,
+)
 from paceline.types import SamplingParams
 from paceline.v1 import draft_pb2 as pb
 
@@ -11,6 +19,7 @@ _REASONS = {
     DraftFailureReason.BASE_MISMATCH: pb.DRAFT_FAILURE_REASON_BASE_MISMATCH,
     DraftFailureReason.BUSY: pb.DRAFT_FAILURE_REASON_BUSY,
     DraftFailureReason.INTERNAL: pb.DRAFT_FAILURE_REASON_INTERNAL,
+    DraftFailureReason.UNSUPPORTED: pb.DRAFT_FAILURE_REASON_UNSUPPORTED,
 }
 _REASONS_BACK = {wire: reason for reason, wire in _REASONS.items()}
 _SEED_MASK = 2**64 - 1
@@ -34,6 +43,8 @@ def frame_to_proto(frame: DraftFrame) -> pb.DraftRequest:
                 sampling=_sampling_to_proto(o.params),
                 depth=o.depth,
                 prompt_length=o.prompt_length,
+                ahead=o.ahead,
+                rejection=o.rejection,
             )
             for o in frame.opens
         ],
@@ -46,7 +57,15 @@ def frame_from_proto(message: pb.DraftRequest) -> DraftFrame:
     """Raises InvalidRequest if a sampling parameter is out of its range."""
     return DraftFrame(
         opens=tuple(
-            Open(o.sequence, tuple(o.tokens), _sampling_from_proto(o.sampling), o.depth, o.prompt_length)
+            Open(
+                o.sequence,
+                tuple(o.tokens),
+                _sampling_from_proto(o.sampling),
+                o.depth,
+                o.prompt_length,
+                o.ahead,
+                o.rejection,
+            )
             for o in message.open
         ),
         advances=tuple(Advance(a.sequence, a.base, tuple(a.tokens), a.depth) for a in message.advance),
@@ -57,21 +76,49 @@ def frame_from_proto(message: pb.DraftRequest) -> DraftFrame:
 def candidates_to_proto(replies: list[Candidates]) -> pb.DraftReply:
     return pb.DraftReply(
         candidates=[
-            pb.Candidates(sequence=r.sequence, base=r.base, tokens=r.tokens) for r in replies if r.failure is None
+            pb.Candidates(
+                sequence=r.sequence,
+                base=r.base,
+                tokens=r.tokens,
+                offset=r.offset,
+                final=r.final,
+                probs=[pb.SparseRow(ids=row.ids, probs=row.probs) for row in r.probs],
+            )
+            for r in replies
+            if r.failure is None
         ],
         failure=[
-            pb.DraftFailure(sequence=r.sequence, reason=_REASONS[r.failure]) for r in replies if r.failure is not None
+            pb.DraftFailure(sequence=r.sequence, reason=_REASONS[r.failure], base=r.base)
+            for r in replies
+            if r.failure is not None
         ],
     )
 
 
 def candidates_from_proto(message: pb.DraftReply) -> list[Candidates]:
-    drafted = [Candidates(c.sequence, c.base, tuple(c.tokens)) for c in message.candidates]
+    """Rows that do not go with the tokens are left out."""
+    drafted = [
+        Candidates(
+            c.sequence,
+            c.base,
+            tuple(c.tokens),
+            offset=c.offset,
+            probs=_rows_from_proto(c),
+            final=c.final,
+        )
+        for c in message.candidates
+    ]
     failed = [
-        Candidates(f.sequence, 0, failure=_REASONS_BACK.get(f.reason, DraftFailureReason.INTERNAL))
+        Candidates(f.sequence, f.base, failure=_REASONS_BACK.get(f.reason, DraftFailureReason.INTERNAL))
         for f in message.failure
     ]
     return drafted + failed
+
+
+def _rows_from_proto(message: pb.Candidates) -> tuple[SparseRow, ...]:
+    rows = tuple(SparseRow(tuple(row.ids), tuple(row.probs)) for row in message.probs)
+    sound = len(rows) == len(message.tokens) and all(len(row.ids) == len(row.probs) for row in rows)
+    return rows if sound else ()
 
 
 def _sampling_to_proto(params: SamplingParams) -> pb.DraftSampling:

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
 
 from paceline.errors import DraftError
 from paceline.rpc import convert
+from paceline.rpc.mailbox import Mailbox
 from paceline.speculation.frames import DraftFrame, Hello
 from paceline.speculation.remote import DraftLink, RemoteProposer
 from paceline.v1 import draft_pb2 as pb
@@ -22,15 +23,22 @@ logger = logging.getLogger(__name__)
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # missing from the stubs
 CONNECT_TIMEOUT_S = 10.0
+WRITE_TIMEOUT_S = 10.0
+"""A drafter whose flow control holds a frame back for so long has stopped reading."""
 FIRST_RETRY_S = 0.2
 LONGEST_RETRY_S = 10.0
+MAX_MESSAGE_BYTES = 16 << 20
+MAX_WAITING_FRAMES = 256
+"""Of one link. An engine makes one a step, and stops long before, when answers stay away."""
+MESSAGE_OVERHEAD_BYTES = 5
+"""gRPC's prefix of every message."""
 CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_retries", 0),
-    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
 
 
@@ -39,13 +47,10 @@ class GrpcDraftLink(DraftLink):
 
     def __init__(self, replica_id: str, events: asyncio.AbstractEventLoop) -> None:
         self.replica_id = replica_id
-        self._events = events
-        self.outbox: asyncio.Queue[DraftFrame] = asyncio.Queue()
+        self.outbox: Mailbox[DraftFrame] = Mailbox(events, MAX_WAITING_FRAMES)
 
     def send(self, frame: DraftFrame) -> None:
-        # The loop is closed only while the process ends; a frame is worth nothing then.
-        with contextlib.suppress(RuntimeError):
-            self._events.call_soon_threadsafe(self.outbox.put_nowait, frame)
+        self.outbox.put(frame)
 
 
 class DraftPool:
@@ -146,7 +151,7 @@ class DraftPool:
 
     async def _serve(self, replica_id: str, call: Any) -> None:
         link = GrpcDraftLink(replica_id, asyncio.get_running_loop())
-        reader = asyncio.create_task(self._read(replica_id, call))
+        reader = asyncio.create_task(self._read(link, call))
         writer = asyncio.create_task(_write(call, link))
         self.problems.pop(replica_id, None)
         self._proposer.add_link(link)
@@ -156,22 +161,35 @@ class DraftPool:
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
-                writer.result()
+                writer.result()  # raises why
             await reader
         finally:
-            self._proposer.remove_link(replica_id)
+            self._proposer.remove_link(link)
             reader.cancel()
             writer.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
             logger.info("drafter %s: stream down", replica_id)
 
-    async def _read(self, replica_id: str, call: Any) -> None:
+    async def _read(self, link: GrpcDraftLink, call: Any) -> None:
         while (reply := await call.read()) is not EOF:
-            self._proposer.receive(replica_id, convert.candidates_from_proto(reply))
+            link.bytes_received += reply.ByteSize() + MESSAGE_OVERHEAD_BYTES
+            self._proposer.receive(link, convert.candidates_from_proto(reply))
+
+
+@contextlib.contextmanager
+def _as_draft_error() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise DraftError(f"no frame was taken for {WRITE_TIMEOUT_S:g} s") from None
 
 
 async def _write(call: Any, link: GrpcDraftLink) -> None:
-    """A broken stream ends the read side too, which reports it."""
-    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+    """A broken stream ends the read side too, which reports it. Raises DraftError if the drafter does not keep up."""
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError), _as_draft_error():
         while True:
-            await call.write(convert.frame_to_proto(await link.outbox.get()))
+            for frame in await link.outbox.take():
+                message = convert.frame_to_proto(frame)
+                link.bytes_sent += message.ByteSize() + MESSAGE_OVERHEAD_BYTES
+                async with asyncio.timeout(WRITE_TIMEOUT_S):
+                    await call.write(message)

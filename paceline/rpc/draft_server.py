@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from paceline.errors import PacelineError
+from paceline.errors import DraftError, PacelineError
 from paceline.rpc import convert
+from paceline.rpc.mailbox import Mailbox
 from paceline.speculation.frames import Candidates, Hello
 from paceline.v1 import draft_pb2 as pb
 from paceline.v1.draft_pb2_grpc import DraftServicer, add_DraftServicer_to_server
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 10.0
+MAX_MESSAGE_BYTES = 16 << 20
+"""Of a frame: many times what a target puts into one, and any single history."""
+MAX_WAITING_REPLIES = 1024
+"""Of one stream. What waits is merged into one message, so that only a target that does not read at all has many."""
 SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
 
 
@@ -44,17 +49,19 @@ class DraftService(DraftServicer):
         self, request_iterator: AsyncIterator[pb.DraftRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.DraftReply]:
         stream = await self._greet(request_iterator, context)
-        replies: asyncio.Queue[list[Candidates] | None] = asyncio.Queue()
-        events = asyncio.get_running_loop()
+        replies: Mailbox[list[Candidates]] = Mailbox(asyncio.get_running_loop(), MAX_WAITING_REPLIES)
+
+        def tell(ready: list[Candidates]) -> None:
+            if not replies.put(ready):
+                raise DraftError(f"{stream}: the target does not read its replies")
+
         reader: asyncio.Task[None] | None = None
         try:
             yield pb.DraftReply(hello=convert.hello_to_proto(self._hello))
-            await asyncio.wrap_future(
-                self._loop.connect(stream, lambda ready: events.call_soon_threadsafe(replies.put_nowait, ready))
-            )
+            await asyncio.wrap_future(self._loop.connect(stream, tell))
             reader = asyncio.create_task(self._read(stream, request_iterator, replies))
-            while (ready := await replies.get()) is not None:
-                yield convert.candidates_to_proto(ready)
+            while waiting := await replies.take():
+                yield convert.candidates_to_proto([candidates for ready in waiting for candidates in ready])
             await reader
         except PacelineError as error:
             await context.abort(grpc.StatusCode[error.grpc_code], error.message)
@@ -86,13 +93,13 @@ class DraftService(DraftServicer):
         self,
         stream: str,
         requests: AsyncIterator[pb.DraftRequest],
-        replies: asyncio.Queue[list[Candidates] | None],
+        replies: Mailbox[list[Candidates]],
     ) -> None:
         try:
             async for message in requests:
                 await asyncio.wrap_future(self._loop.apply(stream, convert.frame_from_proto(message)))
         finally:
-            replies.put_nowait(None)
+            replies.close()
 
 
 async def start_draft_server(service: DraftService, host: str, port: int = 0) -> tuple[grpc.aio.Server, str]:

@@ -1,13 +1,19 @@
 """Candidates from draft replicas elsewhere: a state machine over links, with no transport in it.
 
-    link      up ──missed too often or failing──► resting (backoff, doubling) ──rest over──► up
-    sequence  unassigned ──open──► assigned to one link ──link lost, rests or failed──► unassigned
+    link      up ──deadlines missed, silent or failing──► resting (backoff, doubling) ──rest over──► up
+    sequence  unassigned ──open──► assigned ──answered──► ready ──link lost or rests, failure, gap──► unassigned
 
-A link that lets a sequence go is told to close it, so that no drafter holds KV for a sequence it lost.
+A drafter pushes what it drafts; each sequence's `Run` keeps what it said beyond the agreed text, so that where the
+target agrees with all of it the next candidates are here already. A link that lets a sequence go is told to close
+it, so that no drafter holds KV for a sequence it lost.
+
+Only `propose` waits: for sequences that are ready, on links that are heard of, until a deadline that follows the
+usual round trip and is never longer than `timeout_s`. A deadline missed makes its link suspect, and a suspect link is
+not waited for again before it says something. So a drafter that falls silent costs one short wait, and one that
+was silent from the start costs none.
 
 Two threads meet here: the engine's (open, propose, advance, close) and the transport's (add_link,
-remove_link, retire_link, restore_link, receive). One lock guards the state; only `propose` waits, on a
-condition, until a deadline.
+remove_link, retire_link, restore_link, receive). One lock guards the state; `propose` waits on its condition.
 """
 
 from __future__ import annotations
@@ -16,27 +22,43 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from paceline.errors import DraftError
-from paceline.speculation.frames import Advance, Candidates, DraftFrame, Open
+from paceline.speculation.frames import Advance, Candidates, DraftFailureReason, DraftFrame, Open
 from paceline.speculation.proposer import Proposal, Proposer, Source, Wanted
+from paceline.speculation.run import Run, RunCounts
+from paceline.speculation.waiting import RoundTrip, WaitCurve
 from paceline.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
+AHEAD = 8
+"""Tokens a drafter may be ahead of what was asked for: a whole next turn at the usual depths, and the bonus token."""
 LATE_BEFORE_REST = 3
-"""Misses in a row, late or out of step with the sequence, before a link is left alone."""
+"""Misses in a row, late or out of step with the sequence, before a link is left alone. One, if it rested before."""
 FIRST_REST_S = 0.5
 LONGEST_REST_S = 30.0
 MAX_DOUBLINGS = 16
+SILENCE_S = 2.0
+"""A drafter at work says something every quarter of a second; one that says nothing for so long is not there."""
+COLD_S = 30.0
+"""A sequence whose opening was not answered for so long, on a link that answers others, is opened again."""
+FIRST_REFUSAL_S = 0.5
+"""How long a sequence stays away from a drafter that had no room for it; doubling as a rest does."""
+MAX_OPENING_TOKENS = 1 << 18
+"""Histories in one frame, in tokens: at most 1.3 MB of them, unless one alone is longer."""
+MAX_ASKS = 16
 
 
 class DraftLink(ABC):
-    """One stream to one draft replica."""
+    """One stream to one draft replica. The transport counts what crosses."""
 
     replica_id: str
+    bytes_sent: int = 0
+    bytes_received: int = 0
 
     @abstractmethod
     def send(self, frame: DraftFrame) -> None:
@@ -45,22 +67,59 @@ class DraftLink(ABC):
 
 @dataclass(slots=True)
 class RemoteStats:
-    """Counters since the start."""
+    """Counters since the start.
+
+    `late`: wanted by a step that went on without any. `waits`: steps that waited, `missed`: until a deadline.
+    `heard`, `confirmed`, `wasted`: tokens drafted elsewhere that arrived; that the target agreed with; that came too
+    late, were not what it said, or were dropped with their link. Bytes are those of links that are gone;
+    `RemoteProposer.traffic` has all.
+    """
 
     late: int = 0
-    wasted: int = 0
+    waits: int = 0
+    waited_s: float = 0.0
+    missed: int = 0
     reopened: int = 0
+    refused: int = 0
     links_lost: int = 0
     links_rested: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    tokens: RunCounts = field(default_factory=RunCounts)
+
+    @property
+    def wasted(self) -> int:
+        return self.tokens.wasted
+
+
+@dataclass(frozen=True, slots=True)
+class LinkReport:
+    """A link as it is now. `round_trip_s` is None until it was measured."""
+
+    replica_id: str
+    sequences: int
+    resting: bool
+    suspect: bool
+    retired: bool
+    round_trip_s: float | None
+    bytes_sent: int
+    bytes_received: int
 
 
 @dataclass(eq=False, slots=True)
 class _LinkState:
+    """`unanswered_since`: a question was sent then and nothing at all was heard after it."""
+
     link: DraftLink
     sequences: set[int] = field(default_factory=set)
+    round_trip: RoundTrip = field(default_factory=RoundTrip)
+    asked_at: float = 0.0
+    unanswered_since: float | None = None
+    suspect: bool = False
     misses: int = 0
     rests: int = 0
     resting_until: float = 0.0
+    full_until: float = 0.0
     retired: bool = False
     opens: list[Open] = field(default_factory=list)
     advances: list[Advance] = field(default_factory=list)
@@ -72,49 +131,90 @@ class _LinkState:
         self.opens = [opened for opened in self.opens if opened.sequence != sequence]
         self.advances = [step for step in self.advances if step.sequence != sequence]
         self.closes.append(sequence)
+        if not self.sequences:
+            self.unanswered_since = None
 
-    def take_frame(self) -> DraftFrame | None:
+    def ask(self, now: float) -> None:
+        if self.unanswered_since is None:
+            self.unanswered_since = now
+
+    def take_frames(self) -> list[DraftFrame]:
+        """Everything there is to say, in one frame unless that were too long."""
         if not (self.opens or self.advances or self.closes):
-            return None
-        frame = DraftFrame(tuple(self.opens), tuple(self.advances), tuple(self.closes))
+            return []
+        bundles: list[list[Open]] = [[]]
+        tokens = 0
+        for opened in self.opens:
+            if bundles[-1] and tokens + len(opened.tokens) > MAX_OPENING_TOKENS:
+                bundles.append([])
+                tokens = 0
+            bundles[-1].append(opened)
+            tokens += len(opened.tokens)
+        # Advances come last: one of them may follow an opening.
+        *before, last = [tuple(bundle) for bundle in bundles]
+        closes, advances = tuple(self.closes), tuple(self.advances)
         self.opens, self.advances, self.closes = [], [], []
-        return frame
+        frames = [DraftFrame(opens=bundle) for bundle in before] + [DraftFrame(last, advances)]
+        frames[0] = DraftFrame(frames[0].opens, frames[0].advances, closes)
+        return frames
 
 
 @dataclass(eq=False, slots=True)
 class _SequenceState:
-    """`tokens` begin with the prompt, of `prompt_length`.
+    """`opened` and `opened_at`: the agreed length its link was told, and when. `ready`: the link answered that.
 
-    `asked` is the base position its link was last asked for, None if it was not; `candidates` answers it.
+    `depth` candidates are wanted now. `ends`: the drafter's context is full. `asks` are the agreed lengths at which
+    its drafter was asked for more, and when.
     """
 
-    tokens: list[int]
+    run: Run
     params: SamplingParams
     prompt_length: int
     link: str | None = None
-    asked: int | None = None
-    candidates: Candidates | None = None
+    opened: int = 0
+    opened_at: float = 0.0
+    ready: bool = False
+    ends: bool = False
+    depth: int = 0
+    asks: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=MAX_ASKS))
+    refused: dict[str, float] = field(default_factory=dict)
+    refusals: int = 0
 
-    def ask(self, depth: int) -> None:
-        self.asked = len(self.tokens) if depth > 0 else None
+    @property
+    def hungry(self) -> bool:
+        return not self.ends and len(self.run.candidates) < self.depth
+
+    def unassign(self) -> None:
+        self.link, self.ready, self.ends = None, False, False
+        self.asks.clear()
+        self.run.restart()
 
 
 class RemoteProposer(Proposer):
     """Spreads sequences over the links there are, and goes on without any.
 
-    `timeout_s` bounds the wait for candidates, from the moment they were asked for. A link that misses
-    LATE_BEFORE_REST times in a row rests for 0.5 s, then 1, 2, … up to 30.
+    `timeout_s` bounds the wait for candidates, from the moment they were asked for. `ahead` is the credit given to
+    the drafters. A link that misses deadlines, is silent or fails rests for 0.5 s, then 1, 2, … up to 30.
     """
 
-    def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        ahead: int = AHEAD,
+        rejection: bool = False,
+        wait: Callable[[threading.Condition, float], object] = threading.Condition.wait,
+    ) -> None:
         self.stats = RemoteStats()
         self._timeout_s = timeout_s
         self._clock = clock
+        self._ahead, self._rejection = ahead, rejection
+        self._wait = wait
         self._changed = threading.Condition()
         self._links: dict[str, _LinkState] = {}
         self._sequences: dict[int, _SequenceState] = {}
-        self._asked_at = 0.0
-        self._latency_s = 0.0
+        self._waits = WaitCurve()
 
     # Called by the transport.
 
@@ -124,10 +224,11 @@ class RemoteProposer(Proposer):
             self._lose(link.replica_id)
             self._links[link.replica_id] = _LinkState(link)
 
-    def remove_link(self, replica_id: str) -> None:
+    def remove_link(self, link: DraftLink) -> None:
         """A stream is gone. Its sequences decode plainly until another drafter takes them."""
         with self._changed:
-            self._lose(replica_id)
+            if self._state_of(link) is not None:
+                self._lose(link.replica_id)
 
     def retire_link(self, replica_id: str) -> None:
         """The drafter is leaving: it keeps the sequences it has while its stream lasts and gets no more."""
@@ -137,11 +238,14 @@ class RemoteProposer(Proposer):
         """The drafter stays after all."""
         self._set_retired(replica_id, False)
 
-    def receive(self, replica_id: str, replies: Iterable[Candidates]) -> None:
-        """Replies arrived on a link."""
+    def receive(self, link: DraftLink, replies: Iterable[Candidates]) -> None:
+        """Something arrived on a link; without replies it says that the drafter is at work."""
         with self._changed:
+            state = self._state_of(link)
+            if state is not None:
+                state.suspect, state.unanswered_since = False, None
             for reply in replies:
-                self._take_reply(replica_id, reply)
+                self._take(state, reply)
             self._changed.notify_all()
 
     @property
@@ -149,63 +253,117 @@ class RemoteProposer(Proposer):
         with self._changed:
             return list(self._links)
 
+    def links(self) -> list[LinkReport]:
+        """Every link as it is now."""
+        with self._changed:
+            now = self._clock()
+            return [
+                LinkReport(
+                    name,
+                    len(state.sequences),
+                    state.resting_until > now,
+                    state.suspect,
+                    state.retired,
+                    state.round_trip.mean,
+                    state.link.bytes_sent,
+                    state.link.bytes_received,
+                )
+                for name, state in self._links.items()
+            ]
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent to and received from drafters since the start: serialized messages and gRPC's prefix."""
+        with self._changed:
+            links = [state.link for state in self._links.values()]
+            sent, received = self.stats.bytes_sent, self.stats.bytes_received
+            return (
+                sent + sum(link.bytes_sent for link in links),
+                received + sum(link.bytes_received for link in links),
+            )
+
     # Called by the engine.
 
     def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
         with self._changed:
             self._forget(sequence)
-            state = self._sequences[sequence] = _SequenceState(list(tokens), params, len(tokens))
-            self._assign(sequence, state, depth=0)
+            run = Run(list(tokens), self.stats.tokens)
+            state = self._sequences[sequence] = _SequenceState(run, params, len(tokens))
+            self._assign(sequence, state)
         self._flush()
 
     def advance(self, updates: Sequence[Advance]) -> None:
         with self._changed:
-            self._asked_at = self._clock()
+            now = self._clock()
+            self._rest_silent(now)
             for update in updates:
                 state = self._sequences.get(update.sequence)
                 if state is not None:
-                    self._advance_one(state, update)
+                    self._advance_one(state, update, now)
         self._flush()
 
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:
-        deadline = self._asked_at + self._timeout_s
         with self._changed:
-            while self._any_missing(wanted) and (left := deadline - self._clock()) > 0:
-                self._changed.wait(left)
+            began = now = self._clock()
+            while (left := self._deadline(wanted) - now) > 0:
+                self._wait(self._changed, left)
+                now = self._clock()
             found = {want.sequence: ready for want in wanted if (ready := self._ready(want)) is not None}
-            self._note_lateness(wanted, found.keys())
+            self._note_wait(wanted, now - began)
+            self._judge(wanted)
+            self.stats.late += len({want.sequence for want in wanted} - found.keys())
         return found
 
     def close(self, sequence: int) -> None:
+        """The drafter hears of it with the next frame, at once if this was the last sequence."""
         with self._changed:
             self._forget(sequence)
-        self._flush()
+            idle = not self._sequences
+        if idle:
+            self._flush()
 
     def serves(self, sequence: int) -> bool:
         with self._changed:
             state = self._sequences.get(sequence)
-            return state is not None and state.link is not None
+            if state is None or state.link is None:
+                return False
+            return bool(state.run.candidates) or (
+                state.ready and not state.ends and not self._links[state.link].suspect
+            )
 
     def latency(self, depth: int) -> float:
-        return 0.0 if depth == 0 else self._latency_s
+        with self._changed:
+            return self._waits.at(depth)
 
     def check(self) -> None:
-        """Raise DraftError unless every assigned sequence is in the books of its link, and of no other."""
+        """Raise DraftError unless every assigned sequence is in the books of its link, and of no other, and every
+        token heard is accounted for."""
         with self._changed:
             booked = sorted((s, name) for name, link in self._links.items() for s in link.sequences)
             assigned = sorted((s, state.link) for s, state in self._sequences.items() if state.link is not None)
             if booked != assigned:
                 raise DraftError(f"draft links hold {booked}, sequences say {assigned}")
-            if any(state.link is None and state.asked is not None for state in self._sequences.values()):
+            states = self._sequences.values()
+            if any(state.link is None and (state.asks or state.run.candidates) for state in states):
                 raise DraftError("a sequence without a link waits for candidates")
+            held, tokens = sum(len(state.run.candidates) for state in states), self.stats.tokens
+            if tokens.heard != tokens.confirmed + tokens.wasted + held:
+                raise DraftError(f"tokens heard do not add up: {tokens}, {held} held")
 
     # State changes, under the lock.
+
+    def _state_of(self, link: DraftLink) -> _LinkState | None:
+        """None of a link that was replaced or removed."""
+        state = self._links.get(link.replica_id)
+        return state if state is not None and state.link is link else None
 
     def _lose(self, replica_id: str) -> None:
         if replica_id in self._links:
             self.stats.links_lost += 1
             self._unassign_all(replica_id)
-            del self._links[replica_id]
+            link = self._links.pop(replica_id).link
+            self.stats.bytes_sent += link.bytes_sent
+            self.stats.bytes_received += link.bytes_received
+            self._waits = WaitCurve()
             self._changed.notify_all()
 
     def _set_retired(self, replica_id: str, retired: bool) -> None:
@@ -217,95 +375,184 @@ class RemoteProposer(Proposer):
         if (state := self._sequences.pop(sequence, None)) is not None:
             self._unassign(sequence, state)
 
-    def _advance_one(self, state: _SequenceState, update: Advance) -> None:
-        state.tokens[update.base :] = update.tokens
-        state.candidates = None
+    def _advance_one(self, state: _SequenceState, update: Advance, now: float) -> None:
+        state.depth = update.depth
+        if update.base != state.run.length:
+            self._unassign(update.sequence, state)
+            del state.run.tokens[update.base :]
+        if state.link is not None and not state.ready and now - state.opened_at > COLD_S:
+            self._unassign(update.sequence, state)
+        state.run.commit(update.tokens)
         if state.link is None:
-            self._assign(update.sequence, state, update.depth)
-        else:
-            self._links[state.link].advances.append(update)
-            state.ask(update.depth)
+            self._assign(update.sequence, state)
+            return
+        link = self._links[state.link]
+        link.advances.append(update)
+        if state.hungry:
+            link.asked_at = now
+            link.ask(now)
+            state.asks.append((state.run.length, now))
 
-    def _assign(self, sequence: int, state: _SequenceState, depth: int) -> None:
-        """Give a sequence to the link with the fewest, among those neither resting nor retired."""
+    def _assign(self, sequence: int, state: _SequenceState) -> None:
+        """Give a sequence to the link with the fewest, of those that may have it; rather to one that has room."""
         now = self._clock()
-        awake = [link for link in self._links.values() if not link.retired and link.resting_until <= now]
+        awake = [
+            link
+            for name, link in self._links.items()
+            if not link.retired and link.resting_until <= now and state.refused.get(name, 0.0) <= now
+        ]
         if not awake:
             return
-        link = min(awake, key=lambda link: len(link.sequences))
+        link = min(awake, key=lambda link: (link.full_until > now, len(link.sequences)))
+        state.run.restart()
+        state.link, state.opened, state.opened_at = link.link.replica_id, state.run.length, now
         link.sequences.add(sequence)
-        link.opens.append(Open(sequence, tuple(state.tokens), state.params, depth, state.prompt_length))
-        state.link = link.link.replica_id
-        state.ask(depth)
+        link.ask(now)
+        history = tuple(state.run.tokens)
+        link.opens.append(
+            Open(sequence, history, state.params, state.depth, state.prompt_length, self._ahead, self._rejection)
+        )
 
-    def _take_reply(self, replica_id: str, reply: Candidates) -> None:
+    def _take(self, link: _LinkState | None, reply: Candidates) -> None:
         state = self._sequences.get(reply.sequence)
-        if state is None or state.link != replica_id or (reply.failure is None and reply.base != state.asked):
-            self.stats.wasted += len(reply.tokens)
-            return
-        if reply.failure is None:
-            state.candidates = reply
-            link = self._links[replica_id]
-            link.misses = link.rests = 0
-            return
-        logger.info("drafter %s: sequence %d: %s", replica_id, reply.sequence, reply.failure)
-        self._unassign(reply.sequence, state)
-        if reply.failure.reopen:
-            self.stats.reopened += 1
-            self._miss(replica_id)
+        mine = link is not None and state is not None and state.link == link.link.replica_id
+        if link is None or state is None or not mine or reply.base < state.opened:
+            self.stats.tokens.heard += len(reply.tokens)
+            self.stats.tokens.wasted += len(reply.tokens)
+        elif reply.failure is not None:
+            self._fail(link, state, reply)
+        elif len(reply.probs) != (len(reply.tokens) if self._rejection else 0):
+            # A candidate without its distribution would bias what rejection sampling draws.
+            self._fail(link, state, Candidates(reply.sequence, reply.base, failure=DraftFailureReason.INTERNAL))
         else:
-            self._rest(replica_id)
+            state.ready = True
+            state.ends = state.ends or reply.final
+            self._note_round_trip(link, state, reply.base)
+            if not state.run.take(reply):
+                self._reopen(link, reply.sequence, state)
+
+    def _fail(self, link: _LinkState, state: _SequenceState, reply: Candidates) -> None:
+        name = link.link.replica_id
+        logger.info("drafter %s: sequence %d: %s", name, reply.sequence, reply.failure)
+        if reply.failure is not None and reply.failure.reopen:
+            self._reopen(link, reply.sequence, state)
+            return
+        self._unassign(reply.sequence, state)
+        if reply.failure is DraftFailureReason.BUSY:
+            pause = _backoff(FIRST_REFUSAL_S, state.refusals)
+            state.refused[name] = self._clock() + pause
+            state.refusals += 1
+            link.full_until = self._clock() + FIRST_REFUSAL_S
+            self.stats.refused += 1
+        elif reply.failure is DraftFailureReason.UNSUPPORTED:
+            state.refused[name] = float("inf")
+            self.stats.refused += 1
+        else:
+            self._rest(link)
+
+    def _reopen(self, link: _LinkState, sequence: int, state: _SequenceState) -> None:
+        """Out of step: the next advance opens it again, with the whole history."""
+        self.stats.reopened += 1
+        self._unassign(sequence, state)
+        self._miss(link)
 
     def _unassign(self, sequence: int, state: _SequenceState) -> None:
         if state.link is not None:
             self._links[state.link].forget(sequence)
-        state.link = state.asked = state.candidates = None
+        state.unassign()
 
     def _unassign_all(self, replica_id: str) -> None:
         for sequence in list(self._links[replica_id].sequences):
             self._unassign(sequence, self._sequences[sequence])
 
-    def _any_missing(self, wanted: Sequence[Wanted]) -> bool:
-        """Whether waiting may still bring something."""
-        for want in wanted:
-            state = self._sequences.get(want.sequence)
-            if state is not None and state.asked == want.base and state.candidates is None:
-                return True
-        return False
+    # Waiting.
+
+    def _waited_for(self, want: Wanted) -> _LinkState | None:
+        """The link from which candidates are missing that may still come in time."""
+        state = self._sequences.get(want.sequence)
+        if state is None or state.link is None or state.run.length != want.base:
+            return None
+        link = self._links[state.link]
+        missing = state.hungry and len(state.run.candidates) < want.depth
+        return link if missing and state.ready and not link.suspect else None
+
+    def _deadline(self, wanted: Sequence[Wanted]) -> float:
+        """Until when to wait for them all; the past if nothing is missing."""
+        links = {link for want in wanted if (link := self._waited_for(want)) is not None}
+        return max((link.asked_at + link.round_trip.patience(self._timeout_s) for link in links), default=0.0)
 
     def _ready(self, want: Wanted) -> Proposal | None:
         state = self._sequences.get(want.sequence)
-        if state is None or state.candidates is None or state.candidates.base != want.base:
+        if state is None or state.run.length != want.base or not state.run.candidates:
             return None
-        return Proposal(state.candidates.tokens[: want.depth], Source.REMOTE)
+        return Proposal(tuple(state.run.candidates[: want.depth]), Source.REMOTE, tuple(state.run.probs[: want.depth]))
 
-    def _note_lateness(self, wanted: Sequence[Wanted], found: Iterable[int]) -> None:
-        late = {want.sequence for want in wanted} - set(found)
-        self.stats.late += len(late)
-        known = [state for sequence in late if (state := self._sequences.get(sequence)) is not None]
-        for replica_id in {state.link for state in known if state.link is not None and state.asked is not None}:
-            self._miss(replica_id)
+    def _note_wait(self, wanted: Sequence[Wanted], seconds: float) -> None:
+        states = [self._sequences.get(want.sequence) for want in wanted]
+        served = [w.depth for w, state in zip(wanted, states, strict=True) if state is not None and state.ready]
+        if served:
+            self._waits.note(max(served), seconds)
+        if seconds > 0:
+            self.stats.waits += 1
+            self.stats.waited_s += seconds
 
-    def _miss(self, replica_id: str) -> None:
-        link = self._links[replica_id]
+    def _judge(self, wanted: Sequence[Wanted]) -> None:
+        """After the wait: links that had nothing missed a deadline, links that had everything are forgiven."""
+        late, prompt = set(), set()
+        for want in wanted:
+            state = self._sequences.get(want.sequence)
+            if state is None or state.link is None:
+                continue
+            link = self._links[state.link]
+            if self._waited_for(want) is None:
+                if state.run.candidates and not link.suspect:
+                    prompt.add(link)
+            elif not state.run.candidates:
+                late.add(link)
+        for link in prompt - late:
+            link.misses = link.rests = 0
+        for link in late:
+            self.stats.missed += 1
+            link.suspect = True
+            self._miss(link)
+
+    def _note_round_trip(self, link: _LinkState, state: _SequenceState, base: int) -> None:
+        while state.asks and state.asks[0][0] <= base:
+            length, asked_at = state.asks.popleft()
+            if length == base:
+                link.round_trip.note(self._clock() - asked_at)
+
+    def _rest_silent(self, now: float) -> None:
+        for link in self._links.values():
+            since = link.unanswered_since
+            if since is not None and now - since > max(self._timeout_s, SILENCE_S):
+                self._rest(link)
+
+    def _miss(self, link: _LinkState) -> None:
         link.misses += 1
-        if link.misses >= LATE_BEFORE_REST:
-            self._rest(replica_id)
+        if link.misses >= (LATE_BEFORE_REST if link.rests == 0 else 1):
+            self._rest(link)
 
-    def _rest(self, replica_id: str) -> None:
+    def _rest(self, link: _LinkState) -> None:
         """Leave a drafter alone for a while; it forgets our sequences, so that it catches up on nothing stale."""
-        link = self._links[replica_id]
-        self._unassign_all(replica_id)
-        pause = min(LONGEST_REST_S, FIRST_REST_S * 2 ** min(link.rests, MAX_DOUBLINGS))
+        self._unassign_all(link.link.replica_id)
+        pause = _backoff(FIRST_REST_S, link.rests)
         link.resting_until = self._clock() + pause
         link.rests += 1
-        link.misses = 0
+        link.misses, link.suspect, link.unanswered_since = 0, False, None
+        link.round_trip.back_off()
+        self._waits = WaitCurve()
         self.stats.links_rested += 1
-        logger.warning("drafter %s is too slow or failing: left alone for %.1f s", replica_id, pause)
+        logger.warning("drafter %s is too slow, silent or failing: left alone for %.1f s", link.link.replica_id, pause)
 
     def _flush(self) -> None:
-        """Send one frame to every link that has something to hear. Outside the lock: a link may answer at once."""
+        """Send every link what it has to hear. Outside the lock: a link may answer at once."""
         with self._changed:
-            frames = [(state.link, frame) for state in self._links.values() if (frame := state.take_frame())]
-        for link, frame in frames:
+            outgoing = [(state.link, frame) for state in self._links.values() for frame in state.take_frames()]
+        for link, frame in outgoing:
             link.send(frame)
+
+
+def _backoff(first_s: float, times: int) -> float:
+    pause: float = first_s * 2 ** min(times, MAX_DOUBLINGS)
+    return min(LONGEST_REST_S, pause)

@@ -14,11 +14,13 @@ class DraftFailureReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DRAFT_FAILURE_REASON_BASE_MISMATCH: _ClassVar[DraftFailureReason]
     DRAFT_FAILURE_REASON_BUSY: _ClassVar[DraftFailureReason]
     DRAFT_FAILURE_REASON_INTERNAL: _ClassVar[DraftFailureReason]
+    DRAFT_FAILURE_REASON_UNSUPPORTED: _ClassVar[DraftFailureReason]
 DRAFT_FAILURE_REASON_UNSPECIFIED: DraftFailureReason
 DRAFT_FAILURE_REASON_UNKNOWN_SEQUENCE: DraftFailureReason
 DRAFT_FAILURE_REASON_BASE_MISMATCH: DraftFailureReason
 DRAFT_FAILURE_REASON_BUSY: DraftFailureReason
 DRAFT_FAILURE_REASON_INTERNAL: DraftFailureReason
+DRAFT_FAILURE_REASON_UNSUPPORTED: DraftFailureReason
 
 class DraftRequest(_message.Message):
     __slots__ = ("hello", "open", "advance", "close")
@@ -43,18 +45,22 @@ class Hello(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("sequence", "tokens", "sampling", "depth", "prompt_length")
+    __slots__ = ("sequence", "tokens", "sampling", "depth", "prompt_length", "ahead", "rejection")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     DEPTH_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_FIELD_NUMBER: _ClassVar[int]
+    REJECTION_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     sampling: DraftSampling
     depth: int
     prompt_length: int
-    def __init__(self, sequence: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., depth: _Optional[int] = ..., prompt_length: _Optional[int] = ...) -> None: ...
+    ahead: int
+    rejection: bool
+    def __init__(self, sequence: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., depth: _Optional[int] = ..., prompt_length: _Optional[int] = ..., ahead: _Optional[int] = ..., rejection: _Optional[bool] = ...) -> None: ...
 
 class DraftSampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "stop_token_ids")
@@ -118,19 +124,35 @@ class DraftReply(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[Candidates, _Mapping]]] = ..., failure: _Optional[_Iterable[_Union[DraftFailure, _Mapping]]] = ...) -> None: ...
 
 class Candidates(_message.Message):
-    __slots__ = ("sequence", "base", "tokens")
+    __slots__ = ("sequence", "base", "tokens", "offset", "final", "probs")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    FINAL_FIELD_NUMBER: _ClassVar[int]
+    PROBS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     base: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence: _Optional[int] = ..., base: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+    offset: int
+    final: bool
+    probs: _containers.RepeatedCompositeFieldContainer[SparseRow]
+    def __init__(self, sequence: _Optional[int] = ..., base: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ..., final: _Optional[bool] = ..., probs: _Optional[_Iterable[_Union[SparseRow, _Mapping]]] = ...) -> None: ...
+
+class SparseRow(_message.Message):
+    __slots__ = ("ids", "probs")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    PROBS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    probs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., probs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class DraftFailure(_message.Message):
-    __slots__ = ("sequence", "reason")
+    __slots__ = ("sequence", "reason", "base")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     reason: DraftFailureReason
-    def __init__(self, sequence: _Optional[int] = ..., reason: _Optional[_Union[DraftFailureReason, str]] = ...) -> None: ...
+    base: int
+    def __init__(self, sequence: _Optional[int] = ..., reason: _Optional[_Union[DraftFailureReason, str]] = ..., base: _Optional[int] = ...) -> None: ...

@@ -228,14 +228,6 @@ def test_advancing_by_nothing_drafts_from_a_prefilled_prompt() -> None:
     assert only(made) == continuation(PROMPT, 3)
 
 
-def test_a_base_in_the_past_rewrites_history() -> None:
-    made, _ = drafter()
-    made.open("s", PROMPT, GREEDY, depth=3)
-    drain(made)
-    made.advance("s", 9, (8, 7), depth=3)
-    assert drain(made) == [Drafted("s", 11, continuation((*PROMPT[:9], 8, 7), 3))]
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 5), st.integers(0, 3)), max_size=6))
 def test_any_history_of_acceptance_drafts_like_a_fresh_open(rounds: list[tuple[int, bool, int, int]]) -> None:
@@ -264,6 +256,23 @@ def test_a_base_beyond_what_is_known_is_a_mismatch() -> None:
     assert drain(made) == [Drafted("s", len(PROMPT) + 1, failure=DraftFailureReason.BASE_MISMATCH)]
 
 
+def test_a_base_in_the_past_is_a_mismatch() -> None:
+    """An agreed length occurs once: a second time it is a duplicate, or of another history."""
+    made, _ = drafter()
+    made.open("s", PROMPT, GREEDY, depth=3)
+    drain(made)
+    made.advance("s", 9, (8, 7), depth=3)
+    assert drain(made) == [Drafted("s", 9, failure=DraftFailureReason.BASE_MISMATCH)]
+
+
+def test_a_mismatch_forgets_the_sequence() -> None:
+    made, _ = drafter()
+    made.open("s", PROMPT, GREEDY, depth=3)
+    drain(made)
+    made.advance("s", 9, (8, 7), depth=3)
+    assert (made.num_sequences, made.kv.usage().in_use) == (0, 0)
+
+
 def test_an_unknown_key_is_said_to_be_unknown() -> None:
     made, _ = drafter()
     made.advance("s", 3, (5,), depth=2)
@@ -289,7 +298,7 @@ def test_a_history_that_makes_no_sense_is_a_failure(tokens: tuple[int, ...]) -> 
     made, _ = drafter()
     made.open("s", tokens, GREEDY, depth=2)
     assert (drain(made), made.num_sequences) == (
-        [Drafted("s", len(tokens), failure=DraftFailureReason.INTERNAL)],
+        [Drafted("s", len(tokens), failure=DraftFailureReason.UNSUPPORTED)],
         0,
     )
 
@@ -301,7 +310,7 @@ def test_an_advance_that_makes_no_sense_is_a_failure_and_closes(token: int) -> N
     drain(made)
     made.advance("s", len(PROMPT), (token,), depth=2)
     assert (drain(made), made.num_sequences, made.kv.usage().in_use) == (
-        [Drafted("s", len(PROMPT), failure=DraftFailureReason.INTERNAL)],
+        [Drafted("s", len(PROMPT), failure=DraftFailureReason.UNSUPPORTED)],
         0,
         0,
     )

@@ -11,16 +11,35 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from paceline.speculation.frames import Advance, Candidates, DraftFailureReason, DraftFrame, Open
+from paceline.speculation.frames import (
+    Advance,
+    Candidates,
+    DraftFailureReason,
+    DraftFrame,
+    Open,
+    SparseRow,
+)
 from paceline.speculation.proposer import Wanted
-from paceline.speculation.remote import FIRST_REST_S, LATE_BEFORE_REST, LONGEST_REST_S, DraftLink, RemoteProposer
+from paceline.speculation.remote import (
+    AHEAD,
+    COLD_S,
+    FIRST_REFUSAL_S,
+    FIRST_REST_S,
+    LATE_BEFORE_REST,
+    LONGEST_REST_S,
+    MAX_OPENING_TOKENS,
+    SILENCE_S,
+    DraftLink,
+    RemoteProposer,
+)
+from paceline.speculation.waiting import SLACK_S
 from paceline.types import SamplingParams
 
 PARAMS = SamplingParams(seed=1)
 FOR_EVER_S = 1e6
 PATIENCE_S = 30.0
 REOPEN = [DraftFailureReason.BASE_MISMATCH, DraftFailureReason.UNKNOWN_SEQUENCE]
-REST = [DraftFailureReason.BUSY, DraftFailureReason.INTERNAL]
+REFUSE = [DraftFailureReason.BUSY, DraftFailureReason.UNSUPPORTED]
 
 
 class FakeClock:
@@ -36,13 +55,17 @@ class FakeClock:
 
 
 class FakeLink(DraftLink):
-    """Records frames and keeps the books of an honest drafter; `answer` replies from inside `send`."""
+    """Records frames and keeps the books of an honest drafter; `answer` replies from inside `send`.
+
+    Openings are acknowledged at once, as of a prompt that is computed, unless the drafter is `cold`.
+    """
 
     def __init__(self, proposer: RemoteProposer, replica_id: str = "a") -> None:
         self.replica_id = replica_id
         self.frames: list[DraftFrame] = []
         self.held: dict[int, list[int]] = {}
         self.answer: Callable[[DraftFrame], list[Candidates]] | None = None
+        self.cold = False
         self._proposer = proposer
         proposer.add_link(self)
 
@@ -55,14 +78,18 @@ class FakeLink(DraftLink):
         for step in frame.advances:
             assert step.base == len(self.held[step.sequence]), "an advance follows what this drafter was told"
             self.held[step.sequence] += step.tokens
+        if not self.cold:
+            for opened in frame.opens:
+                self.reply(Candidates(opened.sequence, len(opened.tokens)))
         if self.answer is not None:
             self.reply(*self.answer(frame))
 
     def reply(self, *replies: Candidates) -> None:
-        self._proposer.receive(self.replica_id, replies)
+        """Without replies it is a heartbeat."""
+        self._proposer.receive(self, replies)
 
     def kill(self) -> None:
-        self._proposer.remove_link(self.replica_id)
+        self._proposer.remove_link(self)
 
 
 class Setup:
@@ -94,17 +121,24 @@ class Setup:
         self.proposer.close(sequence)
 
     def be_late(self, times: int = LATE_BEFORE_REST) -> None:
+        """Miss deadlines, and be heard of in between."""
         for _ in range(times):
             self.advance()
             self.propose()
+            for link in self.links.values():
+                link.reply()
 
 
-def right(setup: Setup, sequence: int = 1, tokens: tuple[int, ...] = (1, 2, 3, 4)) -> Candidates:
-    return Candidates(sequence, len(setup.tokens[sequence]), tokens)
+def right(setup: Setup, sequence: int = 1, tokens: tuple[int, ...] = (1, 2, 3, 4), offset: int = 0) -> Candidates:
+    return Candidates(sequence, len(setup.tokens[sequence]), tokens, offset=offset)
 
 
-def failure(reason: DraftFailureReason, sequence: int = 1) -> Candidates:
-    return Candidates(sequence, 0, failure=reason)
+def failure(setup: Setup, reason: DraftFailureReason, sequence: int = 1) -> Candidates:
+    return Candidates(sequence, len(setup.tokens[sequence]), failure=reason)
+
+
+def opening(*tokens: int, depth: int = 4) -> Open:
+    return Open(1, tokens, PARAMS, depth, 3, AHEAD)
 
 
 # Without a link.
@@ -140,7 +174,7 @@ def test_depth_zero_is_not_waited_for() -> None:
 def test_opening_sends_the_history_and_prefills_only() -> None:
     setup = Setup()
     setup.open()
-    assert setup.links["a"].frames == [DraftFrame(opens=(Open(1, (10, 11, 12), PARAMS, 0, 3),))]
+    assert setup.links["a"].frames == [DraftFrame(opens=(opening(10, 11, 12, depth=0),))]
 
 
 def test_one_step_is_one_frame() -> None:
@@ -169,10 +203,10 @@ def test_no_more_than_the_depth_is_proposed() -> None:
 
 def test_a_link_may_answer_inside_send() -> None:
     setup = Setup(FOR_EVER_S)
-    setup.links["a"].answer = lambda frame: [Candidates(s.sequence, s.base + 1, (5,)) for s in frame.advances]
+    setup.links["a"].answer = lambda frame: [Candidates(s.sequence, s.base + 1, (5, 6)) for s in frame.advances]
     setup.open()
-    setup.advance()
-    assert setup.propose() == {1: (5,)}
+    setup.advance(depth=2)
+    assert setup.propose() == {1: (5, 6)}
 
 
 def test_candidates_stay_until_the_sequence_advances() -> None:
@@ -249,7 +283,7 @@ def test_a_step_without_an_answer_counts_as_late() -> None:
     setup = Setup()
     setup.open()
     setup.be_late(2)
-    assert setup.proposer.stats.late == 2
+    assert (setup.proposer.stats.late, setup.proposer.stats.missed) == (2, 2)
 
 
 def test_a_link_late_in_a_row_rests() -> None:
@@ -275,8 +309,9 @@ def test_a_resting_link_is_not_waited_for() -> None:
         setup.advance()
         setup.clock.now += FOR_EVER_S
         setup.propose()
+        setup.links["a"].reply()
     setup.advance()
-    assert setup.propose() == {}
+    assert (setup.propose(), setup.proposer.stats.links_rested) == ({}, 1)
 
 
 def test_an_answer_between_forgives_lateness() -> None:
@@ -297,7 +332,7 @@ def test_after_its_rest_a_link_is_opened_with_the_whole_history() -> None:
     setup.clock.now += FIRST_REST_S
     setup.advance()
     last = setup.links["a"].frames[-1]
-    assert last.opens == (Open(1, (10, 11, 12, 7, 7, 7, 7), PARAMS, 4, 3),)
+    assert last.opens == (opening(10, 11, 12, 7, 7, 7, 7),)
 
 
 def test_after_its_rest_a_link_is_used() -> None:
@@ -321,7 +356,6 @@ def rests(setup: Setup, times: int) -> list[float]:
             setup.clock.now += FIRST_REST_S / 2
             setup.advance()
         found.append(setup.clock.now - began)
-        setup.propose()
     return found
 
 
@@ -348,6 +382,289 @@ def test_a_drafter_that_never_gets_better_is_tried_for_ever() -> None:
         setup.be_late()
         setup.clock.now += LONGEST_REST_S
     assert setup.proposer.stats.links_rested == 1200
+
+
+# Suspect, silent, cold.
+
+
+def test_a_link_that_missed_a_deadline_is_not_waited_for_before_it_is_heard_of() -> None:
+    setup = Setup(1.0)
+    setup.open()
+    setup.advance()
+    setup.clock.now += 1.0
+    setup.propose()
+    setup.advance()
+    assert (setup.propose(), setup.proposer.stats.missed) == ({}, 1)
+
+
+def test_a_silent_link_rests() -> None:
+    setup = Setup()
+    setup.open()
+    setup.advance()
+    setup.clock.now += SILENCE_S * 1.01
+    setup.advance()
+    assert (setup.proposer.stats.links_rested, setup.links["a"].held) == (1, {})
+
+
+def test_a_link_that_is_at_work_is_not_silent() -> None:
+    setup = Setup()
+    setup.open()
+    for _ in range(5):
+        setup.advance()
+        setup.clock.now += SILENCE_S * 0.9
+        setup.links["a"].reply()
+    assert setup.proposer.stats.links_rested == 0
+
+
+def test_a_link_that_was_asked_nothing_may_be_silent() -> None:
+    setup = Setup()
+    setup.open()
+    setup.advance(depth=0)
+    setup.clock.now += 10 * SILENCE_S
+    setup.advance(depth=0)
+    assert setup.proposer.stats.links_rested == 0
+
+
+def test_a_link_without_sequences_may_be_silent() -> None:
+    setup = Setup()
+    setup.links["a"].cold = True
+    setup.open()
+    setup.close()
+    setup.clock.now += 10 * SILENCE_S
+    setup.open()
+    setup.advance()
+    assert setup.proposer.stats.links_rested == 0
+
+
+def test_a_prompt_that_is_still_being_computed_is_not_waited_for() -> None:
+    setup = Setup(FOR_EVER_S)
+    setup.links["a"].cold = True
+    setup.open()
+    setup.advance()
+    assert (setup.propose(), setup.proposer.serves(1)) == ({}, False)
+
+
+def test_a_prompt_that_stays_without_an_answer_is_opened_again() -> None:
+    setup = Setup()
+    setup.links["a"].cold = True
+    setup.open()
+    setup.links["a"].reply()
+    setup.clock.now += COLD_S * 1.01
+    setup.links["a"].cold = False
+    setup.advance(depth=0)
+    assert [len(frame.opens) for frame in setup.links["a"].frames] == [1, 1]
+
+
+def test_a_computed_prompt_is_served() -> None:
+    setup = Setup()
+    setup.open()
+    assert setup.proposer.serves(1) is True
+
+
+def test_the_deadline_follows_the_usual_round_trip() -> None:
+    setup = Setup(1.0)
+    setup.open()
+    for _ in range(50):
+        setup.advance()
+        setup.clock.now += 0.005
+        setup.links["a"].reply(right(setup))
+        setup.propose()
+    setup.advance()
+    setup.clock.now += 2 * 0.005 + SLACK_S + 0.001
+    assert (setup.propose(), setup.proposer.stats.missed) == ({}, 1)
+
+
+def test_a_deadline_missed_is_long_before_the_timeout() -> None:
+    waits: list[float] = []
+
+    def wait(_: object, seconds: float) -> None:
+        waits.append(seconds)
+        setup.clock.now += seconds
+
+    setup = Setup(1.0)
+    setup.proposer._wait = wait
+    setup.open()
+    for _ in range(50):
+        setup.advance()
+        setup.clock.now += 0.005
+        setup.links["a"].reply(right(setup))
+        setup.propose()
+    setup.advance()
+    setup.propose()
+    assert waits == [pytest.approx(2 * 0.005 + SLACK_S, abs=1e-3)]
+
+
+def test_latency_is_what_steps_waited() -> None:
+    def wait(_: object, seconds: float) -> None:
+        setup.clock.now += 0.008
+        setup.links["a"].reply(right(setup))
+
+    setup = Setup(1.0)
+    setup.proposer._wait = wait
+    setup.open()
+    setup.advance()
+    setup.propose()
+    assert [setup.proposer.latency(depth) for depth in (0, 2, 4)] == [0, pytest.approx(0.004), pytest.approx(0.008)]
+
+
+def test_candidates_that_are_there_already_cost_no_latency() -> None:
+    setup = Setup(1.0)
+    setup.open()
+    setup.advance()
+    setup.links["a"].reply(right(setup))
+    setup.propose()
+    assert setup.proposer.latency(4) == 0.0
+
+
+# Ahead.
+
+
+def test_full_agreement_leaves_the_next_candidates_there() -> None:
+    setup = Setup(FOR_EVER_S)
+    setup.open()
+    setup.advance()
+    setup.links["a"].reply(right(setup, tokens=tuple(range(1, 10))))
+    setup.advance(new=(1, 2, 3, 4, 5))
+    assert setup.propose() == {1: (6, 7, 8, 9)}
+
+
+def test_what_is_pushed_later_goes_behind_what_is_held() -> None:
+    setup = Setup(FOR_EVER_S)
+    setup.open()
+    setup.advance()
+    setup.links["a"].reply(right(setup, tokens=(1, 2, 3, 4)), right(setup, tokens=(5, 6), offset=4))
+    setup.advance(new=(1, 2), depth=3)
+    assert setup.propose(depth=3) == {1: (3, 4, 5)}
+
+
+def test_disagreement_drops_the_run() -> None:
+    setup = Setup()
+    setup.open()
+    setup.advance()
+    setup.links["a"].reply(right(setup, tokens=(1, 2, 3, 4)))
+    setup.advance(new=(1, 9))
+    assert (setup.propose(), setup.proposer.stats.wasted) == ({}, 3)
+
+
+def test_what_was_drafted_before_a_disagreement_was_heard_of_is_wasted() -> None:
+    setup = Setup()
+    setup.open()
+    setup.advance()
+    old = right(setup, tokens=(5, 6), offset=4)
+    setup.links["a"].reply(right(setup, tokens=(1, 2, 3, 4)))
+    setup.advance(new=(1, 9))
+    setup.links["a"].reply(old)
+    assert setup.propose() == {}
+
+
+def test_what_was_drafted_without_knowing_of_an_agreement_is_good() -> None:
+    setup = Setup(FOR_EVER_S)
+    setup.open()
+    setup.advance()
+    later = right(setup, tokens=(5, 6), offset=4)
+    setup.links["a"].reply(right(setup, tokens=(1, 2, 3, 4)))
+    setup.advance(new=(1, 2, 3, 4), depth=2)
+    setup.links["a"].reply(later)
+    assert setup.propose(depth=2) == {1: (5, 6)}
+
+
+def test_late_candidates_serve_from_where_the_target_is() -> None:
+    setup = Setup()
+    setup.open()
+    setup.advance()
+    late = right(setup, tokens=(1, 2, 3, 4))
+    setup.advance(new=(1,))
+    setup.advance(new=(2,))
+    setup.links["a"].reply(late)
+    assert setup.propose() == {1: (3, 4)}
+
+
+def test_late_candidates_that_went_another_way_are_wasted() -> None:
+    setup = Setup()
+    setup.open()
+    setup.advance()
+    late = right(setup, tokens=(1, 2, 3, 4))
+    setup.advance(new=(9,))
+    setup.links["a"].reply(late)
+    assert (setup.propose(), setup.proposer.stats.wasted) == ({}, 4)
+
+
+def test_a_duplicate_adds_nothing() -> None:
+    setup = Setup(FOR_EVER_S)
+    setup.open()
+    setup.advance(depth=6)
+    setup.links["a"].reply(right(setup), right(setup, tokens=(5, 6), offset=4), right(setup))
+    assert setup.propose(depth=6) == {1: (1, 2, 3, 4, 5, 6)}
+
+
+def test_a_gap_opens_the_sequence_again() -> None:
+    setup = Setup()
+    setup.open()
+    setup.advance()
+    setup.links["a"].reply(right(setup, tokens=(5, 6), offset=4))
+    setup.advance()
+    assert (setup.proposer.stats.reopened, setup.links["a"].frames[-1].opens) == (1, (opening(10, 11, 12, 7, 7),))
+
+
+def test_a_drafter_at_the_end_of_its_context_is_not_waited_for() -> None:
+    setup = Setup(FOR_EVER_S)
+    setup.open()
+    setup.advance()
+    setup.links["a"].reply(Candidates(1, 4, (1,), final=True))
+    first = setup.propose()
+    setup.advance(new=(1,))
+    assert (first, setup.propose()) == ({1: (1,)}, {})
+
+
+def test_long_histories_are_spread_over_frames() -> None:
+    setup = Setup(links=("a", "b"))
+    long = tuple(range(MAX_OPENING_TOKENS // 2 + 1))
+    for sequence in (1, 2, 3, 4):
+        setup.open(sequence, long)
+    setup.links["b"].kill()
+    before = len(setup.links["a"].frames)
+    setup.advance(1, 2, 3, 4)
+    assert [len(frame.opens) for frame in setup.links["a"].frames[before:]] == [1, 1]
+
+
+def test_rows_of_rejection_sampling_follow_their_tokens() -> None:
+    setup = Setup(FOR_EVER_S)
+    setup.proposer = RemoteProposer(FOR_EVER_S, setup.clock, rejection=True)
+    link = FakeLink(setup.proposer)
+    setup.open()
+    setup.advance()
+    rows = tuple(SparseRow((n,), (1.0,)) for n in (1, 2, 3))
+    link.reply(Candidates(1, 4, (1, 2, 3), probs=rows))
+    setup.advance(new=(1,), depth=2)
+    (proposal,) = setup.proposer.propose([Wanted(1, 5, 2)]).values()
+    assert (link.frames[0].opens[0].rejection, proposal.tokens, proposal.probs) == (True, (2, 3), rows[1:])
+
+
+@pytest.mark.parametrize("rejection", [True, False])
+def test_candidates_for_the_other_way_of_verifying_are_a_failure(rejection: bool) -> None:
+    setup = Setup()
+    setup.proposer = RemoteProposer(0.0, setup.clock, rejection=rejection)
+    link = FakeLink(setup.proposer)
+    setup.open()
+    setup.advance()
+    link.reply(Candidates(1, 4, (1,), probs=() if rejection else (SparseRow((1,), (1.0,)),)))
+    assert (setup.propose(), setup.proposer.stats.links_rested) == ({}, 1)
+
+
+def test_a_link_reports_itself() -> None:
+    setup = Setup()
+    setup.open()
+    setup.links["a"].bytes_sent = 7
+    (report,) = setup.proposer.links()
+    assert (report.replica_id, report.sequences, report.resting, report.bytes_sent) == ("a", 1, False, 7)
+
+
+def test_traffic_of_links_that_are_gone_is_not_forgotten() -> None:
+    setup = Setup(links=("a", "b"))
+    for link in setup.links.values():
+        link.bytes_sent, link.bytes_received = 7, 5
+    setup.links["a"].kill()
+    assert setup.proposer.traffic() == (14, 10)
 
 
 # Waiting, with threads.
@@ -386,7 +703,7 @@ def test_a_failure_wakes_the_step_that_waits_for_it(reason: DraftFailureReason) 
     setup.open()
     setup.advance()
     step = waiting(setup)
-    setup.links["a"].reply(failure(reason))
+    setup.links["a"].reply(failure(setup, reason))
     assert step.result(PATIENCE_S) == {}
 
 
@@ -469,16 +786,16 @@ def test_a_drafter_that_lost_the_place_is_told_the_whole_history(reason: DraftFa
     setup = Setup()
     setup.open()
     setup.advance()
-    setup.links["a"].reply(failure(reason))
+    setup.links["a"].reply(failure(setup, reason))
     setup.advance()
-    assert setup.links["a"].frames[-1].opens == (Open(1, (10, 11, 12, 7, 7), PARAMS, 4, 3),)
+    assert setup.links["a"].frames[-1].opens == (opening(10, 11, 12, 7, 7),)
 
 
 @pytest.mark.parametrize("reason", REOPEN)
 def test_a_drafter_that_lost_the_place_does_not_rest(reason: DraftFailureReason) -> None:
     setup = Setup()
     setup.open()
-    setup.links["a"].reply(failure(reason))
+    setup.links["a"].reply(failure(setup, reason))
     assert (setup.proposer.stats.reopened, setup.proposer.stats.links_rested) == (1, 0)
 
 
@@ -488,7 +805,7 @@ def test_a_drafter_that_loses_the_place_again_and_again_rests(reason: DraftFailu
     setup.open()
     for _ in range(LATE_BEFORE_REST):
         setup.advance()
-        setup.links["a"].reply(failure(reason))
+        setup.links["a"].reply(failure(setup, reason))
     setup.advance()
     assert (setup.proposer.stats.links_rested, setup.links["a"].held) == (1, {})
 
@@ -497,28 +814,85 @@ def test_a_drafter_that_loses_the_place_again_and_again_rests(reason: DraftFailu
 def test_a_drafter_left_by_a_sequence_is_told_to_forget_it(reason: DraftFailureReason) -> None:
     setup = Setup(links=("a", "b"))
     setup.open(1)
-    setup.links["a"].reply(failure(reason))
+    setup.links["a"].reply(failure(setup, reason))
     setup.close(1)
     assert setup.links["a"].held == {}
 
 
-@pytest.mark.parametrize("reason", REST)
-def test_a_drafter_that_cannot_is_left_alone(reason: DraftFailureReason) -> None:
+def test_a_drafter_that_fails_is_left_alone() -> None:
     setup = Setup()
     setup.open()
     setup.advance()
-    setup.links["a"].reply(failure(reason))
+    setup.links["a"].reply(failure(setup, DraftFailureReason.INTERNAL))
     setup.advance()
     assert (setup.proposer.stats.links_rested, setup.links["a"].held) == (1, {})
 
 
-@pytest.mark.parametrize("reason", REST)
+@pytest.mark.parametrize("reason", [*REFUSE, DraftFailureReason.INTERNAL])
 def test_sequences_of_a_drafter_that_cannot_go_elsewhere(reason: DraftFailureReason) -> None:
     setup = Setup(links=("a", "b"))
     setup.open(1)
-    setup.links["a"].reply(failure(reason))
+    setup.links["a"].reply(failure(setup, reason))
     setup.advance()
     assert setup.links["b"].held == {1: [10, 11, 12, 7]}
+
+
+@pytest.mark.parametrize("reason", REFUSE)
+def test_a_refusal_concerns_one_sequence(reason: DraftFailureReason) -> None:
+    setup = Setup()
+    setup.open(1)
+    setup.open(2)
+    setup.links["a"].reply(failure(setup, reason, 1))
+    setup.advance(1, 2)
+    assert (setup.proposer.stats.links_rested, sorted(setup.links["a"].held)) == (0, [2])
+
+
+def test_a_sequence_that_found_no_room_comes_back_later() -> None:
+    setup = Setup()
+    setup.open()
+    setup.links["a"].reply(failure(setup, DraftFailureReason.BUSY))
+    setup.clock.now += FIRST_REFUSAL_S
+    setup.advance()
+    assert setup.links["a"].held == {1: [10, 11, 12, 7]}
+
+
+def test_a_sequence_that_finds_no_room_again_stays_away_longer() -> None:
+    setup = Setup()
+    setup.open()
+    for _ in range(2):
+        setup.links["a"].reply(failure(setup, DraftFailureReason.BUSY))
+        setup.clock.now += FIRST_REFUSAL_S
+        setup.advance()
+    assert setup.links["a"].held == {}
+
+
+def test_a_sequence_a_drafter_cannot_know_never_comes_back_to_it() -> None:
+    setup = Setup()
+    setup.open()
+    setup.links["a"].reply(failure(setup, DraftFailureReason.UNSUPPORTED))
+    setup.clock.now += 1e9
+    setup.advance()
+    assert setup.links["a"].held == {}
+
+
+def test_a_full_drafter_gets_nothing_new_while_another_has_room() -> None:
+    setup = Setup(links=("a", "b"))
+    for sequence in (1, 2, 3):
+        setup.open(sequence)
+    setup.links["b"].reply(failure(setup, DraftFailureReason.BUSY, 2))
+    setup.open(4)
+    assert sorted(setup.links["a"].held) == [1, 3, 4]
+
+
+def test_a_failure_of_an_earlier_opening_is_not_this_one_s() -> None:
+    setup = Setup()
+    setup.open()
+    setup.advance()
+    late = failure(setup, DraftFailureReason.UNKNOWN_SEQUENCE)
+    setup.links["a"].reply(late)
+    setup.advance()
+    setup.links["a"].reply(late)
+    assert setup.links["a"].held == {1: [10, 11, 12, 7, 7]}
 
 
 def test_a_retired_link_keeps_what_it_has() -> None:
@@ -580,8 +954,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def remove(self, name: str) -> None:
-        self.setup.proposer.remove_link(name)
-        self.links.pop(name, None)
+        if name in self.links:
+            self.links.pop(name).kill()
 
     @rule(name=NAMES)
     def retire(self, name: str) -> None:
@@ -613,15 +987,24 @@ class AnyOrder(RuleBasedStateMachine):
         if sequence in self.setup.tokens:
             self.setup.close(sequence)
 
-    @rule(name=NAMES, sequence=SEQUENCES, off=st.integers(-2, 2), n=st.integers(0, 4))
-    def reply(self, name: str, sequence: int, off: int, n: int) -> None:
+    @rule(name=NAMES, sequence=SEQUENCES, off=st.integers(-2, 2), offset=st.integers(0, 3), n=st.integers(0, 4))
+    def reply(self, name: str, sequence: int, off: int, offset: int, n: int) -> None:
         """A candidate is the position it was drafted for."""
         base = len(self.setup.tokens.get(sequence, ())) + off
-        self.setup.proposer.receive(name, [Candidates(sequence, base, tuple(range(base, base + n)))])
+        start = base + offset
+        if name in self.links:
+            self.links[name].reply(Candidates(sequence, base, tuple(range(start, start + n)), offset=offset))
 
-    @rule(name=NAMES, sequence=SEQUENCES, reason=st.sampled_from(DraftFailureReason))
-    def fail(self, name: str, sequence: int, reason: DraftFailureReason) -> None:
-        self.setup.proposer.receive(name, [failure(reason, sequence)])
+    @rule(name=NAMES)
+    def heartbeat(self, name: str) -> None:
+        if name in self.links:
+            self.links[name].reply()
+
+    @rule(name=NAMES, sequence=SEQUENCES, off=st.integers(-2, 0), reason=st.sampled_from(DraftFailureReason))
+    def fail(self, name: str, sequence: int, off: int, reason: DraftFailureReason) -> None:
+        if name in self.links:
+            base = len(self.setup.tokens.get(sequence, ())) + off
+            self.links[name].reply(Candidates(sequence, base, failure=reason))
 
     @rule(seconds=st.sampled_from([0.1, 0.5, 1.0, 30.0]))
     def pass_time(self, seconds: float) -> None:
