@@ -71,7 +71,12 @@ class SpeculationSettings(Settings):
     """How candidates are asked for."""
 
     enabled: bool = Field(True, description="Off: every step is a plain decode, whatever drafts are deployed.")
-    depth: Annotated[int, Field(ge=1, le=16)] = Field(4, description="Candidates asked for in one step (k).")
+    depth: Annotated[int, Field(ge=1, le=16)] | Auto = Field(
+        "auto",
+        description="Candidates in one step (k). auto decides for each sequence and step by what is measured: how "
+        "many were accepted lately, how long a draft is waited for, what more rows cost. Under load it is 0.",
+    )
+    max_depth: Annotated[int, Field(ge=1, le=16)] = Field(8, description="Most candidates in one step under auto.")
     draft_timeout_ms: Milliseconds = Field(
         1000.0, description="Longest a step waits for candidates before it goes on with a plain decode."
     )

@@ -35,8 +35,8 @@ class LLM:
     """One model in this process, with a drafter beside it if `draft` names one.
 
     `model` and `draft` are names `paceline models list` shows, folders, .gguf files or Hub ids. `options` are
-    the keys of `EngineSettings` (dtype, threads, max_model_len, kv_tokens, max_num_seqs, …) and `depth`, the
-    candidates drafted at once. Raises ModelError or ConfigError with the remedy.
+    the keys of `EngineSettings` (dtype, threads, max_model_len, kv_tokens, max_num_seqs, …) and of
+    `SpeculationSettings` (depth, prompt_lookup_num_tokens, …). Raises ModelError or ConfigError with the remedy.
 
         >>> from paceline import LLM, SamplingParams
         >>> llm = LLM("smollm2-135m")
@@ -48,17 +48,18 @@ class LLM:
         from paceline.models import resolve
         from paceline.speculation.local import LocalProposer
 
-        speculation = _settings(SpeculationSettings, {"depth": options.pop("depth")} if "depth" in options else {})
+        chosen = {key: options.pop(key) for key in list(options) if key in SpeculationSettings.model_fields}
+        speculation = _settings(SpeculationSettings, chosen)
         settings = _settings(EngineSettings, {"device": device, **options})
         loaded = load_model(resolve(model).path, settings)
-        proposer = None
+        drafter = None
         if draft is not None:
             drafting = load_model(resolve(draft).path, settings)
             if drafting.fingerprint != loaded.fingerprint:
                 raise ConfigError(f"draft: {draft!r} and {model!r} have different tokenizers", param="draft")
-            proposer = LocalProposer(drafting.drafter())
+            drafter = LocalProposer(drafting.drafter())
         self.tokenizer = loaded.tokenizer
-        self.engine = loaded.engine(proposer, speculation)
+        self.engine = loaded.engine(drafter, speculation)
         self.choices = loaded.choices
         """What was chosen for this machine, and why."""
         self._ids = itertools.count(1)

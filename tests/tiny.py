@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, Literal
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -13,7 +14,9 @@ from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine, EngineLimits
 from paceline.engine.kv_cache import SlabKVCache
 from paceline.engine.runner import ModelRunner, Runner
+from paceline.speculation.cost import VerifyCost
 from paceline.speculation.proposer import Proposer
+from paceline.speculation.speculator import speculator_for
 from paceline.types import Delta, Request, SamplingParams
 
 VOCAB = 199
@@ -51,6 +54,11 @@ def kv_for(runner: Runner, capacity: int = 4096) -> SlabKVCache:
     return SlabKVCache(runner.kv_geometry(), capacity, runner.max_model_len)
 
 
+def flat_cost() -> VerifyCost:
+    """What a tiny model's pass costs, in the controller's eyes: rows next to nothing."""
+    return VerifyCost({1: 2e-3, 64: 3e-3})
+
+
 def engine_for(
     model: PreTrainedModel,
     *,
@@ -59,17 +67,21 @@ def engine_for(
     max_batched_tokens: int = 64,
     max_queued_requests: int = 64,
     max_prefill_while_decoding: int | None = None,
-    depth: int = 4,
+    depth: int | Literal["auto"] = 4,
     proposer: Proposer | None = None,
+    lookup: int = 0,
     eos: frozenset[int] = frozenset(),
     runner: Runner | None = None,
+    **settings: Any,
 ) -> Engine:
+    """`lookup` is `prompt_lookup_num_tokens`, `settings` are others of SpeculationSettings."""
     runner = runner or ours(model)
     limits = EngineLimits(
         runner.max_model_len, max_num_seqs, max_batched_tokens, max_queued_requests, max_prefill_while_decoding
     )
-    speculation = SpeculationSettings(depth=depth)
-    return Engine(runner, kv_for(runner, capacity), limits, eos=eos, proposer=proposer, speculation=speculation)
+    speculation = SpeculationSettings(depth=depth, prompt_lookup_num_tokens=lookup, **settings)
+    speculator = speculator_for(speculation, proposer, flat_cost)
+    return Engine(runner, kv_for(runner, capacity), limits, eos=eos, speculator=speculator, speculation=speculation)
 
 
 def drafter_for(model: PreTrainedModel, capacity: int = 4096) -> Drafter:

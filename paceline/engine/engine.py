@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from paceline.config import SpeculationSettings
-from paceline.engine import sampling
+from paceline.engine import sampling, synthetic
 from paceline.engine.detokenizer import Decoder, Detokenizer
 from paceline.engine.kv_cache import KVCache
 from paceline.engine.runner import Runner
@@ -16,8 +16,8 @@ from paceline.engine.sampling import Draws
 from paceline.engine.scheduler import Scheduled, Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.errors import InvalidRequest, Overloaded
-from paceline.speculation.frames import Advance
-from paceline.speculation.proposer import Proposal, Proposer, Wanted
+from paceline.speculation.proposer import Proposal, Wanted
+from paceline.speculation.speculator import Outcome, Speculator
 from paceline.types import Delta, FinishReason, Request
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class EngineLimits:
 
 
 class Engine:
-    """Continuous batching over one model, with candidates from a proposer if there is one.
+    """Continuous batching over one model, with candidates from a speculator if there is one.
 
     `step` is the whole life of a batch. The caller owns the thread; nothing here is locked.
     """
@@ -49,18 +49,19 @@ class Engine:
         *,
         eos: frozenset[int] = frozenset(),
         decoder: Decoder | None = None,
-        proposer: Proposer | None = None,
+        speculator: Speculator | None = None,
         speculation: SpeculationSettings | None = None,
     ) -> None:
         self.kv = kv
         self.limits = limits
-        self.proposer = proposer
+        self.speculator = speculator
         self._runner = runner
         self._eos = eos
         self._decoder = decoder
         speculation = speculation or SpeculationSettings()
-        self._depth = speculation.depth
         self._verification = speculation.verification
+        self.synthetic_acceptance = speculation.synthetic_acceptance
+        """The probability with which each candidate is accepted, whatever it is; None: by the rule, as it should be."""
         self._scheduler = Scheduler(
             kv, limits.max_num_seqs, limits.max_batched_tokens, limits.max_prefill_while_decoding
         )
@@ -119,6 +120,8 @@ class Engine:
         logits = self._runner.run([part.window for part in step])
         sampling.note_prompt_logprobs(step, logits)
         drawn = sampling.sample(step, logits, self._verification)
+        if self.synthetic_acceptance is not None:
+            drawn = synthetic.accept(step, drawn, self.synthetic_acceptance)
         committed = self._commit(step, drawn)
         return self._emit(committed)
 
@@ -129,24 +132,18 @@ class Engine:
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():
-            if self.proposer is not None and sequence.request.speculate:
-                self.proposer.open(sequence.sequence_id, sequence.tokens, sequence.request.params)
+            if self.speculator is not None and sequence.request.speculate:
+                self.speculator.open(sequence.sequence_id, sequence.tokens, sequence.request.params)
 
     def _propose(self) -> Mapping[int, Proposal]:
-        if self.proposer is None:
+        if self.speculator is None:
             return {}
-        wanted = [
-            Wanted(sequence.sequence_id, len(sequence.tokens), depth)
-            for sequence in self._scheduler.running
-            if sequence.decoding and (depth := self._depth_for(sequence)) > 0
-        ]
-        if not wanted:
-            return {}
-        found = self.proposer.propose(wanted)
-        late = {want.sequence for want in wanted} - found.keys()
-        for sequence in self._scheduler.running:
-            sequence.late += sequence.sequence_id in late
-        return {sequence_id: self._known(proposal) for sequence_id, proposal in found.items()}
+        decoding = [sequence for sequence in self._scheduler.running if sequence.decoding]
+        wanted = [Wanted(each.sequence_id, len(each.tokens), self._room_for_candidates(each)) for each in decoding]
+        proposed = self.speculator.propose(wanted, self._scheduler.prefill_ahead())
+        for sequence in decoding:
+            sequence.late += sequence.sequence_id in proposed.late
+        return {sequence_id: self._known(proposal) for sequence_id, proposal in proposed.found.items()}
 
     def _known(self, proposal: Proposal) -> Proposal:
         """Candidates up to the first that is no id of this model: a drafter's vocabulary may be larger.
@@ -157,34 +154,39 @@ class Engine:
         known = sum(1 for _ in itertools.takewhile(lambda token: 0 <= token < vocab, proposal.tokens))
         return replace(proposal, tokens=proposal.tokens[:known], probs=proposal.probs[: known + 1])
 
-    def _depth_for(self, sequence: Sequence) -> int:
-        """Candidates worth asking for: none for the last token, it is drawn anyway."""
-        return min(self._depth, sequence.room - len(sequence.tokens) - 1) if sequence.request.speculate else 0
+    def _room_for_candidates(self, sequence: Sequence) -> int:
+        """None for the last token, it is drawn anyway."""
+        return sequence.room - len(sequence.tokens) - 1 if sequence.request.speculate else 0
 
     def _commit(self, step: list[Scheduled], drawn: list[Draws]) -> list[Sequence]:
-        """Accept the longest agreeing run, keep its KV, drop the rest; tell the proposer."""
-        committed, updates = [], []
+        """Accept the longest agreeing run, keep its KV, drop the rest; tell the speculator."""
+        committed, outcomes, prefilled = [], [], 0
         for part, draws in zip(step, drawn, strict=True):
-            sequence, base = part.sequence, len(part.sequence.tokens)
-            sequence.steps += sequence.decoding
+            sequence, base, decoding = part.sequence, len(part.sequence.tokens), part.sequence.decoding
+            sequence.steps += decoding
+            prefilled += 0 if decoding else len(part.window.token_ids)
             self.kv.append(sequence.kv, part.window.token_ids)
             if not draws.tokens:
                 continue
-            accepted = draws.accepted
-            taken = sequence.extend(draws.tokens, self._eos)
-            draws.note_logprobs(part, taken)
-            self.kv.truncate(sequence.kv, base + min(accepted, taken))
-            sequence.drafted += len(part.candidates)
-            sequence.accepted += accepted
-            self.drafted_tokens += len(part.candidates)
-            self.accepted_tokens += accepted
+            self._take(part, draws)
             committed.append(sequence)
-            if sequence.request.speculate and not sequence.finished:
-                new = tuple(sequence.tokens[base:])
-                updates.append(Advance(sequence.sequence_id, base, new, self._depth_for(sequence)))
-        if self.proposer is not None and updates:
-            self.proposer.advance(updates)
+            room, new = self._room_for_candidates(sequence), tuple(sequence.tokens[base:])
+            outcomes.append(
+                Outcome(sequence.sequence_id, base, new, part.draws, max(0, room), decoding, sequence.finished)
+            )
+        if self.speculator is not None:
+            self.speculator.commit(outcomes, prefilled, self._scheduler.prefill_ahead())
         return committed
+
+    def _take(self, part: Scheduled, draws: Draws) -> None:
+        sequence, base = part.sequence, len(part.sequence.tokens)
+        taken = sequence.extend(draws.tokens, self._eos)
+        draws.note_logprobs(part, taken)
+        self.kv.truncate(sequence.kv, base + min(draws.accepted, taken))
+        sequence.drafted += len(part.candidates)
+        sequence.accepted += draws.accepted
+        self.drafted_tokens += len(part.candidates)
+        self.accepted_tokens += draws.accepted
 
     def _emit(self, committed: list[Sequence]) -> dict[str, Delta]:
         deltas = {}
@@ -196,8 +198,8 @@ class Engine:
 
     def _retire(self, sequence: Sequence) -> None:
         del self._by_request[sequence.request.request_id]
-        if self.proposer is not None and sequence.request.speculate and sequence.admitted:
-            self.proposer.close(sequence.sequence_id)
+        if self.speculator is not None and sequence.request.speculate and sequence.admitted:
+            self.speculator.close(sequence.sequence_id)
         self._scheduler.remove(sequence)
 
     def _detokenizer(self, request: Request) -> Detokenizer | None:

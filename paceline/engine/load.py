@@ -19,10 +19,13 @@ from paceline.engine.kv_cache import KVGeometry, SlabKVCache
 from paceline.engine.lean import NotLeanError, lean_runner
 from paceline.engine.per_sequence import PerSequenceRunner
 from paceline.engine.runner import ModelRunner, Runner
+from paceline.engine.verify_cost import measure_verify_cost
 from paceline.errors import ConfigError
 from paceline.models import eos_token_ids, load_causal_lm, load_config, load_tokenizer, tokenizer_fingerprint
 from paceline.models.linear import exact_in_fp16, use_fp16_linears
+from paceline.speculation.cost import VerifyCost
 from paceline.speculation.proposer import Proposer
+from paceline.speculation.speculator import speculator_for
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +46,24 @@ class LoadedModel:
     fingerprint: str
     choices: tuple[Choice, ...]
 
-    def engine(self, proposer: Proposer | None = None, speculation: SpeculationSettings | None = None) -> Engine:
-        """An engine with a KV cache of its own."""
+    def engine(
+        self,
+        draft: Proposer | None = None,
+        speculation: SpeculationSettings | None = None,
+        cost: VerifyCost | None = None,
+    ) -> Engine:
+        """An engine with a KV cache of its own; without `speculation` it decodes plainly.
+
+        `cost` is measured, in about a second, if it is needed and not given.
+        """
+        speculation = speculation or SpeculationSettings(enabled=False)
         return Engine(
             self.runner,
             self._kv_cache(),
             self.limits,
             eos=self.eos,
             decoder=self.tokenizer,
-            proposer=proposer,
+            speculator=speculator_for(speculation, draft, lambda: cost or measure_verify_cost(self.runner)),
             speculation=speculation,
         )
 

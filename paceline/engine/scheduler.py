@@ -113,6 +113,17 @@ class Scheduler:
             budget = min(budget, self.max_prefill_while_decoding)
         return step + _prefill(prompts, budget)
 
+    def prefill_ahead(self) -> int:
+        """Prompt tokens the next step has room for beside its decodes, as far as that is known now."""
+        missing = sum(sequence.pending for sequence in self.running if sequence.pending > 1)
+        if not missing:
+            return 0
+        decoding = sum(sequence.decoding for sequence in self.running)
+        budget = self.max_batched_tokens - decoding
+        if decoding and self.max_prefill_while_decoding is not None:
+            budget = min(budget, self.max_prefill_while_decoding)
+        return max(0, min(missing, budget))
+
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; its KV stays behind as cache."""
         self._dequeue(sequence)

@@ -43,7 +43,7 @@ class Target:
         self._model = await asyncio.to_thread(_load, settings)
         if draft_deployment is not None:
             self._watch_drafts(draft_deployment)
-        self._loop = _start(self._model, self._proposer, settings)
+        self._loop = await asyncio.to_thread(_start, self._model, self._proposer, settings)
 
     def _watch_drafts(self, deployment: str) -> None:
         self._proposer = RemoteProposer(self._settings.speculation.draft_timeout_ms / 1000)

@@ -16,9 +16,11 @@ import torch
 from paceline.config import SpeculationSettings
 from paceline.engine.engine import Engine, EngineLimits
 from paceline.speculation import rejection
+from paceline.speculation.controller import FixedDepth
 from paceline.speculation.frames import SparseRow
 from paceline.speculation.rejection import Guess, Purpose
 from paceline.speculation.sampling import Rows
+from paceline.speculation.speculator import Speculator
 from paceline.types import Request, SamplingParams
 from tests import tiny
 from tests.engine.markov import MarkovProposer, MarkovRunner
@@ -70,7 +72,9 @@ def sample(verification: str, draft: torch.Tensor, depth: int) -> Sample:
         runner,
         tiny.kv_for(runner, capacity=SEQUENCES * (TOKENS + 80)),
         EngineLimits(512, SEQUENCES, SEQUENCES * (1 + depth), SEQUENCES),
-        proposer=MarkovProposer(draft, probs=verification == "rejection"),
+        speculator=Speculator(
+            FixedDepth(depth), max_depth=depth, draft=MarkovProposer(draft, probs=verification == "rejection")
+        ),
         speculation=SpeculationSettings(depth=depth, verification=verification),  # type: ignore[arg-type]
     )
     for n in range(SEQUENCES):
@@ -85,7 +89,7 @@ def sample(verification: str, draft: torch.Tensor, depth: int) -> Sample:
     counts = torch.zeros(depth + 1, VOCAB, VOCAB, dtype=torch.float64)
     for key, count in found.items():
         counts[key] = count
-    return Sample(counts, engine.drafted_tokens, engine.accepted_tokens)
+    return Sample(counts, engine.tally.drafted, engine.tally.accepted)
 
 
 VERIFICATIONS = pytest.mark.parametrize("verification", ["coupled", "rejection"])

@@ -1,0 +1,59 @@
+"""The cost of a forward pass by its rows, measured once at start-up: what the depth controller begins with."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from paceline.engine.attention import Window
+from paceline.engine.kv_cache import KVEntry, SlabKVCache
+from paceline.engine.runner import Runner
+from paceline.speculation.cost import VerifyCost
+
+logger = logging.getLogger(__name__)
+
+ROWS = (1, 8, 4, 16, 2, 6, 32, 3, 12, 24, 64)
+"""In the order in which they are measured: a slow model is left with a coarse curve."""
+CONTEXT = 256
+WINDOW = 8
+"""Rows of one window; more rows are several windows, as they are when sequences share a pass."""
+ROUNDS = 3
+BUDGET_S = 1.0
+
+
+def measure_verify_cost(
+    runner: Runner, *, budget_s: float = BUDGET_S, clock: Callable[[], float] = time.perf_counter
+) -> VerifyCost:
+    """The least of up to three rounds; no new measurement begins after `budget_s`, but the first two are made."""
+    context = max(1, min(CONTEXT, runner.max_model_len - WINDOW - 1))
+    room = min(context + WINDOW, runner.max_model_len)
+    kv = SlabKVCache(runner.kv_geometry(), room, room)
+    entry = kv.reserve([0] * room, room)
+    assert entry is not None
+    for tensor in (entry.keys, entry.values):
+        tensor[:, :, :context].fill_(0.5)  # what is in them costs nothing, as long as it is in memory
+    kv.append(entry, [0] * context)
+    began, seconds, apart = clock(), dict[int, float](), float("inf")
+    _time(runner, entry, [1], clock)  # the first pass allocates
+    for _ in range(ROUNDS):
+        for rows in ROWS:
+            if clock() - began > budget_s and len(seconds) >= 2:
+                break
+            windows = [WINDOW] * (rows // WINDOW) + [rows % WINDOW] * (rows % WINDOW > 0)
+            seconds[rows] = min(seconds.get(rows, float("inf")), _time(runner, entry, windows, clock))
+        apart = min(apart, _time(runner, entry, [1] * WINDOW, clock))
+        if clock() - began > budget_s:
+            break
+    cost = VerifyCost(seconds, (apart - seconds[WINDOW]) / (WINDOW - 1))
+    curve = ", ".join(f"{rows}: {1e3 * seconds[rows]:.1f}" for rows in sorted(seconds))
+    logger.info("forward pass by rows, ms: %s", curve)
+    return cost
+
+
+def _time(runner: Runner, entry: KVEntry, windows: list[int], clock: Callable[[], float]) -> float:
+    batch = [Window(entry, [0] * rows, sample=rows) for rows in windows]
+    began = clock()
+    logits = runner.run(batch)
+    logits[0, 0].item()  # waits for the device
+    return clock() - began

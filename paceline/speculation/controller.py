@@ -1,0 +1,297 @@
+"""How many candidates each sequence gets in a step, and from whom: expected tokens a second are maximized.
+
+All running sequences share one forward pass, so they are decided on together. A candidate at the end of a run is
+worth the probability that the whole run is accepted. Sorted by that worth over all sequences, any prefix of the
+list is a possible step, since within a run worth only falls; and no other set of as many candidates is worth more.
+So it is enough to walk along the list and keep the prefix with the most tokens a second,
+
+    (sequences + sum of worth) / (cost of that many rows + wait for a draft of that depth),
+
+once for every depth a draft may be asked for (Leviathan et al. 2211.17192 have the single sequence; TurboSpec
+2406.14066 maximizes goodput over a batch). The cost of rows has steps, so the walk does not stop at the first loss.
+
+Beside prompts a step costs more, but not because of its candidates: they are then worth the time they save later,
+at the rate of a step without prompts.
+
+Pure: no clock, no input or output. What is measured comes in with `note`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from paceline.speculation.acceptance import MAX_DEPTH, Acceptance, Kind
+from paceline.speculation.cost import VerifyCost
+from paceline.speculation.guard import CREDIT, Guard
+
+LEAST_WORTH = 0.02
+"""Candidates less likely than this are not considered."""
+MARGIN = 0.02
+"""By how much a step with candidates must promise to be better than one without."""
+PROBE_SHARE = 0.003
+"""Of the time, at most, for asking drafts that are not worth it, to see whether they got better."""
+SHORTEST_PAUSE, LONGEST_PAUSE = 8, 8192
+"""Steps between two such probes."""
+SURPRISE = 2.0
+"""A forward pass that takes more than this times what was expected is not held against anyone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What one kind of source has for one sequence, or may be asked for: up to `count` candidates.
+
+    `matched` is the length of the match behind prompt lookup's.
+    """
+
+    kind: Kind
+    count: int
+    matched: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Take `depth` candidates from a kind of source."""
+
+    kind: Kind
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """A step, measured: `drawn` rows of `windows` sequences gave `tokens`, beside `prefill` prompt tokens.
+
+    `forward_s` is the pass and its sampling, `other_s` the waiting for drafts and the speculator's own work.
+    """
+
+    windows: int
+    drawn: int
+    prefill: int
+    tokens: int
+    forward_s: float
+    other_s: float
+    used: frozenset[Kind] = frozenset()
+    """Kinds of source at work: a draft that was asked, whatever came of it; prompt lookup whose candidates went in."""
+
+
+Offers = Mapping[int, Sequence[Offer]]
+"""By sequence, of every sequence that decodes in the step, also of those for which there is no offer."""
+
+
+class Policy(ABC):
+    """Decides on sources and depths: once when a step is over and drafts can be asked, and again when they answered."""
+
+    @abstractmethod
+    def ask(self, offers: Offers, prefill: int, wait: Callable[[int], float]) -> dict[int, int]:
+        """Depths to ask of the drafts for the next step, which will have some `prefill` prompt tokens beside it.
+
+        `wait` gives the seconds a step waits for drafts of a depth.
+        """
+
+    @abstractmethod
+    def take(self, offers: Offers, prefill: int) -> dict[int, Choice]:
+        """A choice for each sequence that is to have candidates, out of what is there."""
+
+    @abstractmethod
+    def note_run(self, sequence: int, kind: Kind, matched: int, hits: int, missed: bool) -> None:
+        """`hits` candidates stood, or would have; `missed` says that the next one did not."""
+
+    @abstractmethod
+    def note_step(self, spent: Spent) -> None:
+        """A step is over."""
+
+    @abstractmethod
+    def close(self, sequence: int) -> None:
+        """A sequence ended."""
+
+    @abstractmethod
+    def rests(self, kind: Kind) -> bool:
+        """Whether that kind of source will not be used for a while, whatever it has."""
+
+
+class FixedDepth(Policy):
+    """A number of candidates, whatever they are worth: a draft's if there are any, else prompt lookup's."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+
+    def ask(self, offers: Offers, prefill: int, wait: Callable[[int], float]) -> dict[int, int]:  # noqa: ARG002
+        drafts = ((sequence, _of_kind(each, Kind.DRAFT)) for sequence, each in offers.items())
+        return {sequence: min(self._depth, offer.count) for sequence, offer in drafts if offer is not None}
+
+    def take(self, offers: Offers, prefill: int) -> dict[int, Choice]:  # noqa: ARG002
+        found = {}
+        for sequence, each in offers.items():
+            offer = _of_kind(each, Kind.DRAFT) or _of_kind(each, Kind.LOOKUP)
+            if offer is not None:
+                found[sequence] = Choice(offer.kind, min(self._depth, offer.count))
+        return found
+
+    def note_run(self, sequence: int, kind: Kind, matched: int, hits: int, missed: bool) -> None:
+        """Nothing is learnt."""
+
+    def note_step(self, spent: Spent) -> None:
+        """Nothing is learnt."""
+
+    def close(self, sequence: int) -> None:
+        """Nothing is kept."""
+
+    def rests(self, kind: Kind) -> bool:  # noqa: ARG002
+        return False
+
+
+class Controller(Policy):
+    """The adaptive depth."""
+
+    def __init__(self, cost: VerifyCost) -> None:
+        self.cost = cost
+        self._acceptance = Acceptance()
+        self._guard = Guard()
+        self._idle = self._probes = 0
+        self._probed: int | None = None
+
+    def ask(self, offers: Offers, prefill: int, wait: Callable[[int], float]) -> dict[int, int]:
+        self._probed = None
+        if not self._allowed(Kind.DRAFT, offers, prefill):
+            return {}
+        runs = self._runs(offers, prefill)
+        walk = self._walk(offers, runs, prefill)
+        best = walk(0, 0.0)
+        for depth in range(1, 1 + max((len(each.get(Kind.DRAFT, ())) for each in runs.values()), default=0)):
+            best = max(best, walk(depth, wait(depth)), key=lambda step: step.score)
+        depths = {sequence: choice.depth for sequence, choice in best.choices.items() if choice.kind is Kind.DRAFT}
+        if depths:
+            self._idle = 0
+            return depths
+        return self._probe(offers, wait(1))
+
+    def take(self, offers: Offers, prefill: int) -> dict[int, Choice]:
+        runs = self._runs(offers, prefill)
+        choices = self._walk(offers, runs, prefill)(MAX_DEPTH, 0.0).choices if runs else {}
+        if self._probed is not None and _of_kind(offers.get(self._probed, ()), Kind.DRAFT) is not None:
+            choices.setdefault(self._probed, Choice(Kind.DRAFT, 1))
+        return choices
+
+    def note_run(self, sequence: int, kind: Kind, matched: int, hits: int, missed: bool) -> None:
+        self._acceptance.note(sequence, kind, matched, hits, missed)
+
+    def note_step(self, spent: Spent) -> None:
+        cost, windows = self.cost, spent.windows
+        expected = cost.seconds(spent.drawn, windows, spent.prefill)
+        cost.observe(spent.drawn, windows, spent.prefill, spent.forward_s)
+        unit, decode = cost.curve(windows + spent.prefill, windows), cost.curve(windows, windows)
+        self._guard.note(
+            windows,
+            spent.prefill,
+            spent.used,
+            took=min(spent.forward_s, SURPRISE * expected) + spent.other_s,
+            worth=unit + (spent.tokens - windows) / windows * decode,
+            unit=unit,
+        )
+
+    def close(self, sequence: int) -> None:
+        self._acceptance.close(sequence)
+
+    def rests(self, kind: Kind) -> bool:
+        return self._guard.suspended(kind)
+
+    def _allowed(self, kind: Kind, offers: Offers, prefill: int) -> bool:
+        return bool(offers) and self._guard.allows(kind, len(offers), prefill)
+
+    def _runs(self, offers: Offers, prefill: int) -> dict[int, dict[Kind, list[float]]]:
+        """Of each sequence with offers that are allowed now: what each candidate is worth."""
+        allowed = [kind for kind in Kind if self._allowed(kind, offers, prefill)]
+        found = {}
+        for sequence, each in offers.items():
+            runs = {
+                offer.kind: run
+                for offer in each
+                if offer.kind in allowed
+                and (run := self._acceptance.run(sequence, offer.kind, offer.matched, offer.count, LEAST_WORTH))
+            }
+            if runs:
+                found[sequence] = runs
+        return found
+
+    def _walk(
+        self, offers: Offers, runs: Mapping[int, Mapping[Kind, list[float]]], prefill: int
+    ) -> Callable[[int, float], _Step]:
+        """The best step for a depth of drafts and the wait it takes."""
+        windows = len(offers)
+        most = windows + sum(max(map(len, each.values())) for each in runs.values())
+        costs = [self.cost.seconds(drawn, windows) for drawn in range(windows, most + 1)]
+        if not prefill:
+            return lambda depth, waited: _best_step(windows, _cut(runs, depth), costs, waited)
+        # At what rate tokens come when the prompts are done; the drafts' part in it does not matter much.
+        value = _best_step(windows, _cut(runs, MAX_DEPTH), costs, 0.0).rate
+        mixed = [self.cost.seconds(drawn, windows, prefill) for drawn in range(windows, most + 1)]
+        return lambda depth, waited: _best_step(windows, _cut(runs, depth), mixed, waited, value)
+
+    def _probe(self, offers: Offers, wait_s: float) -> dict[int, int]:
+        """Now and then one sequence asks for one candidate: as often as its expected loss allows."""
+        drafted = [sequence for sequence, each in offers.items() if _of_kind(each, Kind.DRAFT) is not None]
+        self._idle += 1
+        if not drafted or self._idle < SHORTEST_PAUSE or self._guard.credit(Kind.DRAFT) < CREDIT / 2:
+            return {}
+        windows, sequence = len(offers), drafted[self._probes % len(drafted)]
+        (worth,) = self._acceptance.run(sequence, Kind.DRAFT, 0, 1)
+        seconds = self.cost.seconds(windows + 1, windows) + wait_s
+        loss = seconds / self.cost.seconds(windows, windows) * windows / (windows + worth) - 1.0
+        if self._idle < min(LONGEST_PAUSE, loss / PROBE_SHARE):
+            return {}
+        self._probed = sequence
+        self._probes += 1
+        self._idle = 0
+        return {sequence: 1}
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A possible step, its expected tokens a second, and how good that is."""
+
+    choices: dict[int, Choice]
+    rate: float
+    score: float
+
+
+def _best_step(
+    windows: int,
+    runs: Mapping[int, tuple[Kind, list[float]]],
+    costs: Sequence[float],
+    waited_s: float,
+    rate: float | None = None,
+) -> _Step:
+    """The best prefix of all candidates by worth; `costs[n]` is the pass with n of them.
+
+    Best is most tokens a second or, where a `rate` says what a token is worth, most time saved by it.
+    """
+    worths = sorted(((worth, sequence) for sequence, (_, run) in runs.items() for worth in run), reverse=True)
+    tokens = float(windows)
+    best, best_tokens = 0, tokens
+    best_score = tokens / (costs[0] + waited_s) if rate is None else tokens / rate - costs[0] - waited_s
+    # Speculation must promise a little more than it may be wrong by.
+    needed = best_score + MARGIN * (tokens / costs[0] if rate is None else tokens / rate)
+    for n, (worth, _) in enumerate(worths, start=1):
+        tokens += worth
+        seconds = costs[n] + waited_s
+        score = tokens / seconds if rate is None else tokens / rate - seconds
+        if score > needed:
+            best, best_tokens, best_score, needed = n, tokens, score, score
+    depths = Counter(sequence for _, sequence in worths[:best])
+    choices = {sequence: Choice(runs[sequence][0], depth) for sequence, depth in depths.items()}
+    return _Step(choices, best_tokens / (costs[best] + waited_s), best_score)
+
+
+def _cut(runs: Mapping[int, Mapping[Kind, list[float]]], depth: int) -> dict[int, tuple[Kind, list[float]]]:
+    """Of each sequence the source that is worth more, with drafts of at most that depth."""
+    found = {}
+    for sequence, each in runs.items():
+        lookup, draft = each.get(Kind.LOOKUP, []), each.get(Kind.DRAFT, [])[:depth]
+        found[sequence] = (Kind.DRAFT, draft) if sum(draft) > sum(lookup) else (Kind.LOOKUP, lookup)
+    return found
+
+
+def _of_kind(offers: Sequence[Offer], kind: Kind) -> Offer | None:
+    return next((offer for offer in offers if offer.kind is kind and offer.count > 0), None)
