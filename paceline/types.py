@@ -201,10 +201,28 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceMetrics:
+    """What one source of candidates (`paceline.speculation.proposer.Source`) contributed.
+
+    `drafted[i]` candidates at place i of their run were verified, `accepted[i]` of them became output. The others
+    were rolled back: refused, behind a refused one, or behind the end of the output.
+    """
+
+    source: str
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+
+    @property
+    def rolled_back(self) -> int:
+        return sum(self.drafted) - sum(self.accepted)
+
+
+@dataclass(frozen=True, slots=True)
 class Metrics:
     """What one request cost, in tokens, steps and seconds.
 
-    `drafted` candidates were verified, `accepted` of them agreed. `late` counts the steps that wanted
+    `drafted` candidates were verified, `accepted` became output; `sources` says whose they were and where. `wasted`
+    ones came in time and were not verified, because the step had no room. `late` counts the steps that wanted
     candidates and found none in time. `steps` counts the forward passes after the prompt was computed.
     """
 
@@ -218,6 +236,13 @@ class Metrics:
     queue_s: float = 0.0
     ttft_s: float = 0.0
     total_s: float = 0.0
+    wasted: int = 0
+    sources: tuple[SourceMetrics, ...] = ()
+
+    @property
+    def rolled_back(self) -> int:
+        """Verified in vain."""
+        return self.drafted - self.accepted
 
     @property
     def decode_tokens_per_s(self) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from paceline.types import Metrics
+from paceline.types import Metrics, SourceMetrics
 
 
 class Answer(BaseModel):
@@ -18,10 +18,22 @@ class Answer(BaseModel):
         return self.model_dump_json(exclude_none=True).encode()
 
 
+class SourceInfo(Answer):
+    """What one source of candidates contributed; the lists count by place in a run of candidates."""
+
+    drafted: list[int]
+    accepted: list[int]
+
+    @classmethod
+    def of(cls, source: SourceMetrics) -> SourceInfo:
+        return cls(drafted=list(source.drafted), accepted=list(source.accepted))
+
+
 class PacelineInfo(Answer):
     """Who made the answer and what it cost. A chunk that is not the last has `token_ids` alone.
 
     Of an answer with several choices the numbers are sums, and `seeds` and `choice_token_ids` have an entry for each.
+    `synthetic_acceptance` marks an answer whose text is nonsense, made for a benchmark.
     """
 
     replica_id: str | None = None
@@ -30,6 +42,9 @@ class PacelineInfo(Answer):
     drafted_tokens: int | None = None
     accepted_tokens: int | None = None
     late_drafts: int | None = None
+    wasted_drafts: int | None = None
+    sources: dict[str, SourceInfo] | None = None
+    synthetic_acceptance: float | None = None
     steps: int | None = None
     cached_tokens: int | None = None
     ttft_s: float | None = None
@@ -43,11 +58,19 @@ class PromptTokensDetails(Answer):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Answer):
+    """Candidates that became output, and candidates verified in vain."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
     @classmethod
     def of(cls, metrics: Metrics) -> Usage:
@@ -56,6 +79,9 @@ class Usage(Answer):
             completion_tokens=metrics.completion_tokens,
             total_tokens=metrics.prompt_tokens + metrics.completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=metrics.cached_tokens),
+            completion_tokens_details=CompletionTokensDetails(
+                accepted_prediction_tokens=metrics.accepted, rejected_prediction_tokens=metrics.rolled_back
+            ),
         )
 
 
@@ -112,6 +138,7 @@ class ChatCompletion(Answer):
     created: int
     model: str
     choices: list[ChatChoice]
+    system_fingerprint: str | None = None
     usage: Usage
     paceline: PacelineInfo
 
@@ -136,6 +163,7 @@ class ChatCompletionChunk(Answer):
     created: int
     model: str
     choices: list[ChatChunkChoice]
+    system_fingerprint: str | None = None
     usage: Usage | None = None
     paceline: PacelineInfo | None = None
 
@@ -156,6 +184,7 @@ class Completion(Answer):
     created: int
     model: str
     choices: list[CompletionChoice]
+    system_fingerprint: str | None = None
     usage: Usage | None = None
     paceline: PacelineInfo | None = None
 
@@ -204,5 +233,5 @@ class Status(Answer):
 
     model: str
     max_model_len: int
-    targets: list[dict[str, int | float | str]]
-    drafts: list[dict[str, int | float | str]]
+    targets: list[dict[str, Any]]
+    drafts: list[dict[str, Any]]

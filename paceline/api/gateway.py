@@ -61,7 +61,10 @@ class Gateway:
         model_name: str,
         max_model_len: int,
         request_timeout_s: float,
+        synthetic_acceptance: float | None = None,
     ) -> None:
+        self.synthetic_acceptance = synthetic_acceptance
+        """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
         self.model_name = model_name
         self.max_model_len = max_model_len
         self.created = int(time.time())

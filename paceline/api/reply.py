@@ -85,6 +85,8 @@ class Reply(Response):
         if self._streaming:
             headers["cache-control"] = "no-cache"
             headers["x-accel-buffering"] = "no"  # a reverse proxy passes each event on at once
+        if (synthetic := self._gateway.synthetic_acceptance) is not None:
+            headers["x-paceline-synthetic-acceptance"] = f"{synthetic:g}"
         if self._generation.session_id is not None:
             # Raw, because a session id may be any printable text and Starlette writes headers in Latin-1.
             headers.raw.append((b"x-session-id", self._generation.session_id.encode()))

@@ -148,6 +148,7 @@ def _form(gateway: Gateway, body: GenerationBody) -> dict[str, Any]:
         "created": int(time.time()),
         "include_usage": body.include_usage,
         "return_token_ids": body.return_token_ids is True,
+        "synthetic_acceptance": gateway.synthetic_acceptance,
     }
 
 

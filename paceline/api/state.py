@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-ReplicaStatus = Mapping[str, int | float | str]
-"""What one replica says about itself. The front ends pass it on and do not read it."""
+ReplicaStatus = Mapping[str, Any]
+"""What one replica says about itself, ready for JSON. Only `paceline.api.metrics` reads it, and expects any of it to be
+missing: a replica may be of another version."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,12 @@ from paceline.api.answers import (
     Completion,
     CompletionChoice,
     PacelineInfo,
+    SourceInfo,
     Usage,
 )
 from paceline.api.logprobs import Offsets, TokenTexts, chat_logprobs, completion_logprobs, prompt_logprobs
 from paceline.seeds import choice_seed
+from paceline.speculation.telemetry import merged
 from paceline.types import Accepted, Delta, Metrics, Request, TokenLogprobs
 
 
@@ -77,6 +79,8 @@ class Tally:
             queue_s=each[0].queue_s,
             ttft_s=min(m.ttft_s for m in each),
             total_s=max(m.total_s for m in each),
+            wasted=sum(m.wasted for m in each),
+            sources=merged(m.sources for m in each),
         )
 
     def info(self, token_ids: list[int] | None = None, choices: list[list[int]] | None = None) -> PacelineInfo:
@@ -89,6 +93,8 @@ class Tally:
             drafted_tokens=metrics.drafted,
             accepted_tokens=metrics.accepted,
             late_drafts=metrics.late,
+            wasted_drafts=metrics.wasted,
+            sources={source.source: SourceInfo.of(source) for source in metrics.sources} or None,
             steps=metrics.steps,
             cached_tokens=metrics.cached_tokens,
             ttft_s=metrics.ttft_s,
@@ -108,12 +114,14 @@ class Wording(ABC):
     texts: TokenTexts
     include_usage: bool = False
     return_token_ids: bool = False
+    synthetic_acceptance: float | None = None
+    """Set if candidates are accepted by chance: every answer says so."""
 
     def chunk(self, tally: Tally, delta: Delta) -> Answer:
         """One engine step of one choice. The last one says what the answer cost, unless a closing chunk will."""
         token_ids = list(delta.token_ids) if self.return_token_ids else None
         if tally.finished and not self.include_usage:
-            return self._chunk(tally, delta, tally.info(token_ids))
+            return self._chunk(tally, delta, self._marked(tally.info(token_ids)))
         return self._chunk(tally, delta, None if token_ids is None else PacelineInfo(token_ids=token_ids))
 
     @abstractmethod
@@ -134,8 +142,19 @@ class Wording(ABC):
     def _info(self, tally: Tally) -> PacelineInfo:
         ids = [choice.token_ids for choice in tally.choices]
         if not self.return_token_ids:
-            return tally.info()
-        return tally.info(ids[0]) if len(ids) == 1 else tally.info(choices=ids)
+            return self._marked(tally.info())
+        return self._marked(tally.info(ids[0]) if len(ids) == 1 else tally.info(choices=ids))
+
+    def _marked(self, info: PacelineInfo) -> PacelineInfo:
+        if self.synthetic_acceptance is None:
+            return info
+        return info.model_copy(update={"synthetic_acceptance": self.synthetic_acceptance})
+
+    @property
+    def _fingerprint(self) -> str | None:
+        """OpenAI's word for what made an answer: told only where that is not the model alone."""
+        synthetic = self.synthetic_acceptance
+        return None if synthetic is None else f"{self.model}-synthetic-acceptance-{synthetic:g}"
 
 
 class ChatWording(Wording):
@@ -164,6 +183,7 @@ class ChatWording(Wording):
             created=self.created,
             model=self.model,
             choices=choices,
+            system_fingerprint=self._fingerprint,
             usage=Usage.of(tally.metrics),
             paceline=self._info(tally),
         )
@@ -182,7 +202,13 @@ class ChatWording(Wording):
         self, choices: list[ChatChunkChoice], info: PacelineInfo | None = None, usage: Usage | None = None
     ) -> ChatCompletionChunk:
         return ChatCompletionChunk(
-            id=self.id, created=self.created, model=self.model, choices=choices, usage=usage, paceline=info
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            system_fingerprint=self._fingerprint,
+            usage=usage,
+            paceline=info,
         )
 
 
@@ -229,5 +255,11 @@ class CompletionWording(Wording):
         self, choices: list[CompletionChoice], info: PacelineInfo | None = None, usage: Usage | None = None
     ) -> Completion:
         return Completion(
-            id=self.id, created=self.created, model=self.model, choices=choices, usage=usage, paceline=info
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            system_fingerprint=self._fingerprint,
+            usage=usage,
+            paceline=info,
         )

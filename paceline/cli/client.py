@@ -17,7 +17,7 @@ from typing import Any, Self
 import httpx
 
 from paceline.errors import ConfigError, PacelineError, Unavailable, by_code
-from paceline.types import Metrics
+from paceline.types import Metrics, SourceMetrics
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 600.0  # between two chunks: a long prompt is computed before the first one
@@ -231,6 +231,11 @@ def _metrics(usage: Mapping[str, Any], extra: Mapping[str, Any]) -> Metrics:
         steps=int(extra["steps"]),
         ttft_s=float(extra["ttft_s"]),
         total_s=float(extra["total_s"]),
+        wasted=int(extra.get("wasted_drafts") or 0),
+        sources=tuple(
+            SourceMetrics(name, tuple(counts["drafted"]), tuple(counts["accepted"]))
+            for name, counts in (extra.get("sources") or {}).items()
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from paceline.cli.client import Answer
+from paceline.speculation.telemetry import merged
 from paceline.types import Metrics
 
 
@@ -39,4 +40,6 @@ def total(parts: list[Metrics]) -> Metrics:
         steps=sum(part.steps for part in parts),
         ttft_s=sum(part.ttft_s for part in parts),
         total_s=sum(part.total_s for part in parts),
+        wasted=sum(part.wasted for part in parts),
+        sources=merged(part.sources for part in parts),
     )

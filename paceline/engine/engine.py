@@ -18,6 +18,7 @@ from paceline.engine.sequence import Sequence
 from paceline.errors import InvalidRequest, Overloaded
 from paceline.speculation.proposer import Proposal, Wanted
 from paceline.speculation.speculator import Outcome, Speculator
+from paceline.speculation.telemetry import SpeculationTally
 from paceline.types import Delta, FinishReason, Request
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,8 @@ class Engine:
         )
         self._ids = itertools.count(1)
         self._by_request: dict[str, Sequence] = {}
-        self.drafted_tokens = 0
-        self.accepted_tokens = 0
+        self.tally = SpeculationTally()
+        """What became of candidates, of all sequences since the start."""
 
     @property
     def has_work(self) -> bool:
@@ -132,6 +133,8 @@ class Engine:
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():
+            self.tally.requests += 1
+            self.tally.declined += not sequence.request.speculate
             if self.speculator is not None and sequence.request.speculate:
                 self.speculator.open(sequence.sequence_id, sequence.tokens, sequence.request.params)
 
@@ -142,7 +145,8 @@ class Engine:
         wanted = [Wanted(each.sequence_id, len(each.tokens), self._room_for_candidates(each)) for each in decoding]
         proposed = self.speculator.propose(wanted, self._scheduler.prefill_ahead())
         for sequence in decoding:
-            sequence.late += sequence.sequence_id in proposed.late
+            sequence.tally.late += sequence.sequence_id in proposed.late
+        self.tally.late += len(proposed.late)
         return {sequence_id: self._known(proposal) for sequence_id, proposal in proposed.found.items()}
 
     def _known(self, proposal: Proposal) -> Proposal:
@@ -164,6 +168,7 @@ class Engine:
         for part, draws in zip(step, drawn, strict=True):
             sequence, base, decoding = part.sequence, len(part.sequence.tokens), part.sequence.decoding
             sequence.steps += decoding
+            self.tally.steps += decoding
             prefilled += 0 if decoding else len(part.window.token_ids)
             self.kv.append(sequence.kv, part.window.token_ids)
             if not draws.tokens:
@@ -182,11 +187,12 @@ class Engine:
         sequence, base = part.sequence, len(part.sequence.tokens)
         taken = sequence.extend(draws.tokens, self._eos)
         draws.note_logprobs(part, taken)
-        self.kv.truncate(sequence.kv, base + min(draws.accepted, taken))
-        sequence.drafted += len(part.candidates)
-        sequence.accepted += draws.accepted
-        self.drafted_tokens += len(part.candidates)
-        self.accepted_tokens += draws.accepted
+        kept = min(draws.accepted, taken)
+        self.kv.truncate(sequence.kv, base + kept)
+        for tally in (sequence.tally, self.tally):
+            tally.wasted += part.unused
+            if part.proposal is not None:
+                tally.note(part.proposal.source, len(part.candidates), kept)
 
     def _emit(self, committed: list[Sequence]) -> dict[str, Delta]:
         deltas = {}

@@ -30,12 +30,14 @@ class Scheduled:
     """One sequence's part of a step: its window, and the candidates at the window's end.
 
     The last `draws` of the window's sampled rows draw tokens; rows before them tell a prompt's log probabilities.
+    For `unused` candidates more there was no room.
     """
 
     sequence: Sequence
     window: Window
     proposal: Proposal | None = None
     draws: int = 0
+    unused: int = 0
 
     @property
     def candidates(self) -> tuple[int, ...]:
@@ -219,12 +221,13 @@ def _decode(sequences: list[Sequence], proposals: Mapping[int, Proposal], budget
     step = []
     for sequence in sequences:
         spare = min(budget, sequence.kv.charged - len(sequence.tokens))
-        proposal = proposals.get(sequence.sequence_id)
+        proposal, unused = proposals.get(sequence.sequence_id), 0
         if proposal is not None:
+            unused = max(0, len(proposal.tokens) - max(0, spare))
             proposal = proposal.first(max(0, spare))
         drafted = proposal.tokens if proposal is not None else ()
         window = Window(sequence.kv, (sequence.tokens[-1], *drafted), sample=1 + len(drafted))
-        step.append(Scheduled(sequence, window, proposal, draws=window.sample))
+        step.append(Scheduled(sequence, window, proposal, draws=window.sample, unused=unused))
         budget -= len(drafted)
     return step
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from paceline.engine.detokenizer import Detokenizer
 from paceline.engine.kv_cache import KVEntry
 from paceline.errors import EngineError
+from paceline.speculation.telemetry import SpeculationTally
 from paceline.types import Delta, FinishReason, Metrics, Request, TokenLogprobs
 
 
@@ -30,9 +31,7 @@ class Sequence:
     entry: KVEntry | None = None
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    late: int = 0
+    tally: SpeculationTally = field(default_factory=SpeculationTally)
     steps: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     arrived: float = 0.0
@@ -125,11 +124,13 @@ class Sequence:
             prompt_tokens=prompt,
             cached_tokens=self.cached_tokens,
             completion_tokens=len(self.tokens) - prompt,
-            drafted=self.drafted,
-            accepted=self.accepted,
-            late=self.late,
+            drafted=self.tally.drafted,
+            accepted=self.tally.accepted,
+            late=self.tally.late,
             steps=self.steps,
             queue_s=max(0.0, self.admitted - self.arrived),
             ttft_s=max(0.0, self.first_token - self.arrived),
             total_s=now - self.arrived,
+            wasted=self.tally.wasted,
+            sources=self.tally.sources(),
         )

@@ -77,7 +77,7 @@ def speculation_from(message: pb.ChatRequest | pb.GenerateRequest) -> bool:
     return message.speculation if message.HasField("speculation") else True
 
 
-def started_event(request: Request, accepted: Accepted) -> pb.GenerateEvent:
+def started_event(request: Request, accepted: Accepted, synthetic_acceptance: float | None = None) -> pb.GenerateEvent:
     return pb.GenerateEvent(
         started=pb.Started(
             request_id=request.request_id,
@@ -85,6 +85,7 @@ def started_event(request: Request, accepted: Accepted) -> pb.GenerateEvent:
             replica_id=accepted.replica_id,
             seed=accepted.seed,
             prompt_tokens=len(request.token_ids),
+            synthetic_acceptance=synthetic_acceptance,
         )
     )
 
@@ -129,6 +130,10 @@ def usage_message(metrics: Metrics) -> pb.Usage:
         queue_seconds=metrics.queue_s,
         ttft_seconds=metrics.ttft_s,
         total_seconds=metrics.total_s,
+        wasted_drafts=metrics.wasted,
+        sources=[
+            pb.SourceUsage(source=each.source, drafted=each.drafted, accepted=each.accepted) for each in metrics.sources
+        ],
     )
 
 

@@ -116,7 +116,7 @@ class InferenceHandlers:
 
     async def _events(self, request: Request) -> Events:
         async with await self._gateway.open(request) as stream:
-            yield started_event(request, stream.accepted)
+            yield started_event(request, stream.accepted, self._gateway.synthetic_acceptance)
             generated = [0] * request.params.n
             async for delta in stream:
                 generated[delta.index] += len(delta.token_ids)

@@ -97,8 +97,8 @@ class Target:
             "kv_tokens_in_use": usage.in_use,
             "kv_tokens_cached": usage.cached,
             "sessions": len(await self._sessions()),
-            "drafted_tokens": engine.drafted_tokens,
-            "accepted_tokens": engine.accepted_tokens,
+            "drafted_tokens": engine.tally.drafted,
+            "accepted_tokens": engine.tally.accepted,
             "drafters_connected": 0,
         }
         if self._proposer is not None and self._pool is not None:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from paceline.api import ClusterStatus, Gateway, SessionInfo, Targets, create_app
-from paceline.types import Accepted, Delta, FinishReason, Frame, Metrics, Request
+from paceline.types import Accepted, Delta, FinishReason, Frame, Metrics, Request, SourceMetrics
 
 MODEL = "tiny"
 CONTEXT = 512
@@ -29,6 +29,8 @@ METRICS = Metrics(
     queue_s=0.125,
     ttft_s=0.25,
     total_s=0.5,
+    wasted=1,
+    sources=(SourceMetrics("remote", (1, 1), (1, 0)),),
 )
 HELLO = (
     ACCEPTED,
@@ -117,8 +119,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def gateway(targets: Targets | None = None, *, timeout_s: float = 30.0) -> Gateway:
-    return Gateway(targets or ScriptedTargets(), tokenizer(), MODEL, CONTEXT, timeout_s)
+def gateway(
+    targets: Targets | None = None, *, timeout_s: float = 30.0, synthetic_acceptance: float | None = None
+) -> Gateway:
+    return Gateway(targets or ScriptedTargets(), tokenizer(), MODEL, CONTEXT, timeout_s, synthetic_acceptance)
 
 
 def http(targets: Targets | None = None, **options: Any) -> httpx.AsyncClient:

@@ -23,6 +23,8 @@ INFO = {
     "drafted_tokens": 2,
     "accepted_tokens": 1,
     "late_drafts": 1,
+    "wasted_drafts": 1,
+    "sources": {"remote": {"drafted": [1, 1], "accepted": [1, 0]}},
     "steps": 2,
     "cached_tokens": 2,
     "ttft_s": 0.25,
@@ -33,6 +35,7 @@ USAGE = {
     "completion_tokens": 3,
     "total_tokens": 7,
     "prompt_tokens_details": {"cached_tokens": 2},
+    "completion_tokens_details": {"accepted_prediction_tokens": 1, "rejected_prediction_tokens": 1},
 }
 
 
@@ -455,3 +458,37 @@ async def test_the_deadline_of_a_stream_is_an_event() -> None:
         response = await client.post("/v1/chat/completions", json={**CHAT, "stream": True})
     assert events(response.text)[-1]["error"]["code"] == "timeout"
     assert targets.ended == ["cancelled"]
+
+
+# Synthetic acceptance: the text is nonsense, and every answer says so.
+
+
+async def marked(path: str, body: dict[str, Any], probability: float | None) -> httpx.Response:
+    app = create_app(gateway(synthetic_acceptance=probability))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://paceline") as client:
+        return await client.post(path, json=body)
+
+
+@BOTH
+async def test_a_synthetic_answer_is_marked_thrice(path: str, body: dict[str, Any]) -> None:
+    response = await marked(path, body, 0.7)
+    answer = response.json()
+    assert answer["paceline"]["synthetic_acceptance"] == 0.7
+    assert answer["system_fingerprint"] == "tiny-synthetic-acceptance-0.7"
+    assert response.headers["x-paceline-synthetic-acceptance"] == "0.7"
+
+
+@BOTH
+async def test_every_chunk_of_a_synthetic_answer_is_marked(path: str, body: dict[str, Any]) -> None:
+    response = await marked(path, {**body, "stream": True}, 0.0)
+    *chunks, _ = events(response.text)
+    assert {chunk["system_fingerprint"] for chunk in chunks} == {"tiny-synthetic-acceptance-0"}
+    assert chunks[-1]["paceline"]["synthetic_acceptance"] == 0.0
+    assert response.headers["x-paceline-synthetic-acceptance"] == "0"
+
+
+@BOTH
+async def test_a_true_answer_bears_no_mark(path: str, body: dict[str, Any]) -> None:
+    response = await marked(path, body, None)
+    assert "x-paceline-synthetic-acceptance" not in response.headers
+    assert "synthetic" not in response.text

@@ -158,6 +158,7 @@ async def test_usage_counts_the_prompt_once_and_sums_the_outputs() -> None:
         "completion_tokens": 5,
         "total_tokens": 9,
         "prompt_tokens_details": {"cached_tokens": 1},
+        "completion_tokens_details": {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 1},
     }
     info = body["paceline"]
     assert (info["drafted_tokens"], info["accepted_tokens"], info["ttft_s"], info["total_s"]) == (4, 3, 0.1, 2)

@@ -50,6 +50,19 @@ async def test_a_chat_completion_parses() -> None:
     assert (completion.usage.total_tokens, completion.usage.prompt_tokens_details.cached_tokens) == (7, 2)
 
 
+async def test_acceptance_is_in_openais_own_fields() -> None:
+    async with client_of(ScriptedTargets()) as client:
+        whole = await client.chat.completions.create(model=MODEL, messages=MESSAGES)
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, stream=True, stream_options={"include_usage": True}
+        )
+        usages = [whole.usage, *[chunk.usage async for chunk in stream if chunk.usage]]
+        text = await client.completions.create(model=MODEL, prompt="hi")
+    details = [usage.completion_tokens_details for usage in [*usages, text.usage] if usage is not None]
+    counts = [(each.accepted_prediction_tokens, each.rejected_prediction_tokens) for each in details if each]
+    assert counts == [(1, 1)] * 3
+
+
 async def test_a_streamed_chat_completion_parses() -> None:
     async with client_of(ScriptedTargets()) as client:
         stream = await client.chat.completions.create(

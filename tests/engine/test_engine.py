@@ -85,7 +85,7 @@ def test_candidates_outside_the_vocabulary_are_dropped(reference: list[list[int]
     proposer = LocalProposer(tiny.drafter_for(tiny.tiny_llama(vocab_size=400)))
     engine = tiny.engine_for(MODEL, proposer=proposer)
     assert names(tiny.run(engine, *requests())) == reference
-    assert engine.drafted_tokens > 0
+    assert engine.tally.drafted > 0
 
 
 def test_eos_inside_an_accepted_run_ends_there() -> None:

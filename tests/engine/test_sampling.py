@@ -179,7 +179,7 @@ def test_a_draft_with_a_smaller_vocabulary_still_drafts() -> None:
     params = {"max_tokens": TOKENS, "logit_bias": dict.fromkeys(range(100, 199), -100.0), "repetition_penalty": 1.2}
     drafted = engine(small)
     assert outputs(drafted, tiny.request(low, **params)) == outputs(engine(), tiny.request(low, **params))
-    assert drafted.drafted_tokens > 0
+    assert drafted.tally.drafted > 0
 
 
 # Log probabilities.

@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 
 from paceline.errors import InvalidRequest
-from paceline.rpc.inference_convert import delta_events, input_from, params_from, prompt_from, speculation_from
-from paceline.types import Delta, FinishReason, Metrics, SamplingParams, TokenLogprobs
+from paceline.rpc.inference_convert import (
+    delta_events,
+    input_from,
+    params_from,
+    prompt_from,
+    speculation_from,
+    started_event,
+)
+from paceline.types import Accepted, Delta, FinishReason, Metrics, Request, SamplingParams, TokenLogprobs
 from paceline.v1 import inference_pb2 as pb
 
 
@@ -108,3 +115,14 @@ def test_an_end_without_tokens_is_one_event() -> None:
     (event,) = delta_events(Delta((), "", FinishReason.ABORT), Metrics(prompt_tokens=4, completion_tokens=2))
     assert event.finished.reason == pb.FINISH_REASON_ABORT
     assert (event.finished.usage.prompt_tokens, event.finished.usage.completion_tokens) == (4, 2)
+
+
+def test_a_synthetic_answer_is_marked_at_its_start() -> None:
+    request = Request("r", (1,), SamplingParams(seed=1))
+    marked = started_event(request, Accepted("t", 1, 1), 0.0).started
+    assert (marked.HasField("synthetic_acceptance"), marked.synthetic_acceptance) == (True, 0.0)
+
+
+def test_a_true_answer_bears_no_mark() -> None:
+    started = started_event(Request("r", (1,), SamplingParams(seed=1)), Accepted("t", 1, 1)).started
+    assert not started.HasField("synthetic_acceptance")

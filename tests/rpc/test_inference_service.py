@@ -125,6 +125,8 @@ async def test_a_chat_is_started_then_tokens_then_finished() -> None:
             queue_seconds=0.125,
             ttft_seconds=0.25,
             total_seconds=0.5,
+            wasted_drafts=1,
+            sources=[pb.SourceUsage(source="remote", drafted=[1, 1], accepted=[1, 0])],
         ),
     )
 

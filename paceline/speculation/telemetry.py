@@ -1,0 +1,72 @@
+"""What became of candidates: counted by source and place, for one request and for a whole engine alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+from paceline.types import SourceMetrics
+
+
+@dataclass(eq=False, slots=True)
+class _Counts:
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class SpeculationTally:
+    """Counts that only grow. `late` steps found no candidates in time; `wasted` candidates were never verified.
+
+    `requests` were begun, `declined` of them asked for no speculation; `steps` decoded, one for each sequence in a
+    forward pass.
+    """
+
+    late: int = 0
+    wasted: int = 0
+    requests: int = 0
+    declined: int = 0
+    steps: int = 0
+    _by_source: dict[str, _Counts] = field(default_factory=dict)
+
+    @property
+    def drafted(self) -> int:
+        return sum(sum(counts.drafted) for counts in self._by_source.values())
+
+    @property
+    def accepted(self) -> int:
+        return sum(sum(counts.accepted) for counts in self._by_source.values())
+
+    def note(self, source: str, drafted: int, accepted: int) -> None:
+        """Of `drafted` candidates the first `accepted` became output."""
+        counts = self._by_source.setdefault(source, _Counts())
+        while len(counts.drafted) < drafted:
+            counts.drafted.append(0)
+            counts.accepted.append(0)
+        for place in range(drafted):
+            counts.drafted[place] += 1
+        for place in range(accepted):
+            counts.accepted[place] += 1
+
+    def sources(self) -> tuple[SourceMetrics, ...]:
+        """Of every source that had candidates verified."""
+        return tuple(
+            SourceMetrics(source, tuple(counts.drafted), tuple(counts.accepted))
+            for source, counts in list(self._by_source.items())
+        )
+
+
+def merged(parts: Iterable[Iterable[SourceMetrics]]) -> tuple[SourceMetrics, ...]:
+    """The sums by source: of several outputs, or of several replicas."""
+    found: dict[str, SourceMetrics] = {}
+    for part in parts:
+        for each in part:
+            before = found.get(each.source, SourceMetrics(each.source))
+            drafted, accepted = _added(before.drafted, each.drafted), _added(before.accepted, each.accepted)
+            found[each.source] = SourceMetrics(each.source, drafted, accepted)
+    return tuple(found.values())
+
+
+def _added(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x + y for x, y in zip_longest(a, b, fillvalue=0))
