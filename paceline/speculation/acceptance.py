@@ -14,6 +14,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from enum import Enum
 
+from paceline.speculation.lookup import LONGEST_MATCH
+
 LOOKUP_LENGTHS = (1, 2, 3, 4, 5, 7, 10, 16)
 """Agreeing tokens from which on prompt lookup's candidates count as one kind, and what is expected of each kind."""
 LOOKUP_PRIOR = (0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 0.9)
@@ -32,40 +34,38 @@ class Kind(Enum):
     LOOKUP = "lookup"
 
 
-class _Rate:
-    """Hits and trials that fade with the trials of the whole table."""
-
-    __slots__ = ("at", "hits", "trials")
-
-    def __init__(self) -> None:
-        self.hits = self.trials = 0.0
-        self.at = 0
-
-    def note(self, hit: bool, now: int, memory: float) -> None:
-        fade = memory ** (now - self.at)
-        self.hits, self.trials, self.at = self.hits * fade + hit, self.trials * fade + 1.0, now
-
-    def estimate(self, prior: float, now: int, memory: float) -> float:
-        fade = memory ** (now - self.at)
-        return (self.hits * fade + PRIOR_WEIGHT * prior) / (self.trials * fade + PRIOR_WEIGHT)
+_SIZES = {Kind.DRAFT: MAX_DEPTH, Kind.LOOKUP: len(LOOKUP_LENGTHS)}
+_LARGEST = 1e100
 
 
 class _Table:
-    """Rates of one kind of source. Its clock ticks with each run that is noted, so that a place which is not
-    reached any more fades towards its prior too."""
+    """Hits and trials by place. They fade with each run that is noted, so that a place which is not reached any more
+    fades towards its prior too.
 
-    __slots__ = ("memory", "now", "rates")
+    Instead of making the old ones lighter, each is noted with more weight than the last.
+    """
+
+    __slots__ = ("fade", "hits", "trials", "weight")
 
     def __init__(self, size: int, memory: float) -> None:
-        self.rates = [_Rate() for _ in range(size)]
-        self.memory = memory
-        self.now = 0
+        self.hits, self.trials = [0.0] * size, [0.0] * size
+        self.weight, self.fade = 1.0, 1 / memory
+
+    def note(self, places: Sequence[int], hits: int) -> None:
+        """The first `hits` places of a run were hit, the others were not."""
+        self.weight *= self.fade
+        for n, place in enumerate(places):
+            self.trials[place] += self.weight
+            if n < hits:
+                self.hits[place] += self.weight
+        if self.weight > _LARGEST:
+            self.hits = [x / self.weight for x in self.hits]
+            self.trials = [x / self.weight for x in self.trials]
+            self.weight = 1.0
 
     def estimate(self, place: int, prior: float) -> float:
-        return self.rates[place].estimate(prior, self.now, self.memory)
-
-
-_SIZES = {Kind.DRAFT: MAX_DEPTH, Kind.LOOKUP: len(LOOKUP_LENGTHS)}
+        held = PRIOR_WEIGHT * self.weight
+        return (self.hits[place] + held * prior) / (self.trials[place] + held)
 
 
 class Acceptance:
@@ -74,6 +74,7 @@ class Acceptance:
     def __init__(self) -> None:
         self._all = {kind: _Table(size, MEMORY_OF_ALL) for kind, size in _SIZES.items()}
         self._one: dict[tuple[int, Kind], _Table] = {}
+        self._of_all: dict[Kind, list[float]] = {}
 
     def close(self, sequence: int) -> None:
         for kind in Kind:
@@ -84,41 +85,46 @@ class Acceptance:
 
         `matched` is the length of the match they came from, for prompt lookup.
         """
-        count = hits + missed
-        if not count:
+        places = _places(kind, matched, hits + missed)
+        if not places:
             return
         one = self._one.get((sequence, kind))
         if one is None:
             one = self._one[sequence, kind] = _Table(_SIZES[kind], MEMORY_OF_ONE)
-        for table in (one, self._all[kind]):
-            table.now += 1
-            for n in range(count):
-                table.rates[_place(kind, matched, n)].note(n < hits, table.now, table.memory)
+        one.note(places, hits)
+        self._all[kind].note(places, hits)
+        self._of_all.pop(kind, None)
 
     def run(self, sequence: int, kind: Kind, matched: int, count: int, least: float = 0.0) -> list[float]:
         """The probability of each of `count` candidates that it and all before it are accepted, down to `least`."""
         found, together = [], 1.0
-        own, everyone = self._one.get((sequence, kind)), self._all[kind]
-        prior = DRAFT_PRIOR
-        for n in range(count):
-            place = _place(kind, matched, n)
-            if kind is Kind.LOOKUP:
-                prior = LOOKUP_PRIOR[place]
-            # A draft's deeper positions begin at what is known of the one before: they are seldom reached.
-            rate = prior = everyone.estimate(place, prior)
-            if own is not None:
-                rate = own.estimate(place, rate)
-            together *= rate
+        own, rates = self._one.get((sequence, kind)), self._rates(kind)
+        for place in _places(kind, matched, count):
+            rate = rates[place]
+            together *= rate if own is None else own.estimate(place, rate)
             if together < least:
                 break
             found.append(together)
         return found
 
+    def _rates(self, kind: Kind) -> list[float]:
+        """Over all sequences, by place; kept until something is noted."""
+        if kind not in self._of_all:
+            table, rates, prior = self._all[kind], [], DRAFT_PRIOR
+            for place in range(_SIZES[kind]):
+                # A draft's deeper positions begin at what is known of the one before: they are seldom reached.
+                prior = table.estimate(place, LOOKUP_PRIOR[place] if kind is Kind.LOOKUP else prior)
+                rates.append(prior)
+            self._of_all[kind] = rates
+        return self._of_all[kind]
 
-def _place(kind: Kind, matched: int, n: int) -> int:
-    if kind is Kind.DRAFT:
-        return min(n, MAX_DEPTH - 1)
-    return bisect_right(LOOKUP_LENGTHS, matched + n) - 1
+
+_DRAFT_PLACES = tuple(range(MAX_DEPTH))
+_LOOKUP_PLACES = tuple(bisect_right(LOOKUP_LENGTHS, length) - 1 for length in range(LONGEST_MATCH + MAX_DEPTH))
+
+
+def _places(kind: Kind, matched: int, count: int) -> tuple[int, ...]:
+    return _DRAFT_PLACES[:count] if kind is Kind.DRAFT else _LOOKUP_PLACES[matched : matched + count]
 
 
 def agreeing(candidates: Sequence[int], tokens: Sequence[int]) -> tuple[int, bool]:

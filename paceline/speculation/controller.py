@@ -22,6 +22,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import itemgetter
 
 from paceline.speculation.acceptance import MAX_DEPTH, Acceptance, Kind
 from paceline.speculation.cost import VerifyCost
@@ -157,11 +159,14 @@ class Controller(Policy):
         if not self._allowed(Kind.DRAFT, offers, prefill):
             return {}
         runs = self._runs(offers, prefill)
-        walk = self._walk(offers, runs, prefill)
-        best = walk(0, 0.0)
-        for depth in range(1, 1 + max((len(each.get(Kind.DRAFT, ())) for each in runs.values()), default=0)):
-            best = max(best, walk(depth, wait(depth)), key=lambda step: step.score)
-        depths = {sequence: choice.depth for sequence, choice in best.choices.items() if choice.kind is Kind.DRAFT}
+        best_of = self._weigh(len(offers), runs, prefill)
+        depth, best = 0, best_of(0, 0.0)
+        for deeper in range(1, runs.deepest + 1):
+            found = best_of(deeper, wait(deeper))
+            if found.score > best.score:
+                depth, best = deeper, found
+        choices = runs.choices(depth, best.count)
+        depths = {sequence: choice.depth for sequence, choice in choices.items() if choice.kind is Kind.DRAFT}
         if depths:
             self._idle = 0
             return depths
@@ -169,7 +174,7 @@ class Controller(Policy):
 
     def take(self, offers: Offers, prefill: int) -> dict[int, Choice]:
         runs = self._runs(offers, prefill)
-        choices = self._walk(offers, runs, prefill)(MAX_DEPTH, 0.0).choices if runs else {}
+        choices = runs.choices(MAX_DEPTH, self._weigh(len(offers), runs, prefill)(MAX_DEPTH, 0.0).count)
         if self._probed is not None and _of_kind(offers.get(self._probed, ()), Kind.DRAFT) is not None:
             choices.setdefault(self._probed, Choice(Kind.DRAFT, 1))
         return choices
@@ -200,34 +205,28 @@ class Controller(Policy):
     def _allowed(self, kind: Kind, offers: Offers, prefill: int) -> bool:
         return bool(offers) and self._guard.allows(kind, len(offers), prefill)
 
-    def _runs(self, offers: Offers, prefill: int) -> dict[int, dict[Kind, list[float]]]:
+    def _runs(self, offers: Offers, prefill: int) -> _Runs:
         """Of each sequence with offers that are allowed now: what each candidate is worth."""
         allowed = [kind for kind in Kind if self._allowed(kind, offers, prefill)]
-        found = {}
+        found: dict[int, dict[Kind, list[float]]] = {}
         for sequence, each in offers.items():
-            runs = {
-                offer.kind: run
-                for offer in each
-                if offer.kind in allowed
-                and (run := self._acceptance.run(sequence, offer.kind, offer.matched, offer.count, LEAST_WORTH))
-            }
-            if runs:
-                found[sequence] = runs
-        return found
+            for offer in each:
+                if offer.kind in allowed:
+                    run = self._acceptance.run(sequence, offer.kind, offer.matched, offer.count, LEAST_WORTH)
+                    found.setdefault(sequence, {})[offer.kind] = run
+        return _Runs(found)
 
-    def _walk(
-        self, offers: Offers, runs: Mapping[int, Mapping[Kind, list[float]]], prefill: int
-    ) -> Callable[[int, float], _Step]:
-        """The best step for a depth of drafts and the wait it takes."""
-        windows = len(offers)
-        most = windows + sum(max(map(len, each.values())) for each in runs.values())
-        costs = [self.cost.seconds(drawn, windows) for drawn in range(windows, most + 1)]
+    def _weigh(self, windows: int, runs: _Runs, prefill: int) -> Callable[[int, float], _Best]:
+        """Finds the best step for a depth of drafts and the wait it takes."""
+        if not runs.most:
+            return lambda _, __: _Best(0, 0.0, 0.0)
+        costs = self.cost.upwards(windows, runs.most)
         if not prefill:
-            return lambda depth, waited: _best_step(windows, _cut(runs, depth), costs, waited)
-        # At what rate tokens come when the prompts are done; the drafts' part in it does not matter much.
-        value = _best_step(windows, _cut(runs, MAX_DEPTH), costs, 0.0).rate
-        mixed = [self.cost.seconds(drawn, windows, prefill) for drawn in range(windows, most + 1)]
-        return lambda depth, waited: _best_step(windows, _cut(runs, depth), mixed, waited, value)
+            return lambda depth, waited: _best(windows, runs.worths(depth), costs, waited)
+        # At what rate tokens come when the prompts are done.
+        rate = _best(windows, runs.worths(MAX_DEPTH), costs, 0.0).rate
+        mixed = self.cost.upwards(windows, runs.most, prefill)
+        return lambda depth, waited: _best(windows, runs.worths(depth), mixed, waited, rate)
 
     def _probe(self, offers: Offers, wait_s: float) -> dict[int, int]:
         """Now and then one sequence asks for one candidate: as often as its expected loss allows."""
@@ -247,50 +246,66 @@ class Controller(Policy):
         return {sequence: 1}
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A possible step, its expected tokens a second, and how good that is."""
+class _Runs:
+    """What candidates are worth: of each sequence its draft's and its lookup's, each run falling."""
 
-    choices: dict[int, Choice]
+    def __init__(self, runs: Mapping[int, Mapping[Kind, list[float]]]) -> None:
+        self._runs = [
+            (sequence, draft, list(accumulate(draft, initial=0.0)), lookup, sum(lookup))
+            for sequence, each in runs.items()
+            for draft, lookup in [(each.get(Kind.DRAFT, []), each.get(Kind.LOOKUP, []))]
+        ]
+        self.deepest = max((len(draft) for _, draft, *_ in self._runs), default=0)
+        self.most = sum(max(len(draft), len(lookup)) for _, draft, _, lookup, _ in self._runs)
+
+    def worths(self, depth: int) -> list[float]:
+        """Of all candidates, the best first, if each sequence has its better source and drafts are that deep."""
+        found: list[float] = []
+        for _, draft, sums, lookup, total in self._runs:
+            found += draft[:depth] if sums[min(depth, len(draft))] > total else lookup
+        found.sort(reverse=True)
+        return found
+
+    def choices(self, depth: int, count: int) -> dict[int, Choice]:
+        """Those that the best `count` of them make."""
+        ranked = []
+        for sequence, draft, sums, lookup, total in self._runs:
+            better = sums[min(depth, len(draft))] > total
+            kind, run = (Kind.DRAFT, draft[:depth]) if better else (Kind.LOOKUP, lookup)
+            ranked += [(worth, sequence, kind) for worth in run]
+        ranked.sort(key=itemgetter(0), reverse=True)
+        depths = Counter((sequence, kind) for _, sequence, kind in ranked[:count])
+        return {sequence: Choice(kind, depth) for (sequence, kind), depth in depths.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Best:
+    """The best step: how many candidates it has, its tokens a second, and how good that is."""
+
+    count: int
     rate: float
     score: float
 
 
-def _best_step(
-    windows: int,
-    runs: Mapping[int, tuple[Kind, list[float]]],
-    costs: Sequence[float],
-    waited_s: float,
-    rate: float | None = None,
-) -> _Step:
-    """The best prefix of all candidates by worth; `costs[n]` is the pass with n of them.
+def _best(
+    windows: int, worths: Sequence[float], costs: Sequence[float], waited_s: float, rate: float | None = None
+) -> _Best:
+    """The best prefix of candidates sorted by worth; `costs[n]` is the pass with n of them.
 
     Best is most tokens a second or, where a `rate` says what a token is worth, most time saved by it.
     """
-    worths = sorted(((worth, sequence) for sequence, (_, run) in runs.items() for worth in run), reverse=True)
-    tokens = float(windows)
-    best, best_tokens = 0, tokens
-    best_score = tokens / (costs[0] + waited_s) if rate is None else tokens / rate - costs[0] - waited_s
+    tokens, seconds = float(windows), costs[0] + waited_s
+    score = tokens / seconds if rate is None else tokens / rate - seconds
+    best, best_rate, best_score = 0, tokens / seconds, score
     # Speculation must promise a little more than it may be wrong by.
-    needed = best_score + MARGIN * (tokens / costs[0] if rate is None else tokens / rate)
-    for n, (worth, _) in enumerate(worths, start=1):
+    needed = score + MARGIN * (tokens / costs[0] if rate is None else tokens / rate)
+    for n, worth in enumerate(worths, start=1):
         tokens += worth
         seconds = costs[n] + waited_s
         score = tokens / seconds if rate is None else tokens / rate - seconds
         if score > needed:
-            best, best_tokens, best_score, needed = n, tokens, score, score
-    depths = Counter(sequence for _, sequence in worths[:best])
-    choices = {sequence: Choice(runs[sequence][0], depth) for sequence, depth in depths.items()}
-    return _Step(choices, best_tokens / (costs[best] + waited_s), best_score)
-
-
-def _cut(runs: Mapping[int, Mapping[Kind, list[float]]], depth: int) -> dict[int, tuple[Kind, list[float]]]:
-    """Of each sequence the source that is worth more, with drafts of at most that depth."""
-    found = {}
-    for sequence, each in runs.items():
-        lookup, draft = each.get(Kind.LOOKUP, []), each.get(Kind.DRAFT, [])[:depth]
-        found[sequence] = (Kind.DRAFT, draft) if sum(draft) > sum(lookup) else (Kind.LOOKUP, lookup)
-    return found
+            best, best_rate, best_score, needed = n, tokens / seconds, score, score
+    return _Best(best, best_rate, best_score)
 
 
 def _of_kind(offers: Sequence[Offer], kind: Kind) -> Offer | None:

@@ -34,6 +34,7 @@ class VerifyCost:
         # More rows are never cheaper; a measurement that says so was disturbed.
         self._seconds = [max(points[r] for r in self._rows if r <= rows) for rows in self._rows]
         self._window_s = max(0.0, window_s)
+        self._known: list[float] = []
         self._unit = self.curve(1)
         # Normal equations of y = scale + slope * u, with their prior.
         self._uu = self._u1 = self._11 = self._uy = self._1y = 0.0
@@ -41,18 +42,25 @@ class VerifyCost:
 
     def curve(self, rows: int, windows: int = 1) -> float:
         """Seconds as measured at start-up, interpolated; beyond the last point along the last stretch."""
-        xs, ys = self._rows, self._seconds
-        extra = self._window_s * (windows - 1)
-        if len(xs) == 1 or rows <= xs[0]:
-            return ys[0] * (max(1.0, rows / xs[0]) if len(xs) == 1 else 1.0) + extra
-        at = min(bisect_left(xs, rows), len(xs) - 1)
-        x0, x1, y0, y1 = xs[at - 1], xs[at], ys[at - 1], ys[at]
-        return y0 + (y1 - y0) * (rows - x0) / (x1 - x0) + extra
+        known = self._known
+        while len(known) <= rows:
+            known.append(self._interpolated(len(known)))
+        return known[rows] + self._window_s * (windows - 1)
 
     def seconds(self, drawn: int, windows: int = 1, prefill: int = 0) -> float:
         """Of a step with `drawn` rows of decode and verification windows beside `prefill` prompt tokens."""
         curve = self.curve(drawn + prefill, windows)
         return max(0.25 * self.scale * curve, self.scale * curve + self.slope * self._unit * drawn)
+
+    def upwards(self, windows: int, count: int, prefill: int = 0) -> list[float]:
+        """Seconds of a step with as many drawn rows as windows, with one more, … with `count` more."""
+        self.curve(windows + count + prefill)  # so that all of them are known
+        curve = self._known[windows + prefill : windows + count + prefill + 1]
+        scale, slope, extra = self.scale, self.slope * self._unit, self._window_s * (windows - 1)
+        return [
+            max(0.25 * scale * (seconds + extra), scale * (seconds + extra) + slope * drawn)
+            for drawn, seconds in enumerate(curve, start=windows)
+        ]
 
     def observe(self, drawn: int, windows: int, prefill: int, seconds: float) -> None:
         """A step took this long."""
@@ -66,6 +74,16 @@ class VerifyCost:
         self._uy = MEMORY * self._uy + u * y
         self._1y = MEMORY * self._1y + y
         self._solve()
+
+    def _interpolated(self, rows: int) -> float:
+        xs, ys = self._rows, self._seconds
+        if len(xs) == 1:
+            return ys[0] * max(1.0, rows / xs[0])
+        if rows <= xs[0]:
+            return ys[0]
+        at = min(bisect_left(xs, rows), len(xs) - 1)
+        x0, x1, y0, y1 = xs[at - 1], xs[at], ys[at - 1], ys[at]
+        return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
 
     def _solve(self) -> None:
         a, b, d = self._11 + SCALE_PRECISION, self._u1, self._uu + SLOPE_PRECISION

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from paceline.speculation.frames import Advance, DraftFailureReason
@@ -12,6 +12,7 @@ from paceline.types import SamplingParams
 
 SMOOTHING = 0.2
 """Weight of the latest measurement."""
+SURPRISE = 2.0
 
 
 class Answer(Protocol):
@@ -32,6 +33,8 @@ class DrafterLike(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+    @property
+    def drafted_tokens(self) -> int: ...
     def open(self, key: Hashable, tokens: Sequence[int], params: SamplingParams, depth: int) -> None: ...
     def advance(self, key: Hashable, base: int, tokens: Sequence[int], depth: int) -> None: ...
     def close(self, key: Hashable) -> None: ...
@@ -41,14 +44,17 @@ class DrafterLike(Protocol):
 class LocalProposer(Proposer):
     """Runs the drafter inside `propose`, until it has nothing left to do. Its deadline is its own work."""
 
-    def __init__(self, drafter: DrafterLike) -> None:
+    def __init__(self, drafter: DrafterLike, clock: Callable[[], float] = time.perf_counter) -> None:
         self._drafter = drafter
+        self._clock = clock
         self._ready: dict[int, Answer] = {}
         self._open: set[int] = set()
-        self._token_s = 0.0
+        self._new = False
+        self._measured, self._token_s = 0, 0.0
 
     def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
         self._open.add(sequence)
+        self._new = True
         self._drafter.open(sequence, tokens, params, depth=0)
 
     def advance(self, updates: Sequence[Advance]) -> None:
@@ -57,18 +63,19 @@ class LocalProposer(Proposer):
             self._drafter.advance(update.sequence, update.base, update.tokens, update.depth)
 
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:
-        began = time.perf_counter()
         while self._drafter.has_work:
+            began, drafted = self._clock(), self._drafter.drafted_tokens
             for answer in self._drafter.step():
                 if answer.failure is None and isinstance(answer.key, int):
                     self._ready[answer.key] = answer
+            if self._drafter.drafted_tokens > drafted:
+                self._note_step(self._clock() - began)
+        self._new = False
         found = {}
         for want in wanted:
             ready = self._ready.get(want.sequence)
             if ready is not None and ready.base == want.base:
                 found[want.sequence] = Proposal(ready.tokens[: want.depth], Source.LOCAL)
-        if depth := max((len(proposal.tokens) for proposal in found.values()), default=0):
-            self._token_s += SMOOTHING * ((time.perf_counter() - began) / depth - self._token_s)
         return found
 
     def close(self, sequence: int) -> None:
@@ -81,3 +88,12 @@ class LocalProposer(Proposer):
 
     def latency(self, depth: int) -> float:
         return depth * self._token_s
+
+    def _note_step(self, seconds: float) -> None:
+        """A step that may have computed a prompt as well does not say what a token costs, unless nothing else does."""
+        if self._new and self._measured:
+            return
+        self._measured += 1
+        expected = self._token_s or seconds
+        seconds = min(seconds, SURPRISE * expected)
+        self._token_s += max(SMOOTHING, 1 / self._measured) * (seconds - self._token_s)
