@@ -16,7 +16,9 @@ from paceline.errors import PacelineError
 from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
 from paceline.serving.discovery import ReplicaWatch
+from paceline.speculation.acceptance import Kind
 from paceline.speculation.frames import Hello
+from paceline.speculation.idle import Facts, IdleWatch
 from paceline.speculation.remote import RemoteProposer
 from paceline.types import Accepted, Delta, Failure, Frame, Request
 
@@ -40,13 +42,17 @@ class Target:
         self._proposer: RemoteProposer | None = None
         self._pool: DraftPool | None = None
         self._watch: ReplicaWatch | None = None
+        self._idle = IdleWatch()
         self._model = await asyncio.to_thread(_load, settings)
         if draft_deployment is not None:
             self._watch_drafts(draft_deployment)
         self._loop = await asyncio.to_thread(_start, self._model, self._proposer, settings)
 
     def _watch_drafts(self, deployment: str) -> None:
-        self._proposer = RemoteProposer(self._settings.speculation.draft_timeout_ms / 1000)
+        speculation = self._settings.speculation
+        self._proposer = RemoteProposer(
+            speculation.draft_timeout_ms / 1000, rejection=speculation.verification == "rejection"
+        )
         hello = Hello(self.replica_id, self._settings.model, self._model.fingerprint)
         self._pool = DraftPool(self._proposer, hello)
         self._watch = ReplicaWatch(self._context.app_name, deployment, "address", self._pool.set_members)
@@ -100,16 +106,53 @@ class Target:
             "drafted_tokens": engine.tally.drafted,
             "accepted_tokens": engine.tally.accepted,
             "drafters_connected": 0,
+            "speculation": self._speculation(),
+            "warnings": list(self._warnings()),
         }
         if self._proposer is not None and self._pool is not None:
+            sent, received = self._proposer.traffic()
             numbers["drafters_connected"] = len(self._proposer.link_ids)
             numbers["drafters_known"] = len(self._pool.members)
-            numbers["late_drafts"] = self._proposer.stats.late
-            numbers["drafter_problems"] = "; ".join(f"{k}: {v}" for k, v in self._pool.problems.items())
+            numbers["drafter_problems"] = self._problems()
+            numbers["draft_bytes_sent"] = sent
+            numbers["draft_bytes_received"] = received
         return numbers
+
+    def _speculation(self) -> dict[str, Any]:
+        """What became of candidates since the start; read by `paceline.api.metrics` and `paceline status`."""
+        settings, tally = self._settings.speculation, self._loop.engine.tally
+        remote = self._proposer.stats.wasted if self._proposer is not None else 0
+        return {
+            "enabled": settings.enabled,
+            "verification": settings.verification,
+            "synthetic_acceptance": settings.synthetic_acceptance,
+            "sources": {each.source: {"drafted": each.drafted, "accepted": each.accepted} for each in tally.sources()},
+            "late": tally.late,
+            "wasted": tally.wasted + remote,
+        }
+
+    def _warnings(self) -> tuple[str, ...]:
+        settings, engine = self._settings.speculation, self._loop.engine
+        speculator = engine.speculator
+        return self._idle.look(
+            Facts(
+                engine.tally,
+                enabled=settings.enabled,
+                lookup=settings.prompt_lookup_num_tokens > 0,
+                drafts_wanted=self._pool is not None,
+                drafters_connected=len(self._proposer.link_ids) if self._proposer is not None else 0,
+                problems=self._problems(),
+                rests=speculator is not None and all(speculator.policy.rests(kind) for kind in Kind),
+                synthetic_acceptance=settings.synthetic_acceptance,
+            )
+        )
+
+    def _problems(self) -> str:
+        return "; ".join(f"{name}: {why}" for name, why in self._pool.problems.items()) if self._pool else ""
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Polled by the controller, pushed to every SessionRouter. No timestamps: a change is a broadcast."""
+        self._warnings()  # so that what is wrong is logged without anybody asking
         return {"sessions": sorted(await self._sessions())[:MAX_ADVERTISED_SESSIONS]}
 
     def check_health(self) -> None:
