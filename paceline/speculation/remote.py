@@ -78,6 +78,7 @@ class RemoteStats:
     late: int = 0
     waits: int = 0
     waited_s: float = 0.0
+    longest_wait_s: float = 0.0
     missed: int = 0
     reopened: int = 0
     refused: int = 0
@@ -495,6 +496,7 @@ class RemoteProposer(Proposer):
         if seconds > 0:
             self.stats.waits += 1
             self.stats.waited_s += seconds
+            self.stats.longest_wait_s = max(self.stats.longest_wait_s, seconds)
 
     def _judge(self, wanted: Sequence[Wanted]) -> None:
         """After the wait: links that had nothing missed a deadline, links that had everything are forgiven."""
