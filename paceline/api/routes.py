@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -24,12 +25,15 @@ from paceline.api.answers import (
 )
 from paceline.api.failures import JSONBytes, install_error_handlers
 from paceline.api.gateway import Gateway
+from paceline.api.metrics import CONTENT_TYPE, prometheus_text
 from paceline.api.middleware import BodyLimit, LastResort, RequestId
 from paceline.api.reply import Reply
 from paceline.api.schema import DEFAULT_COMPLETION_TOKENS, ChatCompletionRequest, CompletionRequest, GenerationBody
-from paceline.api.state import SessionInfo
+from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.api.wording import ChatWording, CompletionWording
-from paceline.errors import InvalidRequest
+from paceline.errors import InvalidRequest, PacelineError
+
+logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 << 20
 SESSION_ID_HEADER = "x-session-id"
@@ -135,6 +139,17 @@ async def status(gateway: TheGateway) -> Response:
             drafts=[dict(replica) for replica in cluster.drafts],
         )
     )
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(gateway: TheGateway) -> Response:
+    """Prometheus text. Replicas that do not answer in time are missing."""
+    try:
+        cluster = await gateway.status()
+    except PacelineError as error:
+        logger.warning("no metrics of any replica: %s", error.message)
+        cluster = ClusterStatus()
+    return Response(prometheus_text(gateway.model_name, cluster), media_type=CONTENT_TYPE)
 
 
 def _json(answer: Answer) -> Response:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from paceline.cli.client import Answer, Client
+    from paceline.cli.client import Answer, Client, ServerStatus
     from paceline.cli.deployment import Deployment
     from paceline.config import AppSettings
 
@@ -90,8 +90,6 @@ def read_demo_deployment(config: Path | None, port: int | None, grpc_port: int |
 
 def wait_for_drafts(client: Client, settings: AppSettings, console: Console) -> None:
     """Give the targets time to find the drafts that are deployed; say so if they do not, and go on."""
-    from paceline.cli.status import draft_warning
-
     if not drafts_wanted(settings):
         return
     deadline = time.monotonic() + DRAFTS_TIMEOUT_S
@@ -206,3 +204,17 @@ def speed_note(settings: AppSettings) -> str:
         f"The drafts run the target's own model ({settings.model}): this shows the path, not the speed. "
         "Each candidate costs as much as a token of the target, and all of them share this machine."
     )
+
+
+def draft_warning(found: ServerStatus) -> str | None:
+    """What to say if a target wants drafters and has none; None if all is well.
+
+    A target that speculates reports how many drafters it knows of and how many it is connected to.
+    """
+    alone = [target for target in found.targets if "drafters_known" in target and not target.get("drafters_connected")]
+    if not alone:
+        return None
+    names = ", ".join(str(target.get("replica_id")) for target in alone)
+    reasons = "; ".join(dict.fromkeys(str(why) for target in alone if (why := target.get("drafter_problems"))))
+    because = f" ({reasons})" if reasons else ""
+    return f"speculation is on, but no drafter is connected to {names}{because}: answers are right, and slower"

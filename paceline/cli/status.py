@@ -7,13 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from paceline.cli import options
+from paceline.speculation.telemetry import merged
+from paceline.types import SourceMetrics
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from paceline.cli.client import ServerStatus
 
 REPLICAS_ABREAST = 4  # fits in 80 columns
+_ELSEWHERE = ("replica_id", "speculation", "warnings")
+"""What a replica reports that is no row of the table."""
 
 EPILOG = """\b
 Examples:
@@ -26,7 +29,9 @@ Examples:
 def status(url: options.Url = options.DEFAULT_URL, as_json: options.Json = False) -> None:
     """Show the target and draft replicas of a running server.
 
-    A server without a connected drafter answers correctly and slower; this says so.
+    Below them, what speculation does: for each source of candidates how many were verified and became output, and
+    at which places of a run. A server whose speculation is configured and idle answers correctly and slower; this
+    says so, and why.
     """
     from paceline.cli.client import Client
     from paceline.cli.console import stdout
@@ -41,7 +46,11 @@ def status(url: options.Url = options.DEFAULT_URL, as_json: options.Json = False
     console.print(f"{found.model} at {client.url}; {counts}", markup=False)
     for table in (*replica_tables("target", found.targets), *replica_tables("draft", found.drafts)):
         console.print(table)
-    if warning := draft_warning(found):
+    if (sources := speculation_table(found.targets)) is not None:
+        console.print(sources)
+    if any(target.get("speculation") for target in found.targets):
+        console.print(speculation_line(found.targets), markup=False, soft_wrap=True)
+    for warning in warnings(found.targets):
         console.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
 
 
@@ -51,7 +60,7 @@ def replica_tables(kind: str, replicas: Sequence[Mapping[str, Any]]) -> Iterator
     from rich.table import Table
     from rich.text import Text
 
-    keys = [key for key in dict.fromkeys(key for replica in replicas for key in replica) if key != "replica_id"]
+    keys = [key for key in dict.fromkeys(key for replica in replicas for key in replica) if key not in _ELSEWHERE]
     told = [key for key in keys if any(replica.get(key) not in (None, "") for replica in replicas)]
     for start in range(0, len(replicas), REPLICAS_ABREAST):
         abreast = replicas[start : start + REPLICAS_ABREAST]
@@ -71,15 +80,53 @@ def cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def draft_warning(found: ServerStatus) -> str | None:
-    """What to say if a target wants drafters and has none; None if all is well.
+def speculation_table(targets: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Of all targets together, a row for each source that had candidates verified; None if there is none."""
+    from rich import box
+    from rich.table import Table
 
-    A target that speculates reports how many drafters it knows of and how many it is connected to.
-    """
-    alone = [target for target in found.targets if "drafters_known" in target and not target.get("drafters_connected")]
-    if not alone:
+    told = [target.get("speculation") or {} for target in targets]
+    sources = merged(
+        [SourceMetrics(name, tuple(counts["drafted"]), tuple(counts["accepted"]))]
+        for each in told
+        for name, counts in (each.get("sources") or {}).items()
+    )
+    if not sources:
         return None
-    names = ", ".join(str(target.get("replica_id")) for target in alone)
-    reasons = "; ".join(dict.fromkeys(str(why) for target in alone if (why := target.get("drafter_problems"))))
-    because = f" ({reasons})" if reasons else ""
-    return f"speculation is on, but no drafter is connected to {names}{because}: answers are right, and slower"
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("speculation")
+    for heading in ("drafted", "accepted", "rolled back", "acceptance", "by place in the run"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for each in sources:
+        drafted, accepted = sum(each.drafted), sum(each.accepted)
+        places = " ".join(_percent(a, d) for a, d in zip(each.accepted, each.drafted, strict=True))
+        counts = (str(drafted), str(accepted), str(each.rolled_back), _percent(accepted, drafted))
+        table.add_row(each.source.replace("_", " "), *counts, places)
+    return table
+
+
+def speculation_line(targets: Sequence[Mapping[str, Any]]) -> str:
+    """What no source has to itself."""
+    told = [target.get("speculation") or {} for target in targets]
+    late, wasted = (sum(int(each.get(key) or 0) for each in told) for key in ("late", "wasted"))
+    connected = ", ".join(
+        f"{target.get('drafters_connected')} of {target['drafters_known']}"
+        for target in targets
+        if "drafters_known" in target
+    )
+    drafters = f"; drafters connected to each target: {connected}" if connected else ""
+    verification = "/".join(dict.fromkeys(str(each["verification"]) for each in told if each.get("verification")))
+    return f"speculation ({verification or 'off'}): {late} late, {wasted} wasted{drafters}"
+
+
+def warnings(targets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What replicas warn of, each thing once, with the replicas that say it."""
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        for text in target.get("warnings") or ():
+            found.setdefault(str(text), []).append(str(target.get("replica_id")))
+    return [f"{text} [{', '.join(names)}]" for text, names in found.items()]
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f}%" if whole else "-"

@@ -65,13 +65,20 @@ async def _ask_all(handle: DeploymentHandle | None, method: str, *args: Any) -> 
     """The answers of every replica that gave one; one that dies or hangs meanwhile is left out."""
     if handle is None:
         return []
+    deadline = asyncio.get_running_loop().time() + BROADCAST_TIMEOUT_S
     try:
-        answers = await asyncio.wait_for(
-            handle.broadcast(method, *args).results_async(return_exceptions=True), BROADCAST_TIMEOUT_S
-        )
+        async with asyncio.timeout_at(deadline):
+            # `results_async` has one deadline for all: a replica that hangs would take the others' answers along.
+            replicas = await handle.broadcast(method, *args)._fetch_replica_results_async()
     except (RayError, RayServeException, TimeoutError) as error:
         raise Unavailable("the replicas did not answer; try again shortly") from error
+    answers = await asyncio.gather(*(_answer(replica, deadline) for replica in replicas), return_exceptions=True)
     return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+async def _answer(replica: Any, deadline: float) -> Any:
+    async with asyncio.timeout_at(deadline):
+        return await replica.get_async()
 
 
 def _translate(error: Exception) -> PacelineError:

@@ -367,6 +367,7 @@ async def test_the_openapi_description_has_every_route() -> None:
         paths = (await client.get("/openapi.json")).json()["paths"]
     assert sorted(paths) == [
         "/health",
+        "/metrics",
         "/status",
         "/v1/chat/completions",
         "/v1/completions",

@@ -19,24 +19,60 @@ def test_the_table_names_every_replica(run: Run, server: FakeServer) -> None:
     assert all(name in printed for name in ("aaa", "bbb", "10.0.0.1:7"))
 
 
-def test_connected_drafters_give_no_warning(run: Run, server: FakeServer) -> None:
+def test_nothing_to_warn_of_is_no_warning(run: Run, server: FakeServer) -> None:
+    server.status = with_target(warnings=[])
     assert "WARNING" not in run("status", "--url", server.url).out
 
 
-def test_a_target_that_wants_drafters_and_has_none_is_named(run: Run, server: FakeServer) -> None:
-    server.status = with_target(drafters_known=0, drafters_connected=0)
+def test_what_a_target_warns_of_is_printed_with_its_name(run: Run, server: FakeServer) -> None:
+    server.status = with_target(warnings=["speculation is on, but idle"])
+    assert "WARNING: speculation is on, but idle [t]" in run("status", "--url", server.url).out
+
+
+def test_what_several_targets_warn_of_is_printed_once(run: Run, server: FakeServer) -> None:
+    targets = [{"replica_id": name, "warnings": ["idle"]} for name in ("a", "b")]
+    server.status = {**DEFAULT_STATUS, "targets": targets}
+    assert "WARNING: idle [a, b]" in run("status", "--url", server.url).out
+
+
+SPECULATION = {
+    "verification": "coupled",
+    "sources": {
+        "remote": {"drafted": [10, 8], "accepted": [9, 4]},
+        "prompt_lookup": {"drafted": [4], "accepted": [1]},
+    },
+    "late": 6,
+    "wasted": 7,
+}
+
+
+def words(printed: str, first: str) -> list[str]:
+    """Of the line that begins with a word."""
+    return next(line.split() for line in printed.splitlines() if line.strip().startswith(first))
+
+
+def test_each_source_has_a_row(run: Run, server: FakeServer) -> None:
+    server.status = with_target(speculation=SPECULATION)
     printed = run("status", "--url", server.url).out
-    assert "WARNING: speculation is on, but no drafter is connected to t: answers are right, and slower" in printed
+    assert words(printed, "remote") == ["remote", "18", "13", "5", "72%", "90%", "50%"]
+    assert words(printed, "prompt") == ["prompt", "lookup", "4", "1", "3", "25%", "25%"]
 
 
-def test_the_reason_a_target_gives_is_passed_on(run: Run, server: FakeServer) -> None:
-    server.status = with_target(drafters_known=1, drafters_connected=0, drafter_problems="d: another tokenizer")
-    assert "connected to t (d: another tokenizer)" in run("status", "--url", server.url).out
+def test_sources_are_summed_over_targets(run: Run, server: FakeServer) -> None:
+    targets = [{"replica_id": name, "speculation": SPECULATION} for name in ("a", "b")]
+    server.status = {**DEFAULT_STATUS, "targets": targets}
+    assert words(run("status", "--url", server.url).out, "remote")[1:3] == ["36", "26"]
 
 
-def test_a_target_that_does_not_speculate_gives_no_warning(run: Run, server: FakeServer) -> None:
-    server.status = with_target(drafters_connected=0)
-    assert "WARNING" not in run("status", "--url", server.url).out
+def test_late_and_wasted_drafts_and_connected_drafters_are_told(run: Run, server: FakeServer) -> None:
+    server.status = with_target(speculation=SPECULATION, drafters_known=2, drafters_connected=1)
+    printed = run("status", "--url", server.url).out
+    assert "speculation (coupled): 6 late, 7 wasted; drafters connected to each target: 1 of 2" in printed
+
+
+def test_without_candidates_there_is_no_table_of_sources(run: Run, server: FakeServer) -> None:
+    server.status = with_target(speculation={**SPECULATION, "sources": {}})
+    assert "rolled back" not in run("status", "--url", server.url).out
 
 
 def test_what_no_replica_has_to_say_is_no_column(run: Run, server: FakeServer) -> None:
