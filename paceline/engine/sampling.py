@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from paceline.engine.scheduler import Scheduled
-from paceline.speculation import coupling, rejection, sampling
+from paceline.speculation import rejection, sampling
 from paceline.speculation.rejection import Guess
 from paceline.speculation.sampling import Rows
 
@@ -63,11 +63,7 @@ def note_prompt_logprobs(step: list[Scheduled], logits: torch.Tensor) -> None:
 
 def _coupled(parts: list[Scheduled], logits: torch.Tensor) -> list[tuple[list[int], int]]:
     """Candidates stand as long as they equal the target's own draws."""
-    found = []
-    for part, drawn in zip(parts, sampling.draw(logits, [_rows_of(part) for part in parts]), strict=True):
-        accepted = coupling.accept(part.candidates, drawn)
-        found.append((drawn[: accepted + 1], accepted))
-    return found
+    return [(run, len(run) - 1) for run in sampling.draw_runs(logits, [_rows_of(part) for part in parts])]
 
 
 def _rejection(parts: list[Scheduled], logits: torch.Tensor) -> list[tuple[list[int], int]]:

@@ -10,15 +10,17 @@ independently of the draws made here. Two things follow:
 
 - The drafter cuts its distribution to its TOP_K likeliest tokens, renormalizes it, rounds it to float32 and
   draws from what is left. That sparse row is q, and it crosses the wire unchanged. A candidate without a row
-  (prompt lookup) is certain: q is the token alone.
+  (prompt lookup) counts as certain, q is the token alone: right however it was found, and less often accepted than
+  it would be with the row it was drawn from.
 - Each kind of draw has a stream of its own: pure functions of (request seed, purpose, position), apart from
   each other and from the noise of `coupling`. Sharing a stream with the drafter would bias the output.
 
-Which candidates are verified must not depend on what they are, only on what came before them: to keep a
-candidate because of its value is to draw from another q. So an id the target does not know is refused, like any
-token with p(x) = 0, and not passed over (`Guess.impossible`). A row that is no distribution, or does not hold its
-candidate, comes from a drafter that broke the protocol; nothing right can be done with that candidate, and it and
-those after it count as not proposed (`usable`).
+Which candidates are verified against their row must not depend on what they are, only on what came before them: to
+keep a candidate because of its value is to draw from another q. So an id the target does not know is refused, like
+any token with p(x) = 0, and not passed over (`Guess.impossible`). A row that is no distribution, or does not hold its
+candidate, comes from a drafter that broke the protocol: that candidate and those after it count as not proposed, and
+the target draws its own token there (`usable`). A drafter that states another q than it drew from biases the output;
+no target can notice.
 
 Greedy decoding needs no distribution: a candidate stands iff it is the likeliest token, as in `coupling`.
 """

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from paceline.errors import InvalidRequest
-from paceline.speculation import sampling
+from paceline.speculation import coupling, sampling
 from paceline.speculation.sampling import Rows
 from paceline.types import SamplingParams
 
@@ -162,3 +162,30 @@ def test_a_wrong_parameter_is_named(name: str, value: object) -> None:
 def test_parameters_with_a_bias_compare_and_hash_by_value() -> None:
     first, second = SamplingParams(logit_bias={5: 1, 3: 2.0}), SamplingParams(logit_bias=((3, 2), (5, 1.0)))
     assert (first, hash(first), first.bias) == (second, hash(second), {3: 2.0, 5: 1.0})
+
+
+@pytest.mark.parametrize("params", [PARAMS, SamplingParams(temperature=0), SamplingParams(seed=9, top_p=0.8)])
+@pytest.mark.parametrize("right", range(4))
+def test_a_run_is_drawn_up_to_the_first_refused_candidate(params: SamplingParams, right: int) -> None:
+    logits, candidates = noise(4), [0, 0, 0]
+    for place in range(3):  # what a row draws depends on the candidates above it
+        (drawn,) = sampling.draw(logits, [Rows(params, 1, [3], candidates, 4)])
+        candidates[place] = drawn[place] if place < right else (drawn[place] + 1) % VOCAB
+    (whole,) = sampling.draw(logits, [Rows(params, 1, [3], candidates, 4)])
+    accepted = coupling.accept(candidates, whole)
+    assert sampling.draw_runs(logits, [Rows(params, 1, [3], candidates, 4)]) == [whole[: accepted + 1]]
+
+
+def test_runs_of_a_mixed_batch_are_those_of_each_member_alone() -> None:
+    logits = noise(9)
+    batch = [
+        Rows(SamplingParams(seed=1), 1, [3], [4, 5], 3),
+        Rows(SamplingParams(temperature=0), 1, [3], [int(logits[3].argmax())], 2),
+        Rows(PARAMS, 1, [3]),
+        Rows(SamplingParams(seed=2, top_k=3), 1, [3], [7, 8], 3),
+    ]
+    alone, start = [], 0
+    for rows in batch:
+        alone += sampling.draw_runs(logits[start : start + rows.count], [rows])
+        start += rows.count
+    assert sampling.draw_runs(logits, batch) == alone
