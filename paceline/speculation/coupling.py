@@ -33,7 +33,7 @@ from collections.abc import Sequence
 import torch
 
 from paceline.seeds import GOLDEN, MIX_1, MIX_2, mix
-from paceline.speculation.processing import survivors
+from paceline.speculation.processing import Unfiltered, survivors
 from paceline.types import SamplingParams
 
 _POSITION_STEP = 0xD1342543DE82EF95  # odd, unrelated to GOLDEN: positions and token ids walk different orbits
@@ -101,11 +101,27 @@ def _draw_sampled(logits: torch.Tensor, params: Sequence[SamplingParams], positi
     starts = _starts([(_seed(p), position) for p, position in zip(params, positions, strict=True)], logits.device)
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     everyone = torch.arange(logits.shape[-1], device=logits.device)[None]
-    for part in survivors(logits, params):
-        noise = _to_gumbel(_bits(starts[part.rows], everyone if part.ids is None else part.ids))
-        best = noise.add_(part.scores).argmax(dim=-1, keepdim=True)
-        tokens[part.rows] = (best if part.ids is None else part.ids.gather(-1, best))[:, 0]
+    for part in survivors(logits, params, lazy=True):
+        ids = everyone if isinstance(part, Unfiltered) or part.ids is None else part.ids
+        totals = _to_gumbel(_bits(starts[part.rows], ids)).add_(part.scores)
+        best = totals.argmax(dim=-1)
+        if isinstance(part, Unfiltered):
+            best = _best_kept(part, totals, best)
+        tokens[part.rows] = ids.expand_as(totals).gather(-1, best[:, None])[:, 0]
     return tokens
+
+
+def _best_kept(part: Unfiltered, totals: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """Of each row the best of `totals` among the tokens the filters leave: if it is not the first, then the next, …
+
+    Tokens no likelier than one that is not left are not left either.
+    """
+    while not bool((kept := part.keeps(best)).all()):
+        failed = ~kept
+        edge = part.scores[failed].gather(-1, best[failed, None])
+        totals[failed] = totals[failed].masked_fill_(part.scores[failed] <= edge, -torch.inf)
+        best[failed] = totals[failed].argmax(dim=-1)
+    return best
 
 
 def _seed(params: SamplingParams) -> int:

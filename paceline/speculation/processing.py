@@ -3,9 +3,11 @@
 Draft and target both run this, on their own logits, under either way of verifying. A row's result does not
 depend on the rows beside it. Ties at a filter's edge stay in.
 
-Sorting 49152 scores takes 1.3 ms on one core, finding the 128 best of them 0.1 ms, and most rows keep no more
-tokens than that. So on a CPU rows are looked at in tiers: the 128 best, then the 1024 best, then all, each row
-until its edge is found. On a GPU, where looking at a result means waiting for it, all rows are sorted at once.
+Sorting 49152 scores takes 1.3 ms on one core, finding the 128 best of them 0.1 ms, and about half of the rows keep
+no more tokens than that. So on a CPU rows are looked at in tiers: the 128 best, then the 1024 best, then all, each
+row until its edge is found. Whoever needs only one token of a row need not find the edge of a wide one: a token is
+inside the nucleus iff the mass above it is below top_p, which is one sum (`Unfiltered`). On a GPU, where looking at
+a result means waiting for it, all rows are sorted at once.
 """
 
 from __future__ import annotations
@@ -34,6 +36,25 @@ class Survivors:
     ids: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Unfiltered:
+    """Rows whose top-p and min-p were not applied yet; `scores` are float32 [rows, vocab]."""
+
+    rows: torch.Tensor
+    scores: torch.Tensor
+    filters: _Filters
+
+    def keeps(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Whether the filters leave each row this token: bool [rows]."""
+        own, highest = self.scores.gather(-1, tokens[:, None]), self.scores.amax(dim=-1, keepdim=True)
+        masses = (self.scores - highest).exp_()
+        total = masses.sum(dim=-1, keepdim=True, dtype=torch.float64)
+        above = masses.mul_(self.scores > own).sum(dim=-1, keepdim=True, dtype=torch.float64)
+        inside = (above < self.filters.top_p * total) | (self.filters.top_p >= 1)
+        # A row with a NaN or an infinity has no distribution; whatever it gets, it must get it now.
+        return ((inside & (own >= highest + self.filters.log_min_p)) | ~total.isfinite())[:, 0]
+
+
 def process_logits(logits: torch.Tensor, params: SamplingParams | Sequence[SamplingParams]) -> torch.Tensor:
     """Scores of the whole vocabulary: float32 [n, vocab], -inf for the tokens filtered out.
 
@@ -42,6 +63,7 @@ def process_logits(logits: torch.Tensor, params: SamplingParams | Sequence[Sampl
     each = [params] * len(logits) if isinstance(params, SamplingParams) else list(params)
     scores = torch.full(logits.shape, -torch.inf, device=logits.device)
     for part in survivors(logits, each):
+        assert isinstance(part, Survivors)
         if part.ids is None:
             scores[part.rows] = part.scores
         else:
@@ -49,8 +71,13 @@ def process_logits(logits: torch.Tensor, params: SamplingParams | Sequence[Sampl
     return scores
 
 
-def survivors(logits: torch.Tensor, params: Sequence[SamplingParams]) -> Iterator[Survivors]:
-    """Every row of `logits`, [n, vocab], once, in groups; `params` has an entry for each row, none of them greedy."""
+def survivors(
+    logits: torch.Tensor, params: Sequence[SamplingParams], *, lazy: bool = False
+) -> Iterator[Survivors | Unfiltered]:
+    """Every row of `logits`, [n, vocab], once, in groups; `params` has an entry for each row, none of them greedy.
+
+    `lazy` may leave rows unfiltered that are expensive to filter.
+    """
     vocab, device = logits.shape[-1], logits.device
     temperature = torch.tensor([p.temperature for p in params], dtype=torch.float32).to(device)
     scores = logits.float() / temperature[:, None]
@@ -63,7 +90,7 @@ def survivors(logits: torch.Tensor, params: Sequence[SamplingParams]) -> Iterato
         if not all(filtered):
             scores = scores[left]
         filters = _Filters.of([p for p, found in zip(params, filtered, strict=True) if found], vocab, device)
-        yield from _filtered(scores, left, filters)
+        yield from _filtered(scores, left, filters, lazy and device.type == "cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +119,9 @@ class _Filters:
         return replace(self, top_k=self.top_k[rows], top_p=self.top_p[rows], log_min_p=self.log_min_p[rows])
 
 
-def _filtered(scores: torch.Tensor, rows: torch.Tensor, filters: _Filters) -> Iterator[Survivors]:
+def _filtered(
+    scores: torch.Tensor, rows: torch.Tensor, filters: _Filters, lazy: bool
+) -> Iterator[Survivors | Unfiltered]:
     vocab = scores.shape[-1]
     if scores.device.type == "cpu":
         for width in TIERS:
@@ -108,7 +137,13 @@ def _filtered(scores: torch.Tensor, rows: torch.Tensor, filters: _Filters) -> It
                 yield Survivors(rows[found], kept.masked_fill_(kept < edge[found], -torch.inf), best.indices[found])
             if bool(found.all()):
                 return
-            scores, rows, filters = scores[~found], rows[~found], filters.of_rows(~found)
+            left = ~found
+            if lazy and bool((unlimited := left & (filters.top_k[:, 0] == vocab)).any()):
+                yield Unfiltered(rows[unlimited], scores[unlimited], filters.of_rows(unlimited))
+                left &= ~unlimited
+                if not bool(left.any()):
+                    return
+            scores, rows, filters = scores[left], rows[left], filters.of_rows(left)
     edge = _edge(scores, _descending(scores), filters)
     yield Survivors(rows, scores.masked_fill(scores < edge, -torch.inf), None)
 

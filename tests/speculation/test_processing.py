@@ -86,3 +86,15 @@ def test_every_row_survives_once() -> None:
     params = [SamplingParams(seed=1, top_p=top_p) for top_p in (1.0, 0.9, 0.3, 0.999, 1.0)]
     parts = list(processing.survivors(logits_of([1.0, 9.0, 3.0, 0.1, 2.0]), params))
     assert sorted(torch.cat([part.rows for part in parts]).tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_row_that_is_no_distribution_still_ends(broken: float) -> None:
+    logits = logits_of([0.1])
+    logits[0, 7] = broken
+    assert len(coupling.draw(logits, SamplingParams(seed=1, top_p=0.9, min_p=0.1), [3])) == 1
+
+
+def test_the_lazy_way_leaves_wide_nuclei_unfiltered() -> None:
+    parts = list(processing.survivors(logits_of([0.1, 9.0]), [SamplingParams(seed=1, top_p=0.9)] * 2, lazy=True))
+    assert [type(part) for part in parts] == [processing.Survivors, processing.Unfiltered]
