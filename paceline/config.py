@@ -80,6 +80,11 @@ class SpeculationSettings(Settings):
     draft_timeout_ms: Milliseconds = Field(
         1000.0, description="Longest a step waits for candidates before it goes on with a plain decode."
     )
+    draft_ahead_tokens: Annotated[int, Field(ge=0, le=64)] = Field(
+        9,
+        description="Tokens a draft replica may be ahead of the candidates asked for, drafted while the target "
+        "verifies; fewer for sequences where it is often wrong. 0 drafts only what is asked for.",
+    )
     verification: Literal["coupled", "rejection"] = Field(
         "coupled",
         description="coupled: a candidate stands iff it equals the target's own draw, so that drafts never change an "

@@ -75,6 +75,7 @@ class LoadedModel:
             self._kv_cache(),
             max_batched_tokens=limits.max_batched_tokens,
             max_model_len=limits.max_model_len,
+            max_prefill_while_drafting=limits.max_prefill_while_decoding,
         )
 
     def _kv_cache(self) -> SlabKVCache:

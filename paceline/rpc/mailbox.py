@@ -24,16 +24,17 @@ class Mailbox(Generic[T]):
         self._ended: str | None = None
 
     def put(self, item: T) -> bool:
-        """From any thread. False if it ended, now or before."""
+        """From any thread. False if it overflowed, now or before; one that was closed takes everything and keeps
+        nothing."""
         with self._lock:
             if self._ended is None and len(self._items) >= self._limit:
                 self._ended = f"the other side does not keep up: {self._limit} messages wait for it"
                 self._items.clear()
-            taken = self._ended is None
-            if taken:
+            if self._ended is None:
                 self._items.append(item)
+            overflowed = bool(self._ended)
         self._signal()
-        return taken
+        return not overflowed
 
     def close(self) -> None:
         """Nothing more comes: `take` returns what is there, then nothing."""

@@ -53,6 +53,7 @@ class Draft:
             "streams": len(self._service.streams),
             "sequences": drafter.num_sequences,
             "drafted_tokens": drafter.drafted_tokens,
+            "rolled_back_tokens": drafter.rolled_back_tokens,
             "kv_tokens_total": usage.total,
             "kv_tokens_in_use": usage.in_use,
             "kv_tokens_cached": usage.cached,

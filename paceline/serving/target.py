@@ -51,7 +51,9 @@ class Target:
     def _watch_drafts(self, deployment: str) -> None:
         speculation = self._settings.speculation
         self._proposer = RemoteProposer(
-            speculation.draft_timeout_ms / 1000, rejection=speculation.verification == "rejection"
+            speculation.draft_timeout_ms / 1000,
+            ahead=speculation.draft_ahead_tokens,
+            rejection=speculation.verification == "rejection",
         )
         hello = Hello(self.replica_id, self._settings.model, self._model.fingerprint)
         self._pool = DraftPool(self._proposer, hello)

@@ -35,8 +35,8 @@ from paceline.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-AHEAD = 8
-"""Tokens a drafter may be ahead of what was asked for: a whole next turn at the usual depths, and the bonus token."""
+AHEAD = 9
+"""Tokens a drafter may be ahead of what was asked for: the bonus token and the eight candidates of a next turn."""
 LATE_BEFORE_REST = 3
 """Misses in a row, late or out of step with the sequence, before a link is left alone. One, if it rested before."""
 FIRST_REST_S = 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -244,6 +245,211 @@ def test_any_history_of_acceptance_drafts_like_a_fresh_open(rounds: list[tuple[i
     fresh, _ = drafter()
     fresh.open("s", [*tokens, 5], SEEDED, depth=4)
     assert drain(made)[-1] == drain(fresh)[-1]
+
+
+# Ahead, for a caller that keeps what it gets.
+
+
+def streaming(made: Drafter, tokens: Sequence[int] = PROMPT, depth: int = 3, ahead: int = 4, **options: Any) -> None:
+    made.open("s", tokens, options.pop("params", GREEDY), depth, ahead=ahead, streaming=True, **options)
+
+
+def said(answers: Sequence[Drafted]) -> list[tuple[int, int, tuple[int, ...]]]:
+    return [(answer.base, answer.offset, answer.tokens) for answer in answers]
+
+
+def test_what_is_owed_comes_at_once_and_what_is_ahead_as_it_is_drafted() -> None:
+    made, _ = drafter()
+    truth, n = continuation(PROMPT, 7), len(PROMPT)
+    streaming(made, depth=3, ahead=4)
+    assert said(drain(made)) == [(n, 0, truth[:3])] + [(n, at, truth[at : at + 1]) for at in range(3, 7)]
+
+
+def test_nothing_is_drafted_beyond_the_credit() -> None:
+    made, _ = drafter()
+    streaming(made, depth=3, ahead=4)
+    drain(made)
+    assert (made.drafted_tokens, made.has_work) == (7, False)
+
+
+def test_full_agreement_says_only_what_is_new() -> None:
+    made, _ = drafter()
+    truth, n = continuation(PROMPT, 11), len(PROMPT)
+    streaming(made, depth=3, ahead=4)
+    drain(made)
+    made.advance("s", n, truth[:4], depth=3)
+    assert said(drain(made)) == [(n + 4, at, truth[4 + at : 5 + at]) for at in range(3, 7)]
+
+
+def test_agreement_keeps_the_keys_of_what_is_ahead() -> None:
+    made, batches = drafter()
+    truth = continuation(PROMPT, 11)
+    streaming(made, depth=3, ahead=4)
+    drain(made)
+    before = len(batches)
+    made.advance("s", len(PROMPT), truth[:4], depth=3)
+    drain(made)
+    assert batches[before:] == [[1]] * 4
+
+
+def test_disagreement_drafts_again_from_the_agreed_text() -> None:
+    made, _ = drafter()
+    truth, n = continuation(PROMPT, 2), len(PROMPT)
+    streaming(made, depth=3, ahead=4)
+    drain(made)
+    made.advance("s", n, (truth[0], wrong(truth[1])), depth=3)
+    answers = drain(made)
+    fresh = continuation((*PROMPT, truth[0], wrong(truth[1])), 5)
+    assert [token for answer in answers for token in answer.tokens] == list(fresh)
+    assert (said(answers)[0], made.rolled_back_tokens) == ((n + 2, 0, fresh[:3]), 6)
+
+
+def test_credit_shrinks_where_guesses_fail_and_grows_where_they_hold() -> None:
+    made, _ = drafter()
+    streaming(made, depth=1, ahead=8)
+    tokens, ahead = list(PROMPT), []
+    for right in (False, False, False, False, True, True, True, True):
+        drain(made)
+        guess = list(made._drafts["s"].drafted)
+        ahead.append(len(guess) - 1)
+        new = guess[:1] if right else [wrong(guess[0])]
+        made.advance("s", len(tokens), new, depth=1)
+        tokens += new
+    assert ahead == [8, 4, 2, 1, 0, 1, 3, 7]
+
+
+def test_depth_zero_drafts_nothing_more() -> None:
+    made, _ = drafter()
+    truth = continuation(PROMPT, 1)
+    streaming(made, depth=3, ahead=4)
+    made.step()
+    before = made.drafted_tokens
+    made.advance("s", len(PROMPT), truth, depth=0)
+    # The opening is answered, as of a prompt that is computed.
+    assert (drain(made), made.drafted_tokens) == ([Drafted("s", len(PROMPT) + 1)], before)
+
+
+def test_drafting_resumes_with_a_depth() -> None:
+    made, _ = drafter()
+    truth = continuation(PROMPT, 6)
+    streaming(made, depth=3, ahead=0)
+    drain(made)
+    made.advance("s", len(PROMPT), truth[:1], depth=0)
+    drain(made)
+    made.advance("s", len(PROMPT) + 1, truth[1:2], depth=4)
+    answers = drain(made)
+    # One of the first three was said before.
+    assert said(answers) == [(len(PROMPT) + 2, 1, truth[3:6])]
+
+
+def test_a_sequence_that_is_not_wanted_is_brought_up_to_date_in_pieces() -> None:
+    made, batches = drafter()
+    streaming(made, depth=0)
+    drain(made)
+    before, tokens = len(batches), list(PROMPT)
+    for token in tiny.prompt(40, seed=5):
+        made.advance("s", len(tokens), (token,), depth=0)
+        tokens.append(token)
+        drain(made)
+    assert [len(batch) for batch in batches[before:]] == [1]
+
+
+def test_a_prefilled_prompt_is_announced() -> None:
+    made, _ = drafter()
+    streaming(made, depth=0)
+    assert drain(made) == [Drafted("s", len(PROMPT))]
+
+
+def test_the_end_of_the_context_is_announced() -> None:
+    made, _ = drafter()
+    streaming(made, tiny.prompt(510), depth=4)
+    (answer,) = drain(made)
+    assert (len(answer.tokens), answer.final) == (2, True)
+
+
+@pytest.mark.parametrize(("depth", "ahead", "drafted"), [(99, 0, 16), (1, 9999, 65)])
+def test_no_more_is_drafted_than_the_protocol_allows(depth: int, ahead: int, drafted: int) -> None:
+    made, _ = drafter()
+    streaming(made, depth=depth, ahead=ahead)
+    drain(made)
+    assert made.drafted_tokens == drafted
+
+
+def test_owed_tokens_and_those_ahead_share_a_forward_pass() -> None:
+    made, batches = drafter()
+    streaming(made, PROMPT, depth=1, ahead=6)
+    made.step()
+    made.open("other", PROMPT[:5], GREEDY, depth=3)
+    before = len(batches)
+    made.step()
+    made.step()
+    assert batches[before:] == [[5, 1], [1, 1]]
+
+
+def test_a_prompt_is_prefilled_in_small_pieces_while_others_draft() -> None:
+    runner = CountingRunner(tiny.ours(MODEL).model)
+    made = Drafter(
+        runner, tiny.kv_for(runner), max_batched_tokens=64, max_model_len=CONTEXT, max_prefill_while_drafting=16
+    )
+    streaming(made, PROMPT, depth=1, ahead=8)
+    made.step()
+    made.open("long", tiny.prompt(60, seed=4), GREEDY, depth=0)
+    made.step()
+    assert runner.batches[-1] == [1, 16]
+
+
+def test_no_room_for_what_is_ahead_is_not_busy() -> None:
+    made, _ = drafter(capacity=2 * (17 + 64) + 2)
+    streaming(made, PROMPT, depth=4, ahead=64)
+    made.open("other", PROMPT, SEEDED, depth=4)
+    answers = drain(made)
+    assert [answer.failure for answer in answers] == [None] * len(answers)
+
+
+def test_a_sequence_nobody_wants_drafted_gives_its_room_away() -> None:
+    made, _ = drafter(capacity=120)
+    streaming(made, PROMPT, depth=0)
+    drain(made)
+    made.open("other", tiny.prompt(30, seed=3), GREEDY, depth=2)
+    answers = drain(made)
+    assert [(answer.key, answer.failure) for answer in answers] == [("other", None)]
+
+
+def test_a_sequence_that_gave_its_room_away_drafts_again_when_wanted() -> None:
+    made, _ = drafter(capacity=120)
+    streaming(made, PROMPT, depth=0, ahead=0)
+    drain(made)
+    made.open("other", tiny.prompt(30, seed=3), GREEDY, depth=2)
+    drain(made)
+    made.close("other")
+    truth = continuation(PROMPT, 4)
+    made.advance("s", len(PROMPT), truth[:1], depth=3)
+    assert only(made) == truth[1:4]
+
+
+def test_too_many_sequences_are_busy() -> None:
+    runner = tiny.ours(MODEL)
+    made = Drafter(runner, tiny.kv_for(runner), max_batched_tokens=64, max_model_len=CONTEXT, max_sequences=1)
+    made.open("a", PROMPT, GREEDY, depth=0)
+    made.open("b", PROMPT, GREEDY, depth=0)
+    assert made.step() == [Drafted("b", len(PROMPT), failure=DraftFailureReason.BUSY)]
+
+
+def test_rejection_sampling_has_a_row_for_every_token() -> None:
+    made, _ = drafter()
+    streaming(made, params=SEEDED, depth=3, ahead=2, rejection=True)
+    answers = drain(made)
+    rows = [(token, row) for answer in answers for token, row in zip(answer.tokens, answer.probs, strict=True)]
+    assert (len(rows), all(token in row.ids for token, row in rows)) == (5, True)
+
+
+def test_both_ways_of_drawing_share_a_forward_pass() -> None:
+    made, batches = drafter()
+    made.open("coupled", PROMPT, SEEDED, depth=2)
+    made.open("rejection", PROMPT, SEEDED, depth=2, rejection=True)
+    answers = {answer.key: answer for answer in drain(made)}
+    assert (answers["coupled"].tokens, len(answers["rejection"].probs)) == (continuation(PROMPT, 2, SEEDED), 2)
+    assert batches == [[17, 17], [1, 1]]
 
 
 # Failures.

@@ -105,7 +105,7 @@ def test_rows_of_rejection_sampling_cross() -> None:
 # What it weighs.
 
 
-def bytes_per_token(draft_model: Any, sequences: int, tokens: int = 256, **options: Any) -> float:
+def bytes_per_token(draft_model: Any, sequences: int, tokens: int = 96, **options: Any) -> float:
     """Of all messages in both directions, the prompts among them."""
     target, wire = pair(draft_model, **options)
     for number in range(sequences):
