@@ -245,8 +245,11 @@ class RemoteProposer(Proposer):
             state = self._state_of(link)
             if state is not None:
                 state.suspect, state.unanswered_since = False, None
+            before = self.stats.reopened
             for reply in replies:
                 self._take(state, reply)
+            if state is not None and self.stats.reopened > before:
+                self._miss(state)  # once, however many sequences it has forgotten
             self._changed.notify_all()
 
     @property
@@ -430,13 +433,13 @@ class RemoteProposer(Proposer):
             state.ends = state.ends or reply.final
             self._note_round_trip(link, state, reply.base)
             if not state.run.take(reply):
-                self._reopen(link, reply.sequence, state)
+                self._reopen(reply.sequence, state)
 
     def _fail(self, link: _LinkState, state: _SequenceState, reply: Candidates) -> None:
         name = link.link.replica_id
         logger.info("drafter %s: sequence %d: %s", name, reply.sequence, reply.failure)
         if reply.failure is not None and reply.failure.reopen:
-            self._reopen(link, reply.sequence, state)
+            self._reopen(reply.sequence, state)
             return
         self._unassign(reply.sequence, state)
         if reply.failure is DraftFailureReason.BUSY:
@@ -451,11 +454,10 @@ class RemoteProposer(Proposer):
         else:
             self._rest(link)
 
-    def _reopen(self, link: _LinkState, sequence: int, state: _SequenceState) -> None:
+    def _reopen(self, sequence: int, state: _SequenceState) -> None:
         """Out of step: the next advance opens it again, with the whole history."""
         self.stats.reopened += 1
         self._unassign(sequence, state)
-        self._miss(link)
 
     def _unassign(self, sequence: int, state: _SequenceState) -> None:
         if state.link is not None:
@@ -531,6 +533,8 @@ class RemoteProposer(Proposer):
                 self._rest(link)
 
     def _miss(self, link: _LinkState) -> None:
+        if link.resting_until > self._clock():
+            return
         link.misses += 1
         if link.misses >= (LATE_BEFORE_REST if link.rests == 0 else 1):
             self._rest(link)

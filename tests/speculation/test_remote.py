@@ -810,6 +810,16 @@ def test_a_drafter_that_loses_the_place_again_and_again_rests(reason: DraftFailu
     assert (setup.proposer.stats.links_rested, setup.links["a"].held) == (1, {})
 
 
+def test_a_drafter_that_lost_many_places_at_once_does_not_rest() -> None:
+    setup = Setup()
+    for sequence in range(8):
+        setup.open(sequence)
+    setup.advance()
+    setup.links["a"].reply(*(failure(setup, DraftFailureReason.UNKNOWN_SEQUENCE, each) for each in range(8)))
+    setup.advance()
+    assert (setup.proposer.stats.links_rested, len(setup.links["a"].frames[-1].opens)) == (0, 8)
+
+
 @pytest.mark.parametrize("reason", REOPEN)
 def test_a_drafter_left_by_a_sequence_is_told_to_forget_it(reason: DraftFailureReason) -> None:
     setup = Setup(links=("a", "b"))
