@@ -7,23 +7,33 @@ accepted before it), and so on. Seeds are fixed. A limit is passed by one true s
 
 from __future__ import annotations
 
+import random
+import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from paceline.config import SpeculationSettings
+from paceline.engine.attention import Window
+from paceline.engine.draft_streams import DraftStreams
+from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine, EngineLimits
+from paceline.engine.runner import Runner
 from paceline.speculation import rejection
 from paceline.speculation.controller import FixedDepth
 from paceline.speculation.frames import SparseRow
+from paceline.speculation.proposer import Proposer
 from paceline.speculation.rejection import Guess, Purpose
+from paceline.speculation.remote import RemoteProposer
 from paceline.speculation.sampling import Rows
 from paceline.speculation.speculator import Speculator
 from paceline.types import Request, SamplingParams
 from tests import tiny
 from tests.engine.markov import MarkovProposer, MarkovRunner
+from tests.speculation.wire import Clock, DraftSide, Wire
 
 VOCAB = 8
 SEQUENCES = 64
@@ -67,14 +77,15 @@ class Sample:
 
 
 def sample(verification: str, draft: torch.Tensor, depth: int) -> Sample:
-    runner = MarkovRunner(TARGET)
+    return drawn_by(MarkovRunner(TARGET), MarkovProposer(draft, probs=verification == "rejection"), verification, depth)
+
+
+def drawn_by(runner: Runner, proposer: Proposer, verification: str, depth: int) -> Sample:
     engine = Engine(
         runner,
         tiny.kv_for(runner, capacity=SEQUENCES * (TOKENS + 80)),
         EngineLimits(512, SEQUENCES, SEQUENCES * (1 + depth), SEQUENCES),
-        speculator=Speculator(
-            FixedDepth(depth), max_depth=depth, draft=MarkovProposer(draft, probs=verification == "rejection")
-        ),
+        speculator=Speculator(FixedDepth(depth), max_depth=depth, draft=proposer),
         speculation=SpeculationSettings(depth=depth, verification=verification),  # type: ignore[arg-type]
     )
     for n in range(SEQUENCES):
@@ -102,6 +113,49 @@ def test_draws_follow_the_target_at_every_depth(verification: str, draft: torch.
     assert [each.impossible() for each in samples] == [0] * len(samples)
     assert [each.p_value() > RARE for each in samples] == [True] * len(samples)
     assert sum(int(each.counts.sum()) for each in samples) >= DRAWS / len(DRAFTS)
+
+
+# Through a drafter that runs ahead, and whose answers come late now and then.
+
+
+class MarkovDraft(DraftSide):
+    def __init__(self, table: torch.Tensor, clock: Clock) -> None:
+        self._table = table
+        super().__init__(tiny.tiny_llama(), clock)
+
+    def restart(self) -> None:
+        runner = MarkovRunner(self._table)
+        kv = tiny.kv_for(runner, capacity=SEQUENCES * (TOKENS + 100))
+        drafter = Drafter(runner, kv, max_batched_tokens=SEQUENCES * 4, max_model_len=512)
+        self.streams, self.wires = DraftStreams(drafter, self.clock), {}
+
+
+class Meanwhile(MarkovRunner):
+    """The target's model, beside which a drafter works."""
+
+    wire: Wire
+
+    def run(self, windows: Sequence[Window]) -> torch.Tensor:
+        self.wire.pump()
+        return super().run(windows)
+
+
+@VERIFICATIONS
+@pytest.mark.parametrize("name", ["equal", "near", "far"])
+def test_a_drafter_that_runs_ahead_and_is_late_changes_no_distribution(verification: str, name: str) -> None:
+    clock, chance = Clock(), random.Random(1)
+
+    def wait(_: threading.Condition, seconds: float) -> None:
+        """The drafter gets to work, or the deadline passes."""
+        worked = chance.random() < 0.97 and runner.wire.pump()
+        clock.now += 0.001 if worked else seconds
+
+    proposer = RemoteProposer(0.1, clock, ahead=5, rejection=verification == "rejection", wait=wait)
+    runner = Meanwhile(TARGET)
+    runner.wire = Wire("t", "d", proposer, MarkovDraft(DRAFTS[name], clock))
+    found = drawn_by(runner, proposer, verification, depth=3)
+    assert (found.impossible(), found.p_value() > RARE, found.accepted > 0) == (0, True, True)
+    assert 0 < proposer.stats.late < found.drafted
 
 
 # The test can fail.
