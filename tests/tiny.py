@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -17,27 +18,27 @@ from paceline.speculation.proposer import Proposer
 from paceline.types import Delta, Request, SamplingParams
 
 VOCAB = 199
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    **SPECIAL,
+}
+"""3 layers, 6 heads over 2 KV heads, weights large enough to have opinions; in Llama's words."""
 
 # Products this small gain nothing from a second thread, and wait for it whenever the cores are busy.
 torch.set_num_threads(1)
 
 
 def tiny_llama(seed: int = 0, **overrides: int) -> LlamaForCausalLM:
-    """A Llama with 3 layers, 6 heads over 2 KV heads, 199 tokens; weights large enough to have opinions."""
-    shape = {
-        "vocab_size": VOCAB,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**(shape | overrides))).eval().requires_grad_(False)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | overrides)).eval().requires_grad_(False)
 
 
 def ours(model: PreTrainedModel) -> ModelRunner:
