@@ -77,10 +77,10 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     torch.set_num_threads(backends.threads)
     refuse_unservable(load_config(path))
     with compact_allocations():
+        tokenizer = load_tokenizer(path)
         runner, choices = _load_runner(path, backends)
     limits = _limits(settings, runner)
     kv_tokens = _kv_tokens(settings, runner.kv_geometry(), limits)
-    tokenizer = load_tokenizer(path)
     logger.info("%s: %s; %d KV tokens", path.name, ", ".join(f"{c.name} {c.value}" for c in choices), kv_tokens)
     eos = eos_token_ids(path, tokenizer=tokenizer)
     return LoadedModel(runner, tokenizer, eos, limits, kv_tokens, tokenizer_fingerprint(tokenizer), choices)
