@@ -21,6 +21,7 @@ from paceline.errors import ConfigError
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(gt=0, le=600_000)]
+SchedulingPolicy = Literal["fcfs", "priority"]
 
 DEFAULT_MODEL = "smollm2-135m"
 APP_NAME = "paceline"
@@ -65,6 +66,11 @@ class EngineSettings(Settings):
         "auto is 64 on a CPU, max_batched_tokens on a GPU.",
     )
     max_queued_requests: Positive = Field(64, description="Waiting requests; one more is refused with 429.")
+    scheduling_policy: SchedulingPolicy = Field(
+        "fcfs",
+        description="Who goes first. fcfs: who came first; a request with a priority is refused. priority: the lower a "
+        "request's priority, the sooner, even in place of running ones.",
+    )
 
 
 class SpeculationSettings(Settings):

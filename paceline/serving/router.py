@@ -30,7 +30,12 @@ class Router:
     ) -> None:
         tokenizer, max_model_len = await asyncio.to_thread(_load, settings)
         self._gateway = Gateway(
-            ServeTargets(target, draft), tokenizer, settings.public_name, max_model_len, settings.request_timeout_s
+            ServeTargets(target, draft),
+            tokenizer,
+            settings.public_name,
+            max_model_len,
+            settings.request_timeout_s,
+            settings.target.engine.scheduling_policy,
         )
         self._rpc = InferenceHandlers(self._gateway)
 

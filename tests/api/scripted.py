@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from paceline.api import ClusterStatus, Gateway, SessionInfo, Targets, create_app
+from paceline.config import SchedulingPolicy
 from paceline.types import Accepted, Delta, FinishReason, Frame, Metrics, Request
 
 MODEL = "tiny"
@@ -117,8 +118,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def gateway(targets: Targets | None = None, *, timeout_s: float = 30.0) -> Gateway:
-    return Gateway(targets or ScriptedTargets(), tokenizer(), MODEL, CONTEXT, timeout_s)
+def gateway(
+    targets: Targets | None = None, *, timeout_s: float = 30.0, scheduling_policy: SchedulingPolicy = "fcfs"
+) -> Gateway:
+    return Gateway(targets or ScriptedTargets(), tokenizer(), MODEL, CONTEXT, timeout_s, scheduling_policy)
 
 
 def http(targets: Targets | None = None, **options: Any) -> httpx.AsyncClient:
