@@ -43,10 +43,12 @@ class EngineSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of activations and KV; auto is float32 on a CPU, the checkpoint's type on a GPU."
     )
-    linear_backend: Literal["auto", "torch", "fbgemm_fp16"] = Field(
+    linear_backend: Literal["auto", "torch", "fbgemm_fp16", "int8", "int4", "bf16"] = Field(
         "auto",
-        description="Matrix products on a CPU. fbgemm_fp16 keeps weights in half precision and accumulates in float32; "
-        "auto takes it where it runs and the checkpoint's weights are exact in it.",
+        description="Matrix products on a CPU. auto measures at load time and takes, layer by layer, the fastest that "
+        "changes no weight of the checkpoint: float32 (torch), half precision (fbgemm_fp16), or 8 or 4 bits in groups "
+        "of 32 where the weights lie on such a grid, as GGUF's Q8_0, Q4_0 and Q4_1 do. A named one rounds the weights "
+        "to what it stores; bf16 rounds activations too.",
     )
     threads: Positive | Auto = Field(
         "auto", description="Threads of one replica; auto is the cores this process may use."

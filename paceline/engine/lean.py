@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from paceline.engine.attention import ATTENTION_NAME, Window
 from paceline.engine.geometry import text_config
 from paceline.engine.kv_cache import KVGeometry, SlabKVCache
 from paceline.engine.native import HeadsStruct, Kernels, WindowStruct
+from paceline.engine.packed import PackedWeight
+from paceline.engine.products import Pack, Product
 from paceline.engine.runner import ModelRunner, Runner
 from paceline.errors import ModelError
 
@@ -33,10 +35,6 @@ PROBE_TOKENS = 24
 PROBE_TOLERANCE = 0.05
 """Largest difference of logits, relative to their spread, at which the lean pass is the same model: rounding gives
 about 1e-5 (1e-3 if weights are rounded to fp16), another structure more than 1."""
-
-Product = Callable[[torch.Tensor], torch.Tensor]
-Pack = Callable[[torch.Tensor, torch.Tensor | None], Product]
-"""Weight [out, in] and bias [out], float32, to the product x W^T + b. The weight is the pack's to keep or to drop."""
 
 
 class NotLeanError(Exception):
@@ -77,7 +75,7 @@ class LeanRunner(Runner):
         # The largest first, while nothing else is held.
         self._head = pack(*_fused([model.lm_head]))
         with align_module_device(body.embed_tokens):
-            self._embedding = _narrowed(body.embed_tokens.weight.detach())
+            self._embedding = _table(body.embed_tokens.weight.detach(), self._head)
         self._final_norm, self._eps = _norm(body.norm)
         self._layers = [_take_layer(layer, pack) for layer in body.layers]
         config = model.config
@@ -103,7 +101,7 @@ class LeanRunner(Runner):
     @torch.inference_mode()
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
         ids, positions, rows = self.flatten(windows)
-        x = F.embedding(ids, self._embedding).float()
+        x = _rows(self._embedding, ids)
         if self._embedding_scale != 1.0:
             x = x * self._embedding_scale
         step = _Step(
@@ -124,7 +122,7 @@ class LeanRunner(Runner):
     def run_products(self, rows: int) -> None:
         """A step's matrix products alone, over `rows` rows: the floor a step is measured against."""
         first = self._layers[0]
-        h = torch.randn(rows, self._embedding.shape[1])
+        h = torch.randn(rows, self._final_norm.numel())
         attended = torch.randn(rows, first.heads.heads * first.heads.dim)
         gated = torch.randn(rows, first.width)
         for layer in self._layers:
@@ -252,13 +250,6 @@ def refuse_other_structures(model: PreTrainedModel) -> ModelRunner:
         return _shape(model.config)
     except AttributeError as error:
         raise NotLeanError(f"its modules are arranged differently ({error})") from None
-
-
-def weights(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    """Each weight that would be packed, in memory one at a time, beginning with the first layer's."""
-    body: Any = model.model
-    for linears in (*(group for layer in body.layers for group in _groups(layer)), [model.lm_head]):
-        yield _fused(linears)[0]
 
 
 def _shape(config: PretrainedConfig) -> ModelRunner:
@@ -404,9 +395,17 @@ def _read(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
         return linear.weight.detach().float(), None if linear.bias is None else linear.bias.detach().float()
 
 
-def torch_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-    """In float32, by PyTorch's own product."""
-    return lambda x: F.linear(x, weight, bias)
+def _table(embedding: torch.Tensor, head: Product) -> torch.Tensor | PackedWeight:
+    """What rows are looked up in: the packed head, if the two are tied and it has every number of the embedding."""
+    if isinstance(head, PackedWeight) and (head.outputs, head.inputs) == tuple(embedding.shape):
+        pieces = zip(torch.split(torch.arange(head.outputs), 1024), torch.split(embedding, 1024), strict=True)
+        if all(torch.equal(head.rows(ids), rows) for ids, rows in pieces):
+            return head
+    return _narrowed(embedding)
+
+
+def _rows(table: torch.Tensor | PackedWeight, ids: torch.Tensor) -> torch.Tensor:
+    return table.rows(ids) if isinstance(table, PackedWeight) else F.embedding(ids, table).float()
 
 
 def _narrowed(table: torch.Tensor) -> torch.Tensor:

@@ -16,14 +16,14 @@ from paceline.engine.engine import Engine, EngineLimits
 from paceline.engine.families import refuse_unservable, runner_for
 from paceline.engine.heap import compact_allocations
 from paceline.engine.kv_cache import KVGeometry, SlabKVCache
-from paceline.engine.lean import NotLeanError, lean_runner, refuse_other_structures, torch_product, weights
+from paceline.engine.lean import NotLeanError, lean_runner, refuse_other_structures
 from paceline.engine.native import Kernels
 from paceline.engine.per_sequence import PerSequenceRunner
+from paceline.engine.products import Packer, replace_linears
 from paceline.engine.runner import Runner
 from paceline.errors import ConfigError
 from paceline.models import eos_token_ids, load_causal_lm, load_config, load_tokenizer, tokenizer_fingerprint
 from paceline.models.lazy import empty_causal_lm, with_weights_in_files
-from paceline.models.linear import exact_in_fp16, fp16_product, use_fp16_linears
 from paceline.speculation.proposer import Proposer
 
 logger = logging.getLogger(__name__)
@@ -89,11 +89,11 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
 def _load_runner(path: Path, backends: Backends) -> tuple[Runner, tuple[Choice, ...]]:
     """The lean pass if the model has one, else the model's own code; and the choices as they turned out."""
     runner: Runner
-    if backends.kernels is None:
+    if backends.kernels is None or backends.linears is None:
         runner, replaced = _general(path, backends)
     else:
         try:
-            runner, replaced = _lean(path, backends, backends.kernels)
+            runner, replaced = _lean(path, Packer(backends.linears), backends.kernels)
         except NotLeanError as error:
             runner, replaced = _general(path, backends)
             replaced.append(Choice("forward pass", "transformers", str(error)))
@@ -101,7 +101,7 @@ def _load_runner(path: Path, backends: Backends) -> tuple[Runner, tuple[Choice, 
     return runner, tuple(by_name.values())
 
 
-def _lean(path: Path, backends: Backends, kernels: Kernels) -> tuple[Runner, list[Choice]]:
+def _lean(path: Path, packer: Packer, kernels: Kernels) -> tuple[Runner, list[Choice]]:
     """Never holds the model whole, unless its files need Transformers' own loading. Raises NotLeanError."""
     empty = empty_causal_lm(load_config(path), dtype=torch.float32)
     refuse_other_structures(empty)
@@ -109,24 +109,24 @@ def _lean(path: Path, backends: Backends, kernels: Kernels) -> tuple[Runner, lis
     if isinstance(model, str):
         logger.info("%s is loaded whole: %s", path.name, model)
         model = load_causal_lm(path, dtype=torch.float32, device="cpu", attn_implementation="eager")
-    exact = (torch.equal(weight.half().float(), weight) for weight in weights(model))
-    fp16 = backends.fp16_linears if backends.fp16_linears is not None else all(exact)
-    return lean_runner(model, kernels, fp16_product if fp16 else torch_product), _linears(fp16)
+    return lean_runner(model, kernels, packer), [_linears(packer)]
 
 
 def _general(path: Path, backends: Backends) -> tuple[Runner, list[Choice]]:
     whole = runner_for(load_causal_lm(path, dtype=backends.dtype or "auto", device=backends.device))
-    fp16 = backends.fp16_linears if backends.fp16_linears is not None else exact_in_fp16(whole.model)
-    if fp16:
-        use_fp16_linears(whole.model)
-    replaced = _linears(fp16)
+    replaced: list[Choice] = []
+    if backends.linears is not None:
+        packer = Packer(backends.linears)
+        if replace_linears(whole.model, packer):
+            replaced.append(_linears(packer))
     if isinstance(whole, PerSequenceRunner):
         replaced.append(Choice("attention", "the model's own, sequence by sequence", whole.why))
     return whole, replaced
 
 
-def _linears(fp16: bool) -> list[Choice]:
-    return [] if fp16 else [Choice("linear layers", "torch", "the weights are not exact in fp16, or as configured")]
+def _linears(packer: Packer) -> Choice:
+    logger.info("linear layers: %s: %s", packer.taken, packer.reason)
+    return Choice("linear layers", packer.taken, packer.reason)
 
 
 def _limits(settings: EngineSettings, runner: Runner) -> EngineLimits:

@@ -19,9 +19,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from paceline.engine.attention import Scoring
 from paceline.engine.families import runner_for
 from paceline.engine.geometry import Observer
-from paceline.engine.lean import NotLeanError, lean_runner, torch_product
+from paceline.engine.lean import NotLeanError, lean_runner
 from paceline.engine.native import Kernels, kernels
 from paceline.engine.per_sequence import PerSequenceRunner
+from paceline.engine.products import torch_product
 from paceline.engine.runner import ModelRunner
 from tests import tiny
 from tests.tiny import SHAPE, SPECIAL

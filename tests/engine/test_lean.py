@@ -22,10 +22,10 @@ from transformers import (
     SmolLM3Config,
 )
 
-from paceline.engine.lean import LeanRunner, NotLeanError, Product, lean_runner, refuse_other_structures, torch_product
+from paceline.engine.lean import LeanRunner, NotLeanError, lean_runner, refuse_other_structures
 from paceline.engine.native import Kernels, kernels
+from paceline.engine.products import Product, fp16_product, torch_product
 from paceline.models.lazy import empty_causal_lm, with_weights_in_files
-from paceline.models.linear import fp16_product
 from paceline.speculation.local import LocalProposer
 from tests import tiny
 from tests.tiny import SHAPE
