@@ -48,8 +48,9 @@ def ours(model: PreTrainedModel) -> ModelRunner:
     return ModelRunner(twin)
 
 
-def kv_for(runner: Runner, capacity: int = 4096) -> SlabKVCache:
-    return SlabKVCache(runner.kv_geometry(), capacity, runner.max_model_len)
+def kv_for(runner: Runner, capacity: int = 4096, *, quantized: bool = False) -> SlabKVCache:
+    own = runner.kv_geometry()
+    return SlabKVCache(own.quantized() if quantized else own, capacity, runner.max_model_len)
 
 
 def engine_for(
@@ -64,13 +65,15 @@ def engine_for(
     proposer: Proposer | None = None,
     eos: frozenset[int] = frozenset(),
     runner: Runner | None = None,
+    quantized: bool = False,
 ) -> Engine:
     runner = runner or ours(model)
     limits = EngineLimits(
         runner.max_model_len, max_num_seqs, max_batched_tokens, max_queued_requests, max_prefill_while_decoding
     )
     speculation = SpeculationSettings(depth=depth)
-    return Engine(runner, kv_for(runner, capacity), limits, eos=eos, proposer=proposer, speculation=speculation)
+    kv = kv_for(runner, capacity, quantized=quantized)
+    return Engine(runner, kv, limits, eos=eos, proposer=proposer, speculation=speculation)
 
 
 def drafter_for(model: PreTrainedModel, capacity: int = 4096) -> Drafter:

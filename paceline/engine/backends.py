@@ -55,7 +55,7 @@ def resolve_backends(settings: EngineSettings) -> Backends:
         linear_choice,
         Choice("forward pass", "lean" if lean is not None else "transformers", why_lean),
         Choice("attention", "sdpa, ragged", "PyTorch's scaled dot product, window by window over true lengths"),
-        Choice("kv cache", *_kv(settings)),
+        Choice("kv cache", *_kv(settings, dtype)),
     )
     return Backends(device, dtype, threads, linears, lean, choices)
 
@@ -127,7 +127,9 @@ def _forward(device: torch.device, dtype: torch.dtype | None) -> tuple[Kernels |
     return found, "fused projections and our own kernels; if the model is built like Llama"
 
 
-def _kv(settings: EngineSettings) -> tuple[str, str]:
+def _kv(settings: EngineSettings, dtype: torch.dtype | None) -> tuple[str, str]:
+    own = "the checkpoint's dtype" if dtype is None else str(dtype).removeprefix("torch.")
+    stored = own if settings.kv_dtype == "auto" else settings.kv_dtype
     if settings.kv_tokens != "auto":
-        return f"{settings.kv_tokens} tokens", "as configured"
-    return f"{KV_SHARE_OF_FREE_MEMORY:.0%} of free memory", "shared by running and idle sessions"
+        return f"{settings.kv_tokens} tokens in {stored}", "as configured"
+    return f"{KV_SHARE_OF_FREE_MEMORY:.0%} of free memory in {stored}", "shared by running and idle sessions"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,12 +29,16 @@ from paceline.engine.products import Pack, Product
 from paceline.engine.runner import ModelRunner, Runner
 from paceline.errors import ModelError
 
-LONGEST_WINDOW = 16
-"""Rows up to which our own attention is used; longer windows (prefill) go to PyTorch's flash kernel."""
 PROBE_TOKENS = 24
 PROBE_TOLERANCE = 0.05
 """Largest difference of logits, relative to their spread, at which the lean pass is the same model: rounding gives
 about 1e-5 (1e-3 if weights are rounded to fp16), another structure more than 1."""
+ROUNDED_TOLERANCE = 0.7
+"""Root mean square of the difference, relative to the spread, at which rounded weights are still this model's: 4 bits
+give about 0.3, logits that have nothing to do with each other more than 1."""
+
+Take = Callable[[list[Any]], Product]
+"""One product in place of several linear modules that share their input."""
 
 
 class NotLeanError(Exception):
@@ -66,18 +70,18 @@ class LeanRunner(Runner):
     `model` has passed `refuse_other_structures`. `shape` is a runner of the same configuration; it needs no weights.
     """
 
-    def __init__(self, model: PreTrainedModel, shape: ModelRunner, kernels: Kernels, pack: Pack) -> None:
+    def __init__(self, model: PreTrainedModel, shape: ModelRunner, kernels: Kernels, take: Take) -> None:
         self._kernels = kernels.library
         self._vocab_size, self._max_model_len = shape.vocab_size, shape.max_model_len
         self._geometry = replace(shape.kv_geometry(), device=torch.device("cpu"))
         body: Any = model.model
         self._cos, self._sin = _rotary_tables(body, int(body.layers[0].self_attn.head_dim), shape.max_model_len)
         # The largest first, while nothing else is held.
-        self._head = pack(*_fused([model.lm_head]))
+        self._head = take([model.lm_head])
         with align_module_device(body.embed_tokens):
             self._embedding = _table(body.embed_tokens.weight.detach(), self._head)
         self._final_norm, self._eps = _norm(body.norm)
-        self._layers = [_take_layer(layer, pack) for layer in body.layers]
+        self._layers = [_take_layer(layer, take) for layer in body.layers]
         config = model.config
         self._embedding_scale = float(getattr(config, "embedding_multiplier", 1.0) or 1.0)
         self._residual_scale = float(getattr(config, "residual_multiplier", 1.0) or 1.0)
@@ -148,19 +152,14 @@ class _Step:
         self._kernels, self._windows, self._cos, self._sin = kernels, windows, cos, sin
         self._eps, self._residual_scale = eps, residual_scale
         self._structs = (WindowStruct * len(windows))()
-        self._long: list[tuple[int, Window]] = []
-        row = 0
+        self._rows = 0
         for struct, window in zip(self._structs, windows, strict=True):
-            count = len(window.token_ids)
-            keys, values = window.entry.keys, window.entry.values
-            struct.row, struct.start, struct.rows = row, window.start, count
-            struct.keys, struct.values, struct.room = keys.data_ptr(), values.data_ptr(), keys.shape[2]
-            struct.attend = int(count <= LONGEST_WINDOW)
-            if count > LONGEST_WINDOW:
-                self._long.append((row, window))
-            row += count
-        self._rows = row
-        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+            entry = window.entry
+            struct.row, struct.start, struct.rows = self._rows, window.start, len(window.token_ids)
+            struct.keys, struct.values, struct.room = entry.keys.data_ptr(), entry.values.data_ptr(), entry.room
+            if entry.scales is not None:
+                struct.key_scales, struct.value_scales = (each.data_ptr() for each in entry.scales)
+            self._rows += struct.rows
 
     def norm(self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor) -> None:
         """x += y; out = RMS norm of x."""
@@ -193,46 +192,38 @@ class _Step:
             ctypes.addressof(heads),
             out.data_ptr(),
         )
-        for row, window in self._long:
-            self._attend_long(number, layer, qkv, row, window, out)
         return out
 
-    def _attend_long(
-        self, number: int, layer: Layer, qkv: torch.Tensor, row: int, window: Window, out: torch.Tensor
-    ) -> None:
-        heads, rows = layer.heads, slice(row, row + len(window.token_ids))
-        query = qkv[rows, : heads.heads * heads.dim].view(-1, heads.heads, heads.dim).transpose(0, 1)
-        attended = F.scaled_dot_product_attention(
-            query[None],
-            window.entry.keys[number : number + 1, :, : window.end],
-            window.entry.values[number : number + 1, :, : window.end],
-            attn_mask=self._mask(row, window, layer.sliding_window),
-            scale=heads.scale,
-            enable_gqa=heads.heads != heads.kv_heads,
-        )
-        out[rows].view(-1, heads.heads, heads.dim).copy_(attended[0].transpose(0, 1))
 
-    def _mask(self, row: int, window: Window, sliding_window: int | None) -> torch.Tensor | None:
-        """Made once a step, not once a layer."""
-        key = (row, sliding_window)
-        if key not in self._masks:
-            self._masks[key] = window.causal_mask(sliding_window, torch.device("cpu"))
-        return self._masks[key]
-
-
-def lean_runner(model: PreTrainedModel, kernels: Kernels, pack: Pack) -> LeanRunner:
+def lean_runner(model: PreTrainedModel, kernels: Kernels, pack: Pack, *, rounds: bool = False) -> LeanRunner:
     """The lean form of a model, after it has reproduced the model's own logits on a probe.
 
-    Raises NotLeanError, with the reason, if the model is built differently, which is known before any weight is
-    needed, or if the logits differ. The model is left as it was.
+    With `rounds`, `pack` may change weights: then it is a lean pass that reads each weight anew that has to reproduce
+    them, and the packed one has to resemble them. Raises NotLeanError, with the reason, if the model is built
+    differently, which is known before any weight is needed, or if the logits differ. The model is left as it was.
     """
     shape = refuse_other_structures(model)
-    expected = _own_logits(model)
-    lean = LeanRunner(model, shape, kernels, pack)
-    difference = float((expected - _probe(lean)).abs().max() / expected.std())
+    own = _own_logits(model)
+    if rounds:
+        _require_same(own, _probe(LeanRunner(model, shape, kernels, _read_anew)))
+    lean = LeanRunner(model, shape, kernels, lambda linears: pack(*_fused(linears)))
+    found = _probe(lean)
+    if not rounds:
+        _require_same(own, found)
+    elif not (away := float((own - found).square().mean().sqrt() / own.std())) < ROUNDED_TOLERANCE:
+        raise NotLeanError(f"with its weights rounded its logits differ by {away:.1f} of their spread")
+    return lean
+
+
+def _require_same(own: torch.Tensor, found: torch.Tensor) -> None:
+    difference = float((own - found).abs().max() / own.std())
     if not difference < PROBE_TOLERANCE:
         raise NotLeanError(f"its logits differ by {difference:.1e} of their spread")
-    return lean
+
+
+def _read_anew(linears: list[Any]) -> Product:
+    """A product that holds no weights between two calls."""
+    return lambda x: F.linear(x, *_fused(linears))
 
 
 def refuse_other_structures(model: PreTrainedModel) -> ModelRunner:
@@ -319,11 +310,11 @@ def _groups(layer: Any) -> tuple[list[Any], ...]:
     )
 
 
-def _take_layer(layer: Any, pack: Pack) -> Layer:
+def _take_layer(layer: Any, take: Take) -> Layer:
     attention = layer.self_attn
     norms = [_norm(attention.q_norm), _norm(attention.k_norm)] if hasattr(attention, "q_norm") else []
     heads = _heads(attention, norms)
-    qkv, out, gate_up, down = (pack(*_fused(linears)) for linears in _groups(layer))
+    qkv, out, gate_up, down = map(take, _groups(layer))
     return Layer(
         qkv=qkv,
         out=out,

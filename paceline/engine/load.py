@@ -33,6 +33,9 @@ CPU_PREFILL_WHILE_DECODING = 64
 prompt tokens 167 ms, with 512 1.4 s; prefill alone goes at 383 tokens a second in chunks of 64, at 395 at best."""
 
 
+OUR_ATTENTION = Choice("attention", "our kernel, ragged", "in blocks of keys; a row's result is the same in any window")
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to run, its tokenizer, and what was chosen for it."""
@@ -41,6 +44,7 @@ class LoadedModel:
     tokenizer: Any
     eos: frozenset[int]
     limits: EngineLimits
+    kv_geometry: KVGeometry
     kv_tokens: int
     fingerprint: str
     choices: tuple[Choice, ...]
@@ -68,7 +72,7 @@ class LoadedModel:
         )
 
     def _kv_cache(self) -> SlabKVCache:
-        return SlabKVCache(self.runner.kv_geometry(), self.kv_tokens, self.limits.max_model_len)
+        return SlabKVCache(self.kv_geometry, self.kv_tokens, self.limits.max_model_len)
 
 
 def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
@@ -80,10 +84,11 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
         tokenizer = load_tokenizer(path)
         runner, choices = _load_runner(path, backends)
     limits = _limits(settings, runner)
-    kv_tokens = _kv_tokens(settings, runner.kv_geometry(), limits)
+    kv_geometry = _kv_geometry(settings, runner)
+    kv_tokens = _kv_tokens(settings, kv_geometry, limits)
     logger.info("%s: %s; %d KV tokens", path.name, ", ".join(f"{c.name} {c.value}" for c in choices), kv_tokens)
-    eos = eos_token_ids(path, tokenizer=tokenizer)
-    return LoadedModel(runner, tokenizer, eos, limits, kv_tokens, tokenizer_fingerprint(tokenizer), choices)
+    eos, fingerprint = eos_token_ids(path, tokenizer=tokenizer), tokenizer_fingerprint(tokenizer)
+    return LoadedModel(runner, tokenizer, eos, limits, kv_geometry, kv_tokens, fingerprint, choices)
 
 
 def _load_runner(path: Path, backends: Backends) -> tuple[Runner, tuple[Choice, ...]]:
@@ -109,7 +114,7 @@ def _lean(path: Path, packer: Packer, kernels: Kernels) -> tuple[Runner, list[Ch
     if isinstance(model, str):
         logger.info("%s is loaded whole: %s", path.name, model)
         model = load_causal_lm(path, dtype=torch.float32, device="cpu", attn_implementation="eager")
-    return lean_runner(model, kernels, packer), [_linears(packer)]
+    return lean_runner(model, kernels, packer, rounds=packer.rounds), [_linears(packer), OUR_ATTENTION]
 
 
 def _general(path: Path, backends: Backends) -> tuple[Runner, list[Choice]]:
@@ -149,6 +154,11 @@ def _prefill_while_decoding(settings: EngineSettings, device: torch.device) -> i
     if settings.max_prefill_tokens_while_decoding != "auto":
         return settings.max_prefill_tokens_while_decoding
     return CPU_PREFILL_WHILE_DECODING if device.type == "cpu" else None
+
+
+def _kv_geometry(settings: EngineSettings, runner: Runner) -> KVGeometry:
+    own = runner.kv_geometry()
+    return own.quantized() if settings.kv_dtype == "int8" else own
 
 
 def _kv_tokens(settings: EngineSettings, geometry: KVGeometry, limits: EngineLimits) -> int:

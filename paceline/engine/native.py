@@ -1,6 +1,6 @@
 """Our CPU kernels, compiled for this host when they are first needed, and how Python calls them.
 
-No framework headers are involved: a plain C interface, half a second of compiling, cached by source, compiler
+No framework headers are involved: a plain C interface, a few seconds of compiling, cached by source, compiler
 flags and CPU. Without a C++ compiler there are no kernels, and the engine runs the model's own code.
 """
 
@@ -25,9 +25,10 @@ from paceline.config import cache_dir
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-# Sums may be reordered, which is what vectorizes them. Not -ffast-math: a library linked with it makes the whole
-# process flush subnormal numbers to zero.
-MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
+# Sums that may be reordered, which is what vectorizes them, say so in the source; the others keep their order, on which
+# it rests that a row's result does not depend on the rows beside it. Not -ffast-math, either: a library linked with it
+# makes the whole process flush subnormal numbers to zero.
+MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros")
 BUILD = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-fPIC", "-shared")
 FLAGS = (*BUILD, *MATH)
 COMPILERS = ("c++", "g++", "clang++")
@@ -45,8 +46,9 @@ class WindowStruct(ctypes.Structure):
         ("rows", _I),
         ("keys", _P),
         ("values", _P),
+        ("key_scales", _P),
+        ("value_scales", _P),
         ("room", _I),
-        ("attend", _I),
     )
 
 
