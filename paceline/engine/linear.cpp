@@ -144,7 +144,8 @@ inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(
 
 template <int Bits>
 struct Layout {
-  static constexpr int64_t kWords = kGroup * Bits / 32;             // of one output in one group
+  static constexpr int64_t kInputs = 32 / Bits;                     // in a word
+  static constexpr int64_t kWords = kGroup / kInputs;               // of one output in one group
   static constexpr int64_t kGroupBytes = 64 + kWords * kPanel * 4;  // of 16 outputs
 };
 
@@ -155,17 +156,10 @@ int64_t panel_bytes(int64_t inputs) {
 
 inline int64_t panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
-struct Place {
-  int64_t word;
-  int bit;  // it begins at
-};
-
-// Where input i of a group lies.
+// The bit at which input `j` of a word begins.
 template <int Bits>
-inline Place place(int64_t i) {
-  constexpr int64_t in_word = 32 / Bits;
-  const int64_t j = i % in_word;
-  return {i / in_word, static_cast<int>(j % 2 * 16 + j / 2 * Bits)};
+constexpr int place(int64_t j) {
+  return static_cast<int>(j % 2 * 16 + j / 2 * Bits);
 }
 
 inline float rounded_half(float v) { return _cvtsh_ss(_cvtss_sh(v, 0)); }
@@ -275,9 +269,11 @@ bool pack_output(const float* weight, int64_t inputs, int64_t lane, bool round, 
       reinterpret_cast<float*>(panel)[lane] = grid.scale;
     }
     auto* words = reinterpret_cast<uint32_t*>(panel + 64);
-    for (int64_t i = 0; i < kGroup; ++i) {
-      const auto [word, bit] = place<Bits>(i);
-      words[word * kPanel + lane] |= (grid.q[i] & ((1u << Bits) - 1)) << bit;
+    for (int64_t w = 0; w < Layout<Bits>::kWords; ++w) {
+      uint32_t word = 0;
+      for (int64_t j = 0; j < Layout<Bits>::kInputs; ++j)
+        word |= (grid.q[w * Layout<Bits>::kInputs + j] & ((1u << Bits) - 1)) << place<Bits>(j);
+      words[w * kPanel + lane] = word;
     }
   }
   return exact;
@@ -305,11 +301,13 @@ void unpack_output(const Matrix& m, int64_t output, float* to) {
     const float scale = Bits == 4 ? _cvtsh_ss(halves[lane]) : reinterpret_cast<const float*>(panel)[lane];
     const float offset = Bits == 4 ? _cvtsh_ss(halves[kPanel + lane]) : 0.f;
     const auto* words = reinterpret_cast<const uint32_t*>(panel + 64);
-    for (int64_t i = 0; i < kGroup; ++i) {
-      const auto [word, bit] = place<Bits>(i);
-      const uint32_t raw = words[word * kPanel + lane] >> bit;
-      const int q = Bits == 4 ? static_cast<int>(raw & 15) : static_cast<int8_t>(raw & 255);
-      to[g * kGroup + i] = std::fma(scale, static_cast<float>(q), offset);
+    for (int64_t w = 0; w < Layout<Bits>::kWords; ++w) {
+      const uint32_t word = words[w * kPanel + lane];
+      for (int64_t j = 0; j < Layout<Bits>::kInputs; ++j) {
+        const uint32_t raw = word >> place<Bits>(j);
+        const int q = Bits == 4 ? static_cast<int>(raw & 15) : static_cast<int8_t>(raw & 255);
+        *to++ = std::fma(scale, static_cast<float>(q), offset);
+      }
     }
   }
 }
@@ -380,7 +378,7 @@ inline void multiply(const int16_t* x, const float* scale, const float* sum, con
     for (int w = 0; w < Layout<Bits>::kWords; ++w) {
       const Ints v = load(words + w * kPanel);
       const auto step = [&](Ints weights, int k) {
-        const int16_t* at = x + (w * (32 / Bits / 2) + k) * 2;
+        const int16_t* at = x + (w * (Layout<Bits>::kInputs / 2) + k) * 2;
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r)
           acc[r][k % kChains] = add_pairs(acc[r][k % kChains], weights, pair(at + r * kGroup));

@@ -62,7 +62,21 @@ def linear_kernels(flags: Sequence[str] = FLAGS) -> LinearKernels | str:
     if isinstance(library, str):
         return library
     library.lanes.restype = _I
-    return LinearKernels(library) if library.lanes() else "the CPU has neither AVX-512 nor AVX2"
+    if not library.lanes():
+        return "the CPU has neither AVX-512 nor AVX2"
+    found = LinearKernels(library)
+    return found if all(_right(found, bits) for bits in LARGEST) else "this compiler builds them wrong"
+
+
+def _right(kernels: LinearKernels, bits: int) -> bool:
+    """Whether a small product comes out right: of vectorizing code like this, compilers have bugs."""
+    weight, x = torch.randn(2, 33, 64, generator=torch.Generator().manual_seed(0))
+    made = packed(kernels, weight, None, bits, rounded=True)
+    if made is None:
+        return False
+    rows = made.rows(torch.arange(33))
+    same_weights = torch.allclose(rows, weight, rtol=0, atol=4.0 / 2**bits)
+    return same_weights and torch.allclose(made(x), x @ rows.T, rtol=0, atol=0.01)
 
 
 class PackedWeight:
