@@ -219,6 +219,11 @@ class Packer:
         return self._times[key]
 
     @property
+    def rounds(self) -> bool:
+        """Whether it may change weights."""
+        return self._backends.rounding is not None
+
+    @property
     def taken(self) -> str:
         """Which backends were taken, and for how many weights if they are several."""
         count = Counter(name for name, _ in self._taken)

@@ -117,6 +117,32 @@ def test_other_logits_are_refused() -> None:
         lean(model)
 
 
+def coarse(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    """Three bits or so."""
+    step = weight.abs().amax(dim=1, keepdim=True) / 6
+    return torch_product((weight / step).round() * step, bias)
+
+
+def test_rounded_weights_are_told_from_another_structure() -> None:
+    model = built(FAMILIES["llama"])
+    with pytest.raises(NotLeanError, match="logits differ"):
+        lean_runner(model, compiled(), coarse)
+    assert isinstance(lean_runner(model, compiled(), coarse, rounds=True), LeanRunner)
+
+
+def test_another_structure_is_refused_with_rounded_weights_too() -> None:
+    model = built(FAMILIES["llama"])
+    model.model.layers[1].mlp.act_fn.forward = torch.tanh
+    with pytest.raises(NotLeanError, match="its logits differ"):
+        lean_runner(model, compiled(), coarse, rounds=True)
+
+
+def test_weights_rounded_to_nothing_are_refused() -> None:
+    model = built(FAMILIES["llama"])
+    with pytest.raises(NotLeanError, match="with its weights rounded"):
+        lean_runner(model, compiled(), lambda weight, bias: torch_product(weight * 0, bias), rounds=True)
+
+
 def test_half_precision_weights_that_are_exact_change_no_token() -> None:
     model = built(FAMILIES["llama"])
     for parameter in model.parameters():
