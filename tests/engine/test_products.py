@@ -344,13 +344,24 @@ def test_a_shape_is_measured_once() -> None:
 def test_the_reason_has_the_times() -> None:
     packer = Packer(LinearBackends(KEEPING), times_in_order("fbgemm_fp16", "torch"))
     packer(MADE["half"](0), None)
-    assert packer.reason == "fastest that keeps the weights: 1/6 rows take 1000.0/1000.0 ms (torch 2000.0/2000.0)"
+    reason = "fastest that keeps the weights: on one thread 1/6 rows take 1000.0/1000.0 ms (torch 2000.0/2000.0)"
+    assert packer.reason == reason
 
 
 def test_every_product_is_measured_at_every_number_of_rows() -> None:
     found = measured({"a": lambda x: x, "b": lambda x: x + 1}, 32)
     assert {name: set(times) for name, times in found.items()} == {"a": set(REQUEST), "b": set(REQUEST)}
     assert all(0 < seconds < math.inf for times in found.values() for seconds in times.values())
+
+
+def test_measuring_leaves_the_threads_as_they_were() -> None:
+    before, seen = torch.get_num_threads(), set()
+    torch.set_num_threads(3)
+    try:
+        measured({"a": lambda x: (seen.add(torch.get_num_threads()), x)[1]}, 32)
+        assert (seen, torch.get_num_threads()) == ({1}, 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- in a model
