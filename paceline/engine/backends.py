@@ -25,6 +25,10 @@ class Choice:
     reason: str
 
 
+OUR_ATTENTION = Choice("attention", "our kernel, ragged", "in blocks of keys; a row's result is the same in any window")
+SDPA = Choice("attention", "sdpa, ragged", "PyTorch's scaled dot product, window by window over true lengths")
+
+
 @dataclass(frozen=True, slots=True)
 class Backends:
     """Every "auto" of EngineSettings resolved as far as the machine alone allows.
@@ -54,7 +58,7 @@ def resolve_backends(settings: EngineSettings) -> Backends:
         Choice("threads", str(threads), why_threads),
         linear_choice,
         Choice("forward pass", "lean" if lean is not None else "transformers", why_lean),
-        Choice("attention", "sdpa, ragged", "PyTorch's scaled dot product, window by window over true lengths"),
+        SDPA if lean is None else OUR_ATTENTION,
         Choice("kv cache", *_kv(settings, dtype)),
     )
     return Backends(device, dtype, threads, linears, lean, choices)

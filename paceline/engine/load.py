@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from paceline.config import EngineSettings, SpeculationSettings
-from paceline.engine.backends import KV_SHARE_OF_FREE_MEMORY, Backends, Choice, free_memory, resolve_backends
+from paceline.engine.backends import KV_SHARE_OF_FREE_MEMORY, SDPA, Backends, Choice, free_memory, resolve_backends
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine, EngineLimits
 from paceline.engine.families import refuse_unservable, runner_for
@@ -31,9 +31,6 @@ logger = logging.getLogger(__name__)
 CPU_PREFILL_WHILE_DECODING = 64
 """Prompt tokens beside running streams on a CPU. Of smollm2-135m on one core a plain decode step takes 15 ms, with 64
 prompt tokens 167 ms, with 512 1.4 s; prefill alone goes at 383 tokens a second in chunks of 64, at 395 at best."""
-
-
-OUR_ATTENTION = Choice("attention", "our kernel, ragged", "in blocks of keys; a row's result is the same in any window")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +111,12 @@ def _lean(path: Path, packer: Packer, kernels: Kernels) -> tuple[Runner, list[Ch
     if isinstance(model, str):
         logger.info("%s is loaded whole: %s", path.name, model)
         model = load_causal_lm(path, dtype=torch.float32, device="cpu", attn_implementation="eager")
-    return lean_runner(model, kernels, packer, rounds=packer.rounds), [_linears(packer), OUR_ATTENTION]
+    return lean_runner(model, kernels, packer, rounds=packer.rounds), [_linears(packer)]
 
 
 def _general(path: Path, backends: Backends) -> tuple[Runner, list[Choice]]:
     whole = runner_for(load_causal_lm(path, dtype=backends.dtype or "auto", device=backends.device))
-    replaced: list[Choice] = []
+    replaced = [SDPA]
     if backends.linears is not None:
         packer = Packer(backends.linears)
         if replace_linears(whole.model, packer):
