@@ -21,6 +21,7 @@ from paceline.errors import ConfigError
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(gt=0, le=600_000)]
+SchedulingPolicy = Literal["fcfs", "priority"]
 
 DEFAULT_MODEL = "smollm2-135m"
 APP_NAME = "paceline"
@@ -40,12 +41,16 @@ class EngineSettings(Settings):
         "auto", description="Where the model runs; auto takes a GPU if one is visible."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of activations and KV; auto is float32 on a CPU, the checkpoint's type on a GPU."
-    )
-    linear_backend: Literal["auto", "torch", "fbgemm_fp16"] = Field(
         "auto",
-        description="Matrix products on a CPU. fbgemm_fp16 keeps weights in half precision and accumulates in float32; "
-        "auto takes it where it runs and the checkpoint's weights are exact in it.",
+        description="Type of activations, and of KV unless kv_dtype says otherwise; auto is float32 on a CPU, the "
+        "checkpoint's type on a GPU.",
+    )
+    linear_backend: Literal["auto", "torch", "fbgemm_fp16", "int8", "int4", "bf16"] = Field(
+        "auto",
+        description="Matrix products on a CPU. auto measures at load time and takes, layer by layer, the fastest that "
+        "changes no weight of the checkpoint: float32 (torch), half precision (fbgemm_fp16), or 8 or 4 bits in groups "
+        "of 32 where the weights lie on such a grid, as GGUF's Q8_0, Q4_0 and Q4_1 do. A named one rounds the weights "
+        "to what it stores; bf16 rounds activations too.",
     )
     threads: Positive | Auto = Field(
         "auto", description="Threads of one replica; auto is the cores this process may use."
@@ -57,6 +62,12 @@ class EngineSettings(Settings):
         "auto",
         description="KV cache in tokens, running and idle sessions together; auto is a quarter of the free memory.",
     )
+    kv_dtype: Literal["auto", "int8"] = Field(
+        "auto",
+        description="Type the KV cache stores; auto is the activations'. int8, with a scale for each key and value of "
+        "a head, takes about a quarter of float32 or half of bfloat16, and rounds: the output is another, if hardly "
+        "worse.",
+    )
     max_num_seqs: Positive = Field(16, description="Sequences in one step.")
     max_batched_tokens: Positive = Field(512, description="Tokens in one step; longer prompts are prefilled in chunks.")
     max_prefill_tokens_while_decoding: Positive | Auto = Field(
@@ -65,6 +76,11 @@ class EngineSettings(Settings):
         "auto is 64 on a CPU, max_batched_tokens on a GPU.",
     )
     max_queued_requests: Positive = Field(64, description="Waiting requests; one more is refused with 429.")
+    scheduling_policy: SchedulingPolicy = Field(
+        "fcfs",
+        description="Who goes first. fcfs: who came first; a request with a priority is refused. priority: the lower a "
+        "request's priority, the sooner, even in place of running ones.",
+    )
 
 
 class SpeculationSettings(Settings):

@@ -21,6 +21,8 @@ MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_BIAS = 100.0
+MAX_PRIORITY = 2**31 - 1
+"""Either way from 0; what the wire holds."""
 GREEDY_BELOW = 1e-5
 """A lower temperature draws the likeliest token anyway, and dividing by it overflows."""
 
@@ -166,7 +168,7 @@ class Request:
             raise InvalidRequest("prompt: token ids must be integers", param="prompt") from None
         if not self.token_ids:
             raise InvalidRequest("prompt: must hold at least one token", param="prompt")
-        _check_int("priority", self.priority)
+        _check_int("priority", self.priority, low=-MAX_PRIORITY, high=MAX_PRIORITY)
 
     def choices(self) -> tuple[Request, ...]:
         """One request for each output: the first under this id and session, the others beside it, without one.

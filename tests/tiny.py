@@ -20,27 +20,27 @@ from paceline.speculation.speculator import speculator_for
 from paceline.types import Delta, Request, SamplingParams
 
 VOCAB = 199
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    **SPECIAL,
+}
+"""3 layers, 6 heads over 2 KV heads, weights large enough to have opinions; in Llama's words."""
 
 # Products this small gain nothing from a second thread, and wait for it whenever the cores are busy.
 torch.set_num_threads(1)
 
 
 def tiny_llama(seed: int = 0, **overrides: int) -> LlamaForCausalLM:
-    """A Llama with 3 layers, 6 heads over 2 KV heads, 199 tokens; weights large enough to have opinions."""
-    shape = {
-        "vocab_size": VOCAB,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**(shape | overrides))).eval().requires_grad_(False)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | overrides)).eval().requires_grad_(False)
 
 
 def ours(model: PreTrainedModel) -> ModelRunner:
@@ -50,8 +50,9 @@ def ours(model: PreTrainedModel) -> ModelRunner:
     return ModelRunner(twin)
 
 
-def kv_for(runner: Runner, capacity: int = 4096) -> SlabKVCache:
-    return SlabKVCache(runner.kv_geometry(), capacity, runner.max_model_len)
+def kv_for(runner: Runner, capacity: int = 4096, *, quantized: bool = False) -> SlabKVCache:
+    own = runner.kv_geometry()
+    return SlabKVCache(own.quantized() if quantized else own, capacity, runner.max_model_len)
 
 
 def flat_cost() -> VerifyCost:
@@ -72,6 +73,7 @@ def engine_for(
     lookup: int = 0,
     eos: frozenset[int] = frozenset(),
     runner: Runner | None = None,
+    quantized: bool = False,
     **settings: Any,
 ) -> Engine:
     """`lookup` is `prompt_lookup_num_tokens`, `settings` are others of SpeculationSettings."""
@@ -81,7 +83,8 @@ def engine_for(
     )
     speculation = SpeculationSettings(depth=depth, prompt_lookup_num_tokens=lookup, **settings)
     speculator = speculator_for(speculation, proposer, flat_cost)
-    return Engine(runner, kv_for(runner, capacity), limits, eos=eos, speculator=speculator, speculation=speculation)
+    kv = kv_for(runner, capacity, quantized=quantized)
+    return Engine(runner, kv, limits, eos=eos, speculator=speculator, speculation=speculation)
 
 
 def drafter_for(model: PreTrainedModel, capacity: int = 4096) -> Drafter:

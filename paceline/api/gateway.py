@@ -22,6 +22,7 @@ from paceline.api.prompts import (
 )
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.api.stream import Stream
+from paceline.config import SchedulingPolicy
 from paceline.errors import InvalidRequest, RequestTimeout, UnknownModel, UnknownSession
 from paceline.types import Frame, Prompt, Request, SamplingParams
 
@@ -61,6 +62,7 @@ class Gateway:
         model_name: str,
         max_model_len: int,
         request_timeout_s: float,
+        scheduling_policy: SchedulingPolicy = "fcfs",
         synthetic_acceptance: float | None = None,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
@@ -72,6 +74,7 @@ class Gateway:
         self._targets = targets
         self._prompts = PromptEncoder(tokenizer)
         self._request_timeout_s = request_timeout_s
+        self._scheduling_policy = scheduling_policy
 
     async def prepare_chat(
         self,
@@ -81,13 +84,16 @@ class Gateway:
         model: str | None = None,
         session_id: str | None = None,
         speculate: bool = True,
+        priority: int = 0,
     ) -> Request:
         """One turn of a conversation as a request. Raises InvalidRequest naming the field."""
         self.check_model(model)
+        self._check_priority(priority)
         known = check_messages(messages)
         session = derive_session_id(self.model_name, known) if session_id is None else check_session_id(session_id)
         token_ids = await self._prompts.chat(known)
-        return self._request(f"chatcmpl-{uuid4().hex}", "messages", token_ids, params, session, speculate)
+        fitted = self._fit("messages", len(token_ids), params)
+        return Request(f"chatcmpl-{uuid4().hex}", token_ids, fitted, session, speculate, priority=priority)
 
     async def prepare_completion(
         self,
@@ -97,6 +103,7 @@ class Gateway:
         model: str | None = None,
         session_id: str | None = None,
         speculate: bool = True,
+        priority: int = 0,
         default_max_tokens: int | None = None,
     ) -> Request:
         """A plain prompt as a request; without a session unless the client names one.
@@ -104,12 +111,14 @@ class Gateway:
         `default_max_tokens` stands in for `params.max_tokens` None, and shrinks to what the context leaves.
         """
         self.check_model(model)
+        self._check_priority(priority)
         session = None if session_id is None else check_session_id(session_id)
         token_ids = await self._prompts.prompt(prompt)
         if params.max_tokens is None and default_max_tokens is not None:
             room = max(1, self.max_model_len - len(token_ids))
             params = replace(params, max_tokens=min(default_max_tokens, room))
-        return self._request(f"cmpl-{uuid4().hex}", "prompt", token_ids, params, session, speculate)
+        fitted = self._fit("prompt", len(token_ids), params)
+        return Request(f"cmpl-{uuid4().hex}", token_ids, fitted, session, speculate, priority=priority)
 
     async def open(self, request: Request) -> Stream:
         """Start a request. Raises its error if no replica takes it; otherwise the caller closes the stream."""
@@ -147,22 +156,22 @@ class Gateway:
         if name and name != self.model_name:
             raise UnknownModel(f"model: no model {shown(name)} here; {self.model_name!r} is served", param="model")
 
-    def _request(
-        self,
-        request_id: str,
-        source: str,
-        token_ids: tuple[int, ...],
-        params: SamplingParams,
-        session_id: str | None,
-        speculate: bool,
-    ) -> Request:
-        self._prompts.check_ids("stop_token_ids", params.stop_token_ids)
-        self._prompts.check_ids("logit_bias", tuple(params.bias))
-        fitted = self._fit(source, len(token_ids), params).with_seed()
-        return Request(request_id, token_ids, fitted, session_id=session_id, speculate=speculate)
+    def _check_priority(self, priority: int) -> None:
+        if priority and self._scheduling_policy == "fcfs":
+            raise InvalidRequest(
+                f"priority: {priority} has no effect here, where who came first goes first; leave it out, or have the "
+                "server run with target.engine.scheduling_policy: priority",
+                param="priority",
+            )
 
     def _fit(self, source: str, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        """The parameters with `max_tokens` resolved, or InvalidRequest if prompt and output exceed the context."""
+        """The parameters with `max_tokens` and the seed resolved. Raises InvalidRequest if they name tokens the
+        model lacks, or if prompt and output exceed its context."""
+        self._prompts.check_ids("stop_token_ids", params.stop_token_ids)
+        self._prompts.check_ids("logit_bias", tuple(params.bias))
+        return self._within_context(source, prompt_tokens, params).with_seed()
+
+    def _within_context(self, source: str, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
         context = self.max_model_len
         room = context - prompt_tokens
         if room < 1:

@@ -76,6 +76,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request, gatewa
         model=body.model,
         session_id=_session_id(request, body),
         speculate=body.speculation is not False,
+        priority=body.priority or 0,
     )
     wording = ChatWording(prepared.request_id, **_form(gateway, body))
     return Reply(gateway, prepared, wording, stream=bool(body.stream))
@@ -89,6 +90,7 @@ async def completions(body: CompletionRequest, request: Request, gateway: TheGat
         model=body.model,
         session_id=_session_id(request, body),
         speculate=body.speculation is not False,
+        priority=body.priority or 0,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
     )
     wording = CompletionWording(prepared.request_id, **_form(gateway, body))

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from paceline.api.prompts import ChatMessage
-from paceline.types import MAX_LOGPROBS, SamplingParams
+from paceline.types import MAX_LOGPROBS, MAX_PRIORITY, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` for /v1/completions."""
@@ -116,6 +116,7 @@ Stop = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str
 
 LogitBias = Annotated[dict[int, float], PlainValidator(_bias, json_schema_input_type=dict[str, float])]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 
 
 class Body(BaseModel):
@@ -172,6 +173,7 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     session_id: str | None = Field(None, description="The KV cache to reuse and to leave behind.")
     speculation: bool | None = Field(None, description="Off: no drafts. The tokens are the same either way.")
+    priority: Priority | None = Field(None, description="Lower goes first, if the server schedules by priority.")
     return_token_ids: bool | None = Field(None, description="Report token ids in the `paceline` object.")
 
     # OpenAI's, and without effect on the result.

@@ -12,6 +12,7 @@ import typer
 from paceline.cli import chat, demo, doctor, serve, status
 from paceline.cli.bench import bench_app
 from paceline.cli.models import models_app
+from paceline.cli.options import group
 from paceline.errors import PacelineError
 
 EPILOG = """\b
@@ -21,16 +22,7 @@ Examples:
   paceline chat "What is the capital of France?"
 """
 
-app = typer.Typer(
-    name="paceline",
-    help="Serve language models with a pool of drafters riding ahead.",
-    epilog=EPILOG,
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,  # plain help: it starts fast and reads the same in a pipe, a log and the docs
-    pretty_exceptions_enable=False,
-)
+app = group("Serve language models with a pool of drafters riding ahead.", EPILOG)
 app.command("serve", epilog=serve.EPILOG)(serve.serve)
 app.command("chat", epilog=chat.EPILOG)(chat.chat)
 app.command("status", epilog=status.EPILOG)(status.status)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paceline.cli.options import group
 from paceline.config import DEFAULT_MODEL
 from paceline.errors import ConfigError
 
@@ -28,15 +29,7 @@ Examples:
   paceline bench engine --gguf SmolLM2-135M-Instruct.Q4_1.gguf --json figures.json --plot figures.png
 """
 
-bench_app = typer.Typer(
-    name="bench",
-    help="Measure.",
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+bench_app = group("Measure.")
 
 ModelName = Annotated[str, typer.Option("--model", metavar="NAME", help="Model to measure.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all usable cores if not given.")]

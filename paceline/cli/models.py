@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from paceline.cli.options import group
 from paceline.errors import PacelineError
 
 PULL_EPILOG = """\b
@@ -28,15 +29,7 @@ Examples:
   ls -lh "$(paceline models path smollm2-135m)"
 """
 
-models_app = typer.Typer(
-    name="models",
-    help="Fetch, list and locate models.",
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+models_app = group("Fetch, list and locate models.")
 
 Name = Annotated[
     str, typer.Argument(metavar="NAME", help="A known name, a .gguf file, a folder or a Hub id.", show_default=False)

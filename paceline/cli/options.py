@@ -13,6 +13,20 @@ from paceline.types import MAX_SEED
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULTS = parse_settings({})
 
+
+def group(help_text: str, epilog: str | None = None) -> typer.Typer:
+    """A command with commands of its own, `paceline` itself included."""
+    return typer.Typer(
+        help=help_text,
+        epilog=epilog,
+        no_args_is_help=True,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode=None,  # plain help: it starts fast and reads the same in a pipe, a log and the docs
+        pretty_exceptions_enable=False,
+    )
+
+
 Url = Annotated[str, typer.Option("--url", metavar="URL", help="The server.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 

@@ -98,13 +98,12 @@ class RaggedBatch(AttentionStep):
         offset = 0
         for number, window in enumerate(self.windows):
             rows = slice(offset, offset + len(window.token_ids))
-            keys, values = window.entry.keys[layer], window.entry.values[layer]
-            keys[:, window.start : window.end] = key[0, :, rows]
-            values[:, window.start : window.end] = value[0, :, rows]
+            window.entry.write(layer, window.start, key[0, :, rows], value[0, :, rows])
             seen = slice(window.first_visible(scoring.sliding_window), window.end)
+            keys, values = window.entry.read(layer, seen, query.dtype)
             attend = _attend if scoring.softcap is None and scoring.sinks is None else _attend_explicitly
             mask = self._mask(number, scoring.sliding_window, query.device)
-            outputs.append(attend(query[:, :, rows], keys[None, :, seen], values[None, :, seen], mask, scoring))
+            outputs.append(attend(query[:, :, rows], keys[None], values[None], mask, scoring))
             offset = rows.stop
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 

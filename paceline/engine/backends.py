@@ -9,9 +9,9 @@ import torch
 
 from paceline.config import EngineSettings
 from paceline.engine.native import Kernels, kernels
+from paceline.engine.products import BACKENDS, KEEPING, LinearBackends
 from paceline.errors import ConfigError
 from paceline.hardware import usable_cores
-from paceline.models.linear import fbgemm_available
 
 KV_SHARE_OF_FREE_MEMORY = 0.25
 
@@ -25,18 +25,22 @@ class Choice:
     reason: str
 
 
+OUR_ATTENTION = Choice("attention", "our kernel, ragged", "in blocks of keys; a row's result is the same in any window")
+SDPA = Choice("attention", "sdpa, ragged", "PyTorch's scaled dot product, window by window over true lengths")
+
+
 @dataclass(frozen=True, slots=True)
 class Backends:
     """Every "auto" of EngineSettings resolved as far as the machine alone allows.
 
-    `dtype` None keeps the checkpoint's. `fp16_linears` None means: if the checkpoint's weights are exact in
-    fp16, which only the loaded model can tell. `kernels` None means the model's own code runs.
+    `dtype` None keeps the checkpoint's. `linears` None leaves linear layers to the model; which of several takes a
+    layer only its weights can tell. `kernels` None means the model's own code runs.
     """
 
     device: torch.device
     dtype: torch.dtype | None
     threads: int
-    fp16_linears: bool | None
+    linears: LinearBackends | None
     kernels: Kernels | None
     choices: tuple[Choice, ...]
 
@@ -46,16 +50,16 @@ def resolve_backends(settings: EngineSettings) -> Backends:
     device, why_device = _device(settings)
     dtype, why_dtype = _dtype(settings, device)
     threads, why_threads = _threads(settings)
-    linears, why_linears = _linears(settings, device, dtype)
+    linears, linear_choice = _linears(settings, device, dtype)
     lean, why_lean = _forward(device, dtype)
     choices = (
         Choice("device", str(device), why_device),
         Choice("dtype", "the checkpoint's" if dtype is None else str(dtype).removeprefix("torch."), why_dtype),
         Choice("threads", str(threads), why_threads),
-        Choice("linear layers", "fbgemm_fp16" if linears is not False else "torch", why_linears),
+        linear_choice,
         Choice("forward pass", "lean" if lean is not None else "transformers", why_lean),
-        Choice("attention", "sdpa, ragged", "PyTorch's scaled dot product, window by window over true lengths"),
-        Choice("kv cache", *_kv(settings)),
+        SDPA if lean is None else OUR_ATTENTION,
+        Choice("kv cache", *_kv(settings, dtype)),
     )
     return Backends(device, dtype, threads, linears, lean, choices)
 
@@ -96,20 +100,26 @@ def _threads(settings: EngineSettings) -> tuple[int, str]:
     return usable_cores(), "cores this process may use (affinity and cgroup quota)"
 
 
-def _linears(settings: EngineSettings, device: torch.device, dtype: torch.dtype | None) -> tuple[bool | None, str]:
-    possible = device.type == "cpu" and dtype == torch.float32 and fbgemm_available()
-    if settings.linear_backend == "fbgemm_fp16" and not possible:
-        raise ConfigError(
-            "engine.linear_backend: fbgemm_fp16 needs a CPU with AVX2, float32 activations and a torch with FBGEMM",
-            param="engine.linear_backend",
-        )
-    if settings.linear_backend == "torch":
-        return False, "as configured"
-    if not possible:
-        return False, "FBGEMM does not run here" if device.type == "cpu" else "cuBLAS on a GPU"
-    if settings.linear_backend == "fbgemm_fp16":
-        return True, "as configured"
-    return None, "half the bytes of float32 and flat in the number of rows; if the weights are exact in fp16"
+def _linears(
+    settings: EngineSettings, device: torch.device, dtype: torch.dtype | None
+) -> tuple[LinearBackends | None, Choice]:
+    named = settings.linear_backend
+    if device.type != "cpu" or dtype != torch.float32:
+        if named not in ("auto", "torch"):
+            raise ConfigError(
+                f"engine.linear_backend: {named} needs a CPU and float32 activations", param="engine.linear_backend"
+            )
+        where = "cuBLAS on a GPU" if device.type != "cpu" else "activations are not float32"
+        return None, Choice("linear layers", "torch", where)
+    missing = {backend.name: backend.missing() for backend in BACKENDS}
+    keeping = tuple(backend for backend in KEEPING if missing[backend.name] is None)
+    if named == "auto":
+        reason = "of those that keep the checkpoint's weights the fastest, measured when it is loaded"
+        return LinearBackends(keeping), Choice("linear layers", " or ".join(one.name for one in keeping), reason)
+    if (why := missing[named]) is not None:
+        raise ConfigError(f"engine.linear_backend: {named} does not run here: {why}", param="engine.linear_backend")
+    (rounding,) = (backend for backend in BACKENDS if backend.name == named)
+    return LinearBackends(keeping, rounding), Choice("linear layers", named, "as configured")
 
 
 def _forward(device: torch.device, dtype: torch.dtype | None) -> tuple[Kernels | None, str]:
@@ -121,7 +131,9 @@ def _forward(device: torch.device, dtype: torch.dtype | None) -> tuple[Kernels |
     return found, "fused projections and our own kernels; if the model is built like Llama"
 
 
-def _kv(settings: EngineSettings) -> tuple[str, str]:
+def _kv(settings: EngineSettings, dtype: torch.dtype | None) -> tuple[str, str]:
+    own = "the checkpoint's dtype" if dtype is None else str(dtype).removeprefix("torch.")
+    stored = own if settings.kv_dtype == "auto" else settings.kv_dtype
     if settings.kv_tokens != "auto":
-        return f"{settings.kv_tokens} tokens", "as configured"
-    return f"{KV_SHARE_OF_FREE_MEMORY:.0%} of free memory", "shared by running and idle sessions"
+        return f"{settings.kv_tokens} tokens in {stored}", "as configured"
+    return f"{KV_SHARE_OF_FREE_MEMORY:.0%} of free memory in {stored}", "shared by running and idle sessions"

@@ -13,11 +13,12 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
-from paceline.engine.kv_entry import KVEntry, KVExport, KVGeometry, KVUsage
+from paceline.engine.kv_entry import SCALE_DTYPE, KVEntry, KVExport, KVGeometry, KVUsage
 from paceline.engine.kv_index import CHUNK, PrefixIndex
 from paceline.engine.kv_memory import lazy_empty
 from paceline.errors import EngineError
@@ -71,7 +72,8 @@ class KVCache(ABC):
     def import_session(self, export: KVExport) -> bool:
         """Put an export in place of the session's idle entries. False, and nothing changed, if there is no room.
 
-        Raises EngineError if it is of another geometry, or longer than any sequence here.
+        Raises EngineError if it is of another geometry or type, or longer than any sequence here: what was
+        quantized elsewhere is not what would be computed here.
         """
 
     @abstractmethod
@@ -175,8 +177,7 @@ class SlabKVCache(KVCache):
             self._drop(entry)
         self._make_room(length, keep=None)
         entry = self._new_entry(length, export.session_id)
-        entry.keys[:, :, :length] = export.keys.to(self.geometry.device)
-        entry.values[:, :, :length] = export.values.to(self.geometry.device)
+        _copy(entry.tensors, export.tensors, length)
         self.append(entry, export.token_ids.tolist())
         self._set_idle(entry)
         return True
@@ -204,7 +205,8 @@ class SlabKVCache(KVCache):
         if usage.free < 0 or counted != (usage.in_use, usage.cached):
             raise EngineError(f"KV account does not close: {usage}, counted {counted}")
         for entry in (*self._running, *idle):
-            if not 0 <= entry.length <= entry.charged <= entry.keys.shape[2] or entry.length > len(entry.ids):
+            room = min(each.shape[2] for each in entry.tensors)
+            if not 0 <= entry.length <= entry.charged <= room or entry.length > len(entry.ids):
                 raise EngineError(f"KV entry out of bounds: {entry.length}, {entry.charged}, {entry.keys.shape}")
             if len(entry.chain) != entry.length // CHUNK or entry.running != (entry in self._running):
                 raise EngineError(f"KV entry out of place: {entry.length}, {len(entry.chain)}, {entry.running}")
@@ -271,35 +273,35 @@ class SlabKVCache(KVCache):
         return None
 
     def _new_entry(self, room: int, session_id: str | None) -> KVEntry:
-        keys, values = self._allocate(room)
-        entry = KVEntry(keys, values, np.zeros(room, dtype=np.int32), charged=room, session_id=session_id)
+        entry = KVEntry(*self._allocate(room), np.zeros(room, dtype=np.int32), charged=room, session_id=session_id)
         self._enter(entry)
         return entry
 
     def _fork(self, source: KVEntry, entry: KVEntry, length: int) -> None:
         """Copy the first `length` tokens."""
-        entry.keys[:, :, :length] = source.keys[:, :, :length]
-        entry.values[:, :, :length] = source.values[:, :, :length]
+        _copy(entry.tensors, source.tensors, length)
         self.append(entry, source.ids[:length].tolist())
         self._touch(source)
 
     def _widen(self, entry: KVEntry, room: int) -> None:
-        if room <= entry.keys.shape[2]:
+        if room <= entry.room:
             return
-        n = entry.length
-        keys, values = self._allocate(room)
-        keys[:, :, :n] = entry.keys[:, :, :n]
-        values[:, :, :n] = entry.values[:, :, :n]
-        entry.keys, entry.values = keys, values
+        before = entry.tensors
+        entry.keys, entry.values, entry.scales = self._allocate(room)
+        _copy(entry.tensors, before, entry.length)
 
-    def _allocate(self, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _allocate(self, room: int) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Keys, values and scales of a new entry."""
         g = self.geometry
-        if g.device.type != "cpu":
-            shape = (2, g.num_layers, g.num_kv_heads, room, g.head_dim)
-            both = torch.empty(shape, dtype=g.dtype, device=g.device)
-        else:
-            both = lazy_empty((2, g.num_layers, g.num_kv_heads, self.max_model_len, g.head_dim), g.dtype)
-        return both[0], both[1]
+        on_cpu = g.device.type == "cpu"
+        room = self.max_model_len if on_cpu else room
+        empty = lazy_empty if on_cpu else partial(torch.empty, device=g.device)
+        both = empty((2, g.num_layers, g.num_kv_heads, room, g.head_dim), dtype=g.dtype)
+        if not g.is_quantized:
+            return both[0], both[1], None
+        # The heads of a token side by side: few pages for a short sequence.
+        scales = empty((2, g.num_layers, room, g.num_kv_heads), dtype=SCALE_DTYPE).transpose(2, 3)
+        return both[0], both[1], (scales[0], scales[1])
 
     def _set_idle(self, entry: KVEntry) -> None:
         self._leave(entry)
@@ -317,6 +319,7 @@ class SlabKVCache(KVCache):
         self._index.remove(entry)
         # Whoever still holds the entry must not hold its slab.
         entry.keys = entry.values = entry.keys.new_empty(0)
+        entry.scales = None
 
     def _kind(self, entry: KVEntry) -> dict[KVEntry, None]:
         if entry.running:
@@ -355,6 +358,12 @@ def _may_take_over(entry: KVEntry, shared: int, session_id: str | None) -> bool:
     if entry.session_id is None:
         return shared == entry.length
     return entry.session_id == session_id and 2 * shared >= entry.length
+
+
+def _copy(to: Sequence[torch.Tensor], of: Sequence[torch.Tensor], length: int) -> None:
+    """The first `length` tokens of everything, to any device."""
+    for target, source in zip(to, of, strict=True):
+        target[:, :, :length] = source[:, :, :length]
 
 
 def _ids(tokens: Sequence[int]) -> np.ndarray:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from paceline.errors import EngineError
 
+SCALE_DTYPE = torch.float32
+"""Of a quantized key or value: 4 bytes beside 64 or 128. Half precision would save 2 of them and need a rounding of
+its own before it divides."""
+
 
 @dataclass(frozen=True, slots=True)
 class KVGeometry:
-    """The shape of one token's keys and values."""
+    """The shape of one token's keys and values, and the type they are stored in: int8 means quantized."""
 
     num_layers: int
     num_kv_heads: int
@@ -23,7 +27,15 @@ class KVGeometry:
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        scale = SCALE_DTYPE.itemsize if self.is_quantized else 0
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale)
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.dtype == torch.int8
+
+    def quantized(self) -> KVGeometry:
+        return replace(self, dtype=torch.int8)
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
@@ -44,19 +56,48 @@ class KVUsage:
 class KVEntry:
     """Keys and values of one token sequence.
 
-    `keys` and `values` are [num_layers, num_kv_heads, room, head_dim]. `length` tokens are valid; their ids
-    are `ids[:length]`. `charged` is the room it takes from the cache's account. `chain` belongs to the
-    cache's index of prefixes.
+    `keys` and `values` are [num_layers, num_kv_heads, room, head_dim]; if they are int8, `scales` has one number
+    for each key and one for each value, both [num_layers, num_kv_heads, room], and a key is its scale times what
+    is stored. `length` tokens are valid; their ids are `ids[:length]`. `charged` is the room it takes from the
+    cache's account. `chain` belongs to the cache's index of prefixes.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    scales: tuple[torch.Tensor, torch.Tensor] | None
     ids: np.ndarray
     charged: int
     session_id: str | None
     length: int = 0
     running: bool = True
     chain: list[int] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All it holds; tokens are dimension 2 of each."""
+        return (self.keys, self.values, *(self.scales or ()))
+
+    @property
+    def room(self) -> int:
+        return self.keys.shape[2]
+
+    def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put one layer's keys and values, each [num_kv_heads, tokens, head_dim], at positions from `start` on."""
+        rows = slice(start, start + keys.shape[1])
+        if self.scales is not None:
+            keys, self.scales[0][layer, :, rows] = quantize(keys)
+            values, self.scales[1][layer, :, rows] = quantize(values)
+        self.keys[layer, :, rows] = keys
+        self.values[layer, :, rows] = values
+
+    def read(self, layer: int, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's keys and values, each [num_kv_heads, tokens, head_dim]: views, or copies in `dtype` if they
+        are quantized."""
+        keys, values = self.keys[layer, :, rows], self.values[layer, :, rows]
+        if self.scales is None:
+            return keys, values
+        by_key, by_value = (scales[layer, :, rows, None] for scales in self.scales)
+        return (keys * by_key).to(dtype), (values * by_value).to(dtype)
 
     @property
     def token_ids(self) -> np.ndarray:
@@ -81,20 +122,25 @@ class KVEntry:
 class KVExport:
     """What a session has computed, on its own: picklable, on the CPU, sharing no memory with a cache.
 
-    `token_ids` is int32 [tokens]; `keys` and `values` are contiguous [num_layers, num_kv_heads, tokens, head_dim].
+    `token_ids` is int32 [tokens]; `keys`, `values` and `scales` are a KVEntry's, contiguous, with `tokens` as room.
     """
 
     session_id: str
     token_ids: np.ndarray
     keys: torch.Tensor
     values: torch.Tensor
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         tokens = len(self.token_ids)
-        if self.keys.shape != self.values.shape or self.keys.shape[2] != tokens or not tokens:
+        alike = self.keys.shape == self.values.shape and self.keys.dtype == self.values.dtype
+        if not alike or self.keys.shape[2] != tokens or not tokens:
             raise EngineError(
                 f"KV export: {tokens} token ids, keys {list(self.keys.shape)}, values {list(self.values.shape)}"
             )
+        shapes = [list(each.shape) for each in self.scales or ()]
+        if shapes != ([list(self.keys.shape[:3])] * 2 if self.geometry.is_quantized else []):
+            raise EngineError(f"KV export: scales {shapes} of keys {list(self.keys.shape)} in {self.keys.dtype}")
 
     @classmethod
     def of(cls, entry: KVEntry) -> KVExport:
@@ -102,8 +148,12 @@ class KVExport:
         assert entry.session_id is not None
         n = entry.length
         # A clone, because pickling a view writes the whole slab behind it.
-        keys, values = (each[:, :, :n].to("cpu", copy=True).contiguous() for each in (entry.keys, entry.values))
-        return cls(entry.session_id, entry.token_ids.copy(), keys, values)
+        keys, values, *scales = (each[:, :, :n].to("cpu", copy=True).contiguous() for each in entry.tensors)
+        return cls(entry.session_id, entry.token_ids.copy(), keys, values, (scales[0], scales[1]) if scales else None)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.keys, self.values, *(self.scales or ()))
 
     @property
     def geometry(self) -> KVGeometry:
@@ -112,7 +162,15 @@ class KVExport:
 
     @property
     def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(each.nbytes for each in self.tensors)
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[…, head_dim] to int8 and its scales […]: symmetric, the largest magnitude becomes 127."""
+    x = x.to(SCALE_DTYPE)
+    top = x.abs().amax(dim=-1)
+    inverse = torch.where(top > 0, 127 / top, 0)
+    return (x * inverse[..., None]).round().to(torch.int8), top / 127
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

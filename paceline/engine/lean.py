@@ -2,46 +2,47 @@
 
 Fused QKV and gate/up projections, our kernels between them, keys and values written in place, attention over
 true lengths. Which families this covers is not a list of names: a model is taken apart by its modules, and the
-result is used only if it reproduces the model's own logits on a probe (`lean_runner`).
+result is used only if it reproduces the model's own logits on a probe (`lean_runner`). Weights are taken one product
+at a time, so that a model whose weights lie in files (`paceline.models.lazy`) never lies in memory whole.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from paceline.engine.attention import Window
+from paceline.engine.attention import ATTENTION_NAME, Window
+from paceline.engine.geometry import text_config
 from paceline.engine.kv_cache import KVGeometry, SlabKVCache
 from paceline.engine.native import HeadsStruct, Kernels, WindowStruct
+from paceline.engine.packed import PackedWeight
+from paceline.engine.products import Pack, Product
 from paceline.engine.runner import ModelRunner, Runner
-from paceline.models.linear import fp16_product
+from paceline.errors import ModelError
 
-LONGEST_WINDOW = 16
-"""Rows up to which our own attention is used; longer windows (prefill) go to PyTorch's flash kernel."""
 PROBE_TOKENS = 24
 PROBE_TOLERANCE = 0.05
 """Largest difference of logits, relative to their spread, at which the lean pass is the same model: rounding gives
 about 1e-5 (1e-3 if weights are rounded to fp16), another structure more than 1."""
+ROUNDED_TOLERANCE = 0.7
+"""Root mean square of the difference, relative to the spread, at which rounded weights are still this model's: 4 bits
+give about 0.3, logits that have nothing to do with each other more than 1."""
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+Take = Callable[[list[Any]], Product]
+"""One product in place of several linear modules that share their input."""
 
 
 class NotLeanError(Exception):
-    """The model is built differently; the message says how.
-
-    `spent`: its weights were given up before that was known.
-    """
-
-    def __init__(self, message: str, *, spent: bool = False) -> None:
-        super().__init__(message)
-        self.spent = spent
+    """The model is built differently; the message says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +67,21 @@ class Layer:
 class LeanRunner(Runner):
     """Runs the layers taken from a Transformers model, of which nothing else is kept.
 
-    Raises NotLeanError, or AttributeError, if it is built differently. With `consume` the model gives up each
-    weight as it is taken, but none before its whole structure has been checked.
+    `model` has passed `refuse_other_structures`. `shape` is a runner of the same configuration; it needs no weights.
     """
 
-    def __init__(self, whole: ModelRunner, kernels: Kernels, *, fp16: bool, consume: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, shape: ModelRunner, kernels: Kernels, take: Take) -> None:
         self._kernels = kernels.library
-        self._vocab_size, self._max_model_len = whole.vocab_size, whole.max_model_len
-        self._geometry = whole.kv_geometry()
-        model: Any = whole.model
-        body = _part(model, "model")
-        embedding = body.embed_tokens.weight.detach()
-        self._embedding: torch.Tensor = embedding.half() if fp16 else embedding
-        checked = [_take_layer(layer, _checked) for layer in body.layers]
-        _checked([model.lm_head])
-        self._final_norm, self._eps = _norm(_part(body, "norm"))
-        self._cos, self._sin = _rotary_tables(body, checked[0].heads, whole.max_model_len)
-        take = partial(_product, fp16=fp16, consume=consume)
-        self._layers = [_take_layer(layer, take) for layer in body.layers]
+        self._vocab_size, self._max_model_len = shape.vocab_size, shape.max_model_len
+        self._geometry = replace(shape.kv_geometry(), device=torch.device("cpu"))
+        body: Any = model.model
+        self._cos, self._sin = _rotary_tables(body, int(body.layers[0].self_attn.head_dim), shape.max_model_len)
+        # The largest first, while nothing else is held.
         self._head = take([model.lm_head])
+        with align_module_device(body.embed_tokens):
+            self._embedding = _table(body.embed_tokens.weight.detach(), self._head)
+        self._final_norm, self._eps = _norm(body.norm)
+        self._layers = [_take_layer(layer, take) for layer in body.layers]
         config = model.config
         self._embedding_scale = float(getattr(config, "embedding_multiplier", 1.0) or 1.0)
         self._residual_scale = float(getattr(config, "residual_multiplier", 1.0) or 1.0)
@@ -108,7 +105,7 @@ class LeanRunner(Runner):
     @torch.inference_mode()
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
         ids, positions, rows = self.flatten(windows)
-        x = F.embedding(ids, self._embedding).float()
+        x = _rows(self._embedding, ids)
         if self._embedding_scale != 1.0:
             x = x * self._embedding_scale
         step = _Step(
@@ -129,7 +126,7 @@ class LeanRunner(Runner):
     def run_products(self, rows: int) -> None:
         """A step's matrix products alone, over `rows` rows: the floor a step is measured against."""
         first = self._layers[0]
-        h = torch.randn(rows, self._embedding.shape[1])
+        h = torch.randn(rows, self._final_norm.numel())
         attended = torch.randn(rows, first.heads.heads * first.heads.dim)
         gated = torch.randn(rows, first.width)
         for layer in self._layers:
@@ -155,19 +152,14 @@ class _Step:
         self._kernels, self._windows, self._cos, self._sin = kernels, windows, cos, sin
         self._eps, self._residual_scale = eps, residual_scale
         self._structs = (WindowStruct * len(windows))()
-        self._long: list[tuple[int, Window]] = []
-        row = 0
+        self._rows = 0
         for struct, window in zip(self._structs, windows, strict=True):
-            count = len(window.token_ids)
-            keys, values = window.entry.keys, window.entry.values
-            struct.row, struct.start, struct.rows = row, window.start, count
-            struct.keys, struct.values, struct.room = keys.data_ptr(), values.data_ptr(), keys.shape[2]
-            struct.attend = int(count <= LONGEST_WINDOW)
-            if count > LONGEST_WINDOW:
-                self._long.append((row, window))
-            row += count
-        self._rows = row
-        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+            entry = window.entry
+            struct.row, struct.start, struct.rows = self._rows, window.start, len(window.token_ids)
+            struct.keys, struct.values, struct.room = entry.keys.data_ptr(), entry.values.data_ptr(), entry.room
+            if entry.scales is not None:
+                struct.key_scales, struct.value_scales = (each.data_ptr() for each in entry.scales)
+            self._rows += struct.rows
 
     def norm(self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor) -> None:
         """x += y; out = RMS norm of x."""
@@ -200,53 +192,86 @@ class _Step:
             ctypes.addressof(heads),
             out.data_ptr(),
         )
-        for row, window in self._long:
-            self._attend_long(number, layer, qkv, row, window, out)
         return out
 
-    def _attend_long(
-        self, number: int, layer: Layer, qkv: torch.Tensor, row: int, window: Window, out: torch.Tensor
-    ) -> None:
-        heads, rows = layer.heads, slice(row, row + len(window.token_ids))
-        query = qkv[rows, : heads.heads * heads.dim].view(-1, heads.heads, heads.dim).transpose(0, 1)
-        attended = F.scaled_dot_product_attention(
-            query[None],
-            window.entry.keys[number : number + 1, :, : window.end],
-            window.entry.values[number : number + 1, :, : window.end],
-            attn_mask=self._mask(row, window, layer.sliding_window),
-            scale=heads.scale,
-            enable_gqa=heads.heads != heads.kv_heads,
-        )
-        out[rows].view(-1, heads.heads, heads.dim).copy_(attended[0].transpose(0, 1))
 
-    def _mask(self, row: int, window: Window, sliding_window: int | None) -> torch.Tensor | None:
-        """Made once a step, not once a layer."""
-        key = (row, sliding_window)
-        if key not in self._masks:
-            self._masks[key] = window.causal_mask(sliding_window, torch.device("cpu"))
-        return self._masks[key]
-
-
-def lean_runner(whole: ModelRunner, kernels: Kernels, *, fp16: bool, consume: bool = False) -> LeanRunner:
+def lean_runner(model: PreTrainedModel, kernels: Kernels, pack: Pack, *, rounds: bool = False) -> LeanRunner:
     """The lean form of a model, after it has reproduced the model's own logits on a probe.
 
-    With `consume` the two never lie in memory side by side: `whole` cannot run afterwards, nor if the NotLeanError
-    raised says `spent`. Raises NotLeanError, with the reason, if the model is built differently or the logits differ.
+    With `rounds`, `pack` may change weights: then it is a lean pass that reads each weight anew that has to reproduce
+    them, and the packed one has to resemble them. Raises NotLeanError, with the reason, if the model is built
+    differently, which is known before any weight is needed, or if the logits differ. The model is left as it was.
     """
-    expected = _probe(whole)
+    shape = refuse_other_structures(model)
+    own = _own_logits(model)
+    if rounds:
+        _require_same(own, _probe(LeanRunner(model, shape, kernels, _read_anew)))
+    lean = LeanRunner(model, shape, kernels, lambda linears: pack(*_fused(linears)))
+    found = _probe(lean)
+    if not rounds:
+        _require_same(own, found)
+    elif not (away := float((own - found).square().mean().sqrt() / own.std())) < ROUNDED_TOLERANCE:
+        raise NotLeanError(f"with its weights rounded its logits differ by {away:.1f} of their spread")
+    return lean
+
+
+def _require_same(own: torch.Tensor, found: torch.Tensor) -> None:
+    difference = float((own - found).abs().max() / own.std())
+    if not difference < PROBE_TOLERANCE:
+        raise NotLeanError(f"its logits differ by {difference:.1e} of their spread")
+
+
+def _read_anew(linears: list[Any]) -> Product:
+    """A product that holds no weights between two calls."""
+    return lambda x: F.linear(x, *_fused(linears))
+
+
+def refuse_other_structures(model: PreTrainedModel) -> ModelRunner:
+    """Raise NotLeanError, with the reason, if the modules are not Llama's. Weights may be on the meta device.
+
+    Returns a runner on the meta device, which knows the shape of everything.
+    """
     try:
-        lean = LeanRunner(whole, kernels, fp16=fp16, consume=consume)
+        body = _part(model, "model")
+        for layer in body.layers:
+            _check_layer(layer)
+        _check_linears(model.lm_head)
+        _check_norms(_part(body, "norm"))
+        _rotary_tables(body, int(body.layers[0].self_attn.head_dim), 1)
+        return _shape(model.config)
     except AttributeError as error:
         raise NotLeanError(f"its modules are arranged differently ({error})") from None
-    difference = float((expected - _probe(lean)).abs().max() / expected.std())
-    if not difference < PROBE_TOLERANCE:
-        raise NotLeanError(f"its logits differ by {difference:.1e} of their spread", spent=consume)
-    return lean
+
+
+def _shape(config: PretrainedConfig) -> ModelRunner:
+    """The model without weights, behind our attention: what it brings to the cache and how it attends are checked."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation=ATTENTION_NAME
+        )
+    try:
+        return ModelRunner(model.eval())
+    except ModelError as error:
+        raise NotLeanError(error.message) from None
+    except Exception as error:
+        raise NotLeanError(f"without weights it does not run ({' '.join(str(error).split())[:100]})") from None
+
+
+def _probe_ids(vocab_size: int) -> list[int]:
+    found: list[int] = torch.randint(vocab_size, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    return found
+
+
+@torch.inference_mode()
+def _own_logits(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.tensor([_probe_ids(text_config(model).vocab_size)])
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits.float()
 
 
 def _probe(runner: Runner) -> torch.Tensor:
     """Logits of a prefill, a decode step and a verification window over fixed pseudo-random tokens."""
-    ids = torch.randint(runner.vocab_size, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = _probe_ids(runner.vocab_size)
     kv = SlabKVCache(runner.kv_geometry(), PROBE_TOKENS, min(PROBE_TOKENS, runner.max_model_len))
     entry = kv.reserve(ids, len(ids))
     assert entry is not None
@@ -258,36 +283,55 @@ def _probe(runner: Runner) -> torch.Tensor:
     return torch.cat(logits)
 
 
-def _take_layer(layer: Any, take: Callable[[list[Any]], Product]) -> Layer:
+def _check_layer(layer: Any) -> None:
     attention, mlp = layer.self_attn, layer.mlp
     for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm"):
         if hasattr(layer, name):
             raise NotLeanError(f"its layers have a {name}")
     if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         raise NotLeanError(f"its MLP uses {type(mlp.act_fn).__name__}")
+    if hasattr(attention, "q_norm"):
+        _check_norms(attention.q_norm, attention.k_norm)
+        if attention.q_norm.weight.numel() != attention.head_dim:
+            raise NotLeanError("its query norm spans several heads")
+    _check_norms(layer.input_layernorm, layer.post_attention_layernorm)
+    _check_linears(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    _check_linears(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+def _groups(layer: Any) -> tuple[list[Any], ...]:
+    """A layer's products, by those that share their input."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    )
+
+
+def _take_layer(layer: Any, take: Take) -> Layer:
+    attention = layer.self_attn
     norms = [_norm(attention.q_norm), _norm(attention.k_norm)] if hasattr(attention, "q_norm") else []
     heads = _heads(attention, norms)
-    attention_norm, _ = _norm(layer.input_layernorm)
-    mlp_norm, _ = _norm(layer.post_attention_layernorm)
+    qkv, out, gate_up, down = map(take, _groups(layer))
     return Layer(
-        qkv=take([attention.q_proj, attention.k_proj, attention.v_proj]),
-        out=take([attention.o_proj]),
-        gate_up=take([mlp.gate_proj, mlp.up_proj]),
-        down=take([mlp.down_proj]),
-        attention_norm=attention_norm,
-        mlp_norm=mlp_norm,
+        qkv=qkv,
+        out=out,
+        gate_up=gate_up,
+        down=down,
+        attention_norm=_norm(layer.input_layernorm)[0],
+        mlp_norm=_norm(layer.post_attention_layernorm)[0],
         heads=heads,
         rotates=bool(getattr(attention, "use_rope", True)),
         sliding_window=heads.sliding_window or None,
-        width=mlp.gate_proj.out_features,
+        width=layer.mlp.gate_proj.out_features,
         keep=tuple(weight for weight, _ in norms),
     )
 
 
 def _heads(attention: Any, norms: list[tuple[torch.Tensor, float]]) -> HeadsStruct:
     dim = int(attention.head_dim)
-    if norms and norms[0][0].numel() != dim:
-        raise NotLeanError("its query norm spans several heads")
     return HeadsStruct(
         heads=attention.q_proj.out_features // dim,
         kv_heads=attention.k_proj.out_features // dim,
@@ -310,46 +354,68 @@ def _sliding_window(attention: Any) -> int | None:
 
 
 def _norm(module: Any) -> tuple[torch.Tensor, float]:
-    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
-        raise NotLeanError(f"it has a {type(module).__name__}")
-    return module.weight.detach().float().clone(), float(module.variance_epsilon)
+    with align_module_device(module):
+        return module.weight.detach().float().clone(), float(module.variance_epsilon)
 
 
-def _checked(linears: list[Any]) -> Product:
-    """No product yet, but there can be one."""
-    for linear in linears:
-        if not isinstance(linear, nn.Linear):
-            raise NotLeanError(f"it has a {type(linear).__name__} where a Linear is expected")
-    return torch.clone
+def _check_norms(*modules: Any) -> None:
+    for module in modules:
+        if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
+            raise NotLeanError(f"it has a {type(module).__name__}")
 
 
-def _product(linears: list[Any], *, fp16: bool, consume: bool) -> Product:
-    """One matrix product in place of several that share their input."""
-    weight = torch.cat([linear.weight.detach() for linear in linears]).float()
-    has_bias = any(linear.bias is not None for linear in linears)
-    bias = torch.cat([_bias(linear) for linear in linears]) if has_bias else None
-    if consume:
-        for linear in linears:
-            linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-    if fp16:
-        return fp16_product(weight, bias)
-    return lambda x: F.linear(x, weight, bias)
+def _check_linears(*modules: Any) -> None:
+    for module in modules:
+        if not isinstance(module, nn.Linear):
+            raise NotLeanError(f"it has a {type(module).__name__} where a Linear is expected")
 
 
-def _bias(linear: nn.Linear) -> torch.Tensor:
-    return torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float()
+def _fused(linears: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One weight and bias, float32, of several products that share their input."""
+    read = [_read(linear) for linear in linears]
+    if len(read) == 1:
+        return read[0]
+    weight = torch.cat([weight for weight, _ in read])
+    if all(bias is None for _, bias in read):
+        return weight, None
+    return weight, torch.cat([torch.zeros(len(part)) if bias is None else bias for part, bias in read])
 
 
-def _rotary_tables(body: Any, heads: HeadsStruct, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _read(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    with align_module_device(linear):
+        return linear.weight.detach().float(), None if linear.bias is None else linear.bias.detach().float()
+
+
+def _table(embedding: torch.Tensor, head: Product) -> torch.Tensor | PackedWeight:
+    """What rows are looked up in: the packed head, if the two are tied and it has every number of the embedding."""
+    if isinstance(head, PackedWeight) and (head.outputs, head.inputs) == tuple(embedding.shape):
+        pieces = zip(torch.split(torch.arange(head.outputs), 1024), torch.split(embedding, 1024), strict=True)
+        if all(torch.equal(head.rows(ids), rows) for ids, rows in pieces):
+            return head
+    return _narrowed(embedding)
+
+
+def _rows(table: torch.Tensor | PackedWeight, ids: torch.Tensor) -> torch.Tensor:
+    return table.rows(ids) if isinstance(table, PackedWeight) else F.embedding(ids, table).float()
+
+
+def _narrowed(table: torch.Tensor) -> torch.Tensor:
+    """A copy in the narrowest type that holds every number of it exactly: rows are looked up, not multiplied."""
+    for dtype in (torch.float16, torch.bfloat16):
+        if all(torch.equal(rows.to(dtype).float(), rows) for rows in torch.split(table, 1024)):
+            return table.to(dtype)
+    return table.clone()
+
+
+def _rotary_tables(body: Any, head_dim: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every position, [length, rotary_dim / 2], from the model's own rotary module."""
     rotary = body.rotary_emb
     if "dynamic" in getattr(rotary, "rope_type", "") or "longrope" in getattr(rotary, "rope_type", ""):
         raise NotLeanError(f"its {rotary.rope_type} rotary embedding depends on the length")
     cos, sin = rotary(torch.zeros(1, 1), position_ids=torch.arange(length)[None])
-    heads_rotated = cos.shape[-1]
-    if heads_rotated != heads.dim:
+    if cos.shape[-1] != head_dim:
         raise NotLeanError("it rotates only a part of each head")
-    half = heads_rotated // 2
+    half = head_dim // 2
     return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
 
 

@@ -10,19 +10,21 @@ from typing import Any
 import torch
 
 from paceline.config import EngineSettings, SpeculationSettings
-from paceline.engine.backends import KV_SHARE_OF_FREE_MEMORY, Backends, Choice, free_memory, resolve_backends
+from paceline.engine.backends import KV_SHARE_OF_FREE_MEMORY, SDPA, Backends, Choice, free_memory, resolve_backends
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine, EngineLimits
 from paceline.engine.families import refuse_unservable, runner_for
 from paceline.engine.heap import compact_allocations
 from paceline.engine.kv_cache import KVGeometry, SlabKVCache
-from paceline.engine.lean import NotLeanError, lean_runner
+from paceline.engine.lean import NotLeanError, lean_runner, refuse_other_structures
+from paceline.engine.native import Kernels
 from paceline.engine.per_sequence import PerSequenceRunner
-from paceline.engine.runner import ModelRunner, Runner
+from paceline.engine.products import Packer, replace_linears
+from paceline.engine.runner import Runner
 from paceline.engine.verify_cost import measure_verify_cost
 from paceline.errors import ConfigError
 from paceline.models import eos_token_ids, load_causal_lm, load_config, load_tokenizer, tokenizer_fingerprint
-from paceline.models.linear import exact_in_fp16, use_fp16_linears
+from paceline.models.lazy import empty_causal_lm, with_weights_in_files
 from paceline.speculation.cost import VerifyCost
 from paceline.speculation.proposer import Proposer
 from paceline.speculation.speculator import speculator_for
@@ -42,6 +44,7 @@ class LoadedModel:
     tokenizer: Any
     eos: frozenset[int]
     limits: EngineLimits
+    kv_geometry: KVGeometry
     kv_tokens: int
     fingerprint: str
     choices: tuple[Choice, ...]
@@ -79,7 +82,7 @@ class LoadedModel:
         )
 
     def _kv_cache(self) -> SlabKVCache:
-        return SlabKVCache(self.runner.kv_geometry(), self.kv_tokens, self.limits.max_model_len)
+        return SlabKVCache(self.kv_geometry, self.kv_tokens, self.limits.max_model_len)
 
 
 def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
@@ -88,41 +91,57 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     torch.set_num_threads(backends.threads)
     refuse_unservable(load_config(path))
     with compact_allocations():
+        tokenizer = load_tokenizer(path)
         runner, choices = _load_runner(path, backends)
     limits = _limits(settings, runner)
-    kv_tokens = _kv_tokens(settings, runner.kv_geometry(), limits)
-    tokenizer = load_tokenizer(path)
+    kv_geometry = _kv_geometry(settings, runner)
+    kv_tokens = _kv_tokens(settings, kv_geometry, limits)
     logger.info("%s: %s; %d KV tokens", path.name, ", ".join(f"{c.name} {c.value}" for c in choices), kv_tokens)
-    eos = eos_token_ids(path, tokenizer=tokenizer)
-    return LoadedModel(runner, tokenizer, eos, limits, kv_tokens, tokenizer_fingerprint(tokenizer), choices)
+    eos, fingerprint = eos_token_ids(path, tokenizer=tokenizer), tokenizer_fingerprint(tokenizer)
+    return LoadedModel(runner, tokenizer, eos, limits, kv_geometry, kv_tokens, fingerprint, choices)
 
 
 def _load_runner(path: Path, backends: Backends) -> tuple[Runner, tuple[Choice, ...]]:
     """The lean pass if the model has one, else the model's own code; and the choices as they turned out."""
-    whole = _whole(path, backends)
-    fp16 = backends.fp16_linears if backends.fp16_linears is not None else exact_in_fp16(whole.model)
-    replaced = [] if fp16 else [Choice("linear layers", "torch", "the weights are not exact in fp16, or as configured")]
-    runner: Runner | None = None
-    try:
-        if isinstance(whole, PerSequenceRunner):
-            replaced.append(Choice("attention", "the model's own, sequence by sequence", whole.why))
-            raise NotLeanError("its attention cannot be replaced")
-        if backends.kernels is not None:
-            runner = lean_runner(whole, backends.kernels, fp16=fp16, consume=True)
-    except NotLeanError as error:
-        replaced.append(Choice("forward pass", "transformers", str(error)))
-        if error.spent:
-            whole = _whole(path, backends)
-    if runner is None:
-        runner = whole
-        if fp16:
-            use_fp16_linears(whole.model)
+    runner: Runner
+    if backends.kernels is None or backends.linears is None:
+        runner, replaced = _general(path, backends)
+    else:
+        try:
+            runner, replaced = _lean(path, Packer(backends.linears), backends.kernels)
+        except NotLeanError as error:
+            runner, replaced = _general(path, backends)
+            replaced.append(Choice("forward pass", "transformers", str(error)))
     by_name = {choice.name: choice for choice in (*backends.choices, *replaced)}
     return runner, tuple(by_name.values())
 
 
-def _whole(path: Path, backends: Backends) -> ModelRunner | PerSequenceRunner:
-    return runner_for(load_causal_lm(path, dtype=backends.dtype or "auto", device=backends.device))
+def _lean(path: Path, packer: Packer, kernels: Kernels) -> tuple[Runner, list[Choice]]:
+    """Never holds the model whole, unless its files need Transformers' own loading. Raises NotLeanError."""
+    empty = empty_causal_lm(load_config(path), dtype=torch.float32)
+    refuse_other_structures(empty)
+    model = with_weights_in_files(empty, path)
+    if isinstance(model, str):
+        logger.info("%s is loaded whole: %s", path.name, model)
+        model = load_causal_lm(path, dtype=torch.float32, device="cpu", attn_implementation="eager")
+    return lean_runner(model, kernels, packer, rounds=packer.rounds), [_linears(packer)]
+
+
+def _general(path: Path, backends: Backends) -> tuple[Runner, list[Choice]]:
+    whole = runner_for(load_causal_lm(path, dtype=backends.dtype or "auto", device=backends.device))
+    replaced = [SDPA]
+    if backends.linears is not None:
+        packer = Packer(backends.linears)
+        if replace_linears(whole.model, packer):
+            replaced.append(_linears(packer))
+    if isinstance(whole, PerSequenceRunner):
+        replaced.append(Choice("attention", "the model's own, sequence by sequence", whole.why))
+    return whole, replaced
+
+
+def _linears(packer: Packer) -> Choice:
+    logger.info("linear layers: %s: %s", packer.taken, packer.reason)
+    return Choice("linear layers", packer.taken, packer.reason)
 
 
 def _limits(settings: EngineSettings, runner: Runner) -> EngineLimits:
@@ -145,6 +164,11 @@ def _prefill_while_decoding(settings: EngineSettings, device: torch.device) -> i
     if settings.max_prefill_tokens_while_decoding != "auto":
         return settings.max_prefill_tokens_while_decoding
     return CPU_PREFILL_WHILE_DECODING if device.type == "cpu" else None
+
+
+def _kv_geometry(settings: EngineSettings, runner: Runner) -> KVGeometry:
+    own = runner.kv_geometry()
+    return own.quantized() if settings.kv_dtype == "int8" else own
 
 
 def _kv_tokens(settings: EngineSettings, geometry: KVGeometry, limits: EngineLimits) -> int:

@@ -1,6 +1,6 @@
 """Our CPU kernels, compiled for this host when they are first needed, and how Python calls them.
 
-No framework headers are involved: a plain C interface, half a second of compiling, cached by source, compiler
+No framework headers are involved: a plain C interface, a few seconds of compiling, cached by source, compiler
 flags and CPU. Without a C++ compiler there are no kernels, and the engine runs the model's own code.
 """
 
@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,10 +25,12 @@ from paceline.config import cache_dir
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-# Sums may be reordered, which is what vectorizes them. Not -ffast-math: a library linked with it makes the whole
-# process flush subnormal numbers to zero.
-MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
-FLAGS = ("-O3", "-march=native", *MATH, "-fopenmp", "-std=c++17", "-fPIC", "-shared")
+# Sums that may be reordered, which is what vectorizes them, say so in the source; the others keep their order, on which
+# it rests that a row's result does not depend on the rows beside it. Not -ffast-math, either: a library linked with it
+# makes the whole process flush subnormal numbers to zero.
+MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros")
+BUILD = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-fPIC", "-shared")
+FLAGS = (*BUILD, *MATH)
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_TIMEOUT_S = 120
 
@@ -43,8 +46,9 @@ class WindowStruct(ctypes.Structure):
         ("rows", _I),
         ("keys", _P),
         ("values", _P),
+        ("key_scales", _P),
+        ("value_scales", _P),
         ("room", _I),
-        ("attend", _I),
     )
 
 
@@ -84,27 +88,33 @@ class Kernels:
 @cache
 def kernels() -> Kernels | str:
     """The kernels, or why there are none."""
+    library = compiled(SOURCE, FLAGS)
+    return library if isinstance(library, str) else Kernels(library)
+
+
+def compiled(source: Path, flags: Sequence[str]) -> ctypes.CDLL | str:
+    """A C++ file as a library, or why it cannot be one here."""
     compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if compiler is None:
         return f"no C++ compiler ({', '.join(COMPILERS)}) on the path"
     try:
-        return Kernels(ctypes.CDLL(str(_library(compiler))))
+        return ctypes.CDLL(str(_library(compiler, source, flags)))
     except subprocess.CalledProcessError as error:
-        logger.warning("compiling %s failed: %s", SOURCE.name, error.stderr)
+        logger.warning("compiling %s failed: %s", source.name, error.stderr)
         return f"{compiler} failed to compile them; the log has its message"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"they cannot be built or loaded: {error}"
 
 
-def _library(compiler: str) -> Path:
+def _library(compiler: str, source: Path, flags: Sequence[str]) -> Path:
     """The compiled library in the cache; built into a temporary name first, so that processes may race."""
     folder = cache_dir() / "kernels"
-    path = folder / f"{_fingerprint(compiler)}.so"
+    path = folder / f"{_fingerprint(compiler, source, flags)}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / path.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built), *_openmp()]
+            command = [compiler, *flags, str(source), "-o", str(built), *_openmp()]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
             built.replace(path)
     return path
@@ -116,9 +126,9 @@ def _openmp() -> list[str]:
     return [str(bundled[0])] if bundled else []
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, source: Path, flags: Sequence[str]) -> str:
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=30).stdout
-    parts = (SOURCE.read_text(), version, " ".join(FLAGS), _cpu(), torch.__version__)
+    parts = (source.read_text(), version, " ".join(flags), _cpu(), torch.__version__)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

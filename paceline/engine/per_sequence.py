@@ -34,7 +34,7 @@ class WindowLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, window: Window, layer: int, copies: int) -> None:
         super().__init__()
-        self._window, self._copies = window, copies
+        self._window, self._layer, self._copies = window, layer, copies
         self._length, self._end = window.start, window.end
         self.keys, self.values = window.entry.keys[layer, None], window.entry.values[layer, None]
         self.is_initialized = True
@@ -50,11 +50,11 @@ class WindowLayer(CacheLayerMixin):  # type: ignore[misc]
         **kwargs: Any,  # noqa: ARG002
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the window's keys and values, [1, kv_heads, tokens, head_dim]; all of the sequence's so far."""
-        rows = slice(self._window.start, self._end)
-        self.keys[:, :, rows] = key_states[:, :: self._copies]
-        self.values[:, :, rows] = value_states[:, :: self._copies]
+        entry = self._window.entry
+        entry.write(self._layer, self._window.start, key_states[0, :: self._copies], value_states[0, :: self._copies])
         self._length = self._end
-        keys, values = self.keys[:, :, : self._end], self.values[:, :, : self._end]
+        read = entry.read(self._layer, slice(0, self._end), key_states.dtype)
+        keys, values = (each[None] for each in read)
         if self._copies == 1:
             return keys, values
         return keys.repeat_interleave(self._copies, dim=1), values.repeat_interleave(self._copies, dim=1)

@@ -65,6 +65,7 @@ class InferenceHandlers:
                 model=request.model,
                 session_id=_session_id(request.session_id, grpc_context),
                 speculate=speculation_from(request),
+                priority=request.priority,
             )
             async with aclosing(self._events(prepared)) as events:
                 async for event in events:
@@ -78,6 +79,7 @@ class InferenceHandlers:
                 model=request.model,
                 session_id=_session_id(request.session_id, grpc_context),
                 speculate=speculation_from(request),
+                priority=request.priority,
             )
             async with aclosing(self._events(prepared)) as events:
                 async for event in events:

@@ -35,6 +35,7 @@ class Router:
             settings.public_name,
             max_model_len,
             settings.request_timeout_s,
+            settings.target.engine.scheduling_policy,
             settings.speculation.synthetic_acceptance,
         )
         self._rpc = InferenceHandlers(self._gateway)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from paceline.api import ClusterStatus, Gateway, SessionInfo, Targets, create_app
+from paceline.config import SchedulingPolicy
 from paceline.types import Accepted, Delta, FinishReason, Frame, Metrics, Request, SourceMetrics
 
 MODEL = "tiny"
@@ -120,9 +121,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def gateway(
-    targets: Targets | None = None, *, timeout_s: float = 30.0, synthetic_acceptance: float | None = None
+    targets: Targets | None = None,
+    *,
+    timeout_s: float = 30.0,
+    scheduling_policy: SchedulingPolicy = "fcfs",
+    synthetic_acceptance: float | None = None,
 ) -> Gateway:
-    return Gateway(targets or ScriptedTargets(), tokenizer(), MODEL, CONTEXT, timeout_s, synthetic_acceptance)
+    targets = targets or ScriptedTargets()
+    return Gateway(targets, tokenizer(), MODEL, CONTEXT, timeout_s, scheduling_policy, synthetic_acceptance)
 
 
 def http(targets: Targets | None = None, **options: Any) -> httpx.AsyncClient:

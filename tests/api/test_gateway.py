@@ -100,6 +100,12 @@ async def test_the_served_model_may_be_left_unnamed(name: str | None) -> None:
     assert (await gateway().prepare_chat(HI, FREE, model=name)).token_ids == ids("<|user|>hi<|assistant|>")
 
 
+async def test_a_priority_that_has_no_effect_is_refused_with_the_remedy() -> None:
+    with pytest.raises(InvalidRequest, match=r"priority: 2 .*target\.engine\.scheduling_policy: priority$") as caught:
+        await gateway().prepare_chat(HI, FREE, priority=2)
+    assert caught.value.param == "priority"
+
+
 async def test_an_unknown_model_is_named_with_the_one_served() -> None:
     with pytest.raises(UnknownModel, match=r"'other'.*'tiny'") as caught:
         await gateway().prepare_chat(HI, FREE, model="other")

@@ -90,6 +90,15 @@ async def test_speculation_can_be_turned_off(path: str, body: dict[str, Any]) ->
 
 
 @BOTH
+async def test_a_priority_reaches_the_replica_where_the_policy_is_priority(path: str, body: dict[str, Any]) -> None:
+    targets = ScriptedTargets()
+    async with http(targets, scheduling_policy="priority") as client:
+        for given in ({"priority": -3}, {"priority": None}, {}):
+            await client.post(path, json={**body, **given})
+    assert [request.priority for request in targets.requests] == [-3, 0, 0]
+
+
+@BOTH
 async def test_token_ids_come_only_if_asked_for(path: str, body: dict[str, Any]) -> None:
     response = await post(path, {**body, "return_token_ids": True})
     assert response.json()["paceline"]["token_ids"] == [10, 11, 12]

@@ -47,6 +47,11 @@ WRONG_IN_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"session_id": " a"}, "session_id"),
     ({"session_id": "x" * 257}, "session_id"),
     ({"speculation": "off"}, "speculation"),
+    ({"priority": 1}, "priority"),
+    ({"priority": -1}, "priority"),
+    ({"priority": 0.0}, "priority"),
+    ({"priority": True}, "priority"),
+    ({"priority": 2**31}, "priority"),
     ({"return_token_ids": 1}, "return_token_ids"),
     ({"n": 0}, "n"),
     ({"n": 129}, "n"),
@@ -136,6 +141,7 @@ NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0,
     "frequency_penalty": 0.0,
     "logit_bias": {},
+    "priority": 0,
 }
 NEUTRAL_IN_CHAT: dict[str, Any] = {
     "logprobs": False,

@@ -22,23 +22,13 @@ from paceline.engine.geometry import Observer
 from paceline.engine.lean import NotLeanError, lean_runner
 from paceline.engine.native import Kernels, kernels
 from paceline.engine.per_sequence import PerSequenceRunner
+from paceline.engine.products import torch_product
 from paceline.engine.runner import ModelRunner
 from tests import tiny
+from tests.tiny import SHAPE, SPECIAL
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-SHAPE: dict[str, Any] = {
-    "vocab_size": tiny.VOCAB,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    **SPECIAL,
-}
 MULTI_HEAD = SHAPE | {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5}
 GPT: dict[str, Any] = {
     "vocab_size": tiny.VOCAB,
@@ -298,7 +288,7 @@ def path_of(name: str) -> str:
         return "per sequence"
     assert isinstance(found, Kernels), found
     try:
-        lean_runner(runner, found, fp16=False)
+        lean_runner(model_of(name), found, torch_product)
     except NotLeanError:
         return "ragged"
     return "ragged; lean on CPUs"

@@ -29,7 +29,8 @@ from paceline.errors import ModelError
 from paceline.speculation.local import LocalProposer
 from tests import tiny
 from tests.engine import families
-from tests.engine.families import FAMILIES, SHAPE, model_of, runner_of
+from tests.engine.families import FAMILIES, model_of, runner_of
+from tests.tiny import SHAPE
 
 NAMES = [family.name for family in FAMILIES]
 ALONE = [name for name in NAMES if isinstance(runner_of(name), PerSequenceRunner)]

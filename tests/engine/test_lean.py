@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,26 +22,15 @@ from transformers import (
     SmolLM3Config,
 )
 
-from paceline.engine.lean import LeanRunner, NotLeanError, lean_runner
+from paceline.engine.lean import LeanRunner, NotLeanError, lean_runner, refuse_other_structures
 from paceline.engine.native import Kernels, kernels
-from paceline.engine.runner import ModelRunner
+from paceline.engine.products import Product, fp16_product, torch_product
+from paceline.models.lazy import empty_causal_lm, with_weights_in_files
 from paceline.speculation.local import LocalProposer
 from tests import tiny
+from tests.tiny import SHAPE
 
 PROMPTS = [tiny.prompt(n, seed=n) for n in (1, 2, 5, 17, 40, 100)]
-SHAPE: dict[str, Any] = {
-    "vocab_size": tiny.VOCAB,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 FAMILIES: dict[str, Any] = {
     "llama": LlamaConfig(**SHAPE),
     "llama-wide-heads": LlamaConfig(**SHAPE | {"hidden_size": 128, "num_attention_heads": 2}, head_dim=64),
@@ -76,7 +68,7 @@ def compiled() -> Kernels:
 
 
 def lean(model: PreTrainedModel) -> LeanRunner:
-    return lean_runner(tiny.ours(model), compiled(), fp16=False)
+    return lean_runner(model, compiled(), torch_product)
 
 
 def requests(**params: object) -> list[tiny.Request]:
@@ -110,51 +102,101 @@ def test_a_family_built_differently_is_refused_with_the_reason(family: str) -> N
         lean(built(config))
 
 
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_family_built_differently_is_refused_without_its_weights(family: str) -> None:
+    config, reason = OTHERS[family]
+    with pytest.raises(NotLeanError, match=reason):
+        refuse_other_structures(empty_causal_lm(config, dtype=torch.float32))
+
+
 def test_other_logits_are_refused() -> None:
     model = built(FAMILIES["llama"])
-    runner = tiny.ours(model)
     # Same modules, other arithmetic: what a structural check alone would miss.
-    runner.model.model.layers[1].mlp.act_fn.forward = torch.tanh
+    model.model.layers[1].mlp.act_fn.forward = torch.tanh
     with pytest.raises(NotLeanError, match="logits differ"):
-        lean_runner(runner, compiled(), fp16=False)
+        lean(model)
+
+
+def coarse(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    """Three bits or so."""
+    step = weight.abs().amax(dim=1, keepdim=True) / 6
+    return torch_product((weight / step).round() * step, bias)
+
+
+def test_rounded_weights_are_told_from_another_structure() -> None:
+    model = built(FAMILIES["llama"])
+    with pytest.raises(NotLeanError, match="logits differ"):
+        lean_runner(model, compiled(), coarse)
+    assert isinstance(lean_runner(model, compiled(), coarse, rounds=True), LeanRunner)
+
+
+def test_another_structure_is_refused_with_rounded_weights_too() -> None:
+    model = built(FAMILIES["llama"])
+    model.model.layers[1].mlp.act_fn.forward = torch.tanh
+    with pytest.raises(NotLeanError, match="its logits differ"):
+        lean_runner(model, compiled(), coarse, rounds=True)
+
+
+def test_weights_rounded_to_nothing_are_refused() -> None:
+    model = built(FAMILIES["llama"])
+    with pytest.raises(NotLeanError, match="with its weights rounded"):
+        lean_runner(model, compiled(), lambda weight, bias: torch_product(weight * 0, bias), rounds=True)
 
 
 def test_half_precision_weights_that_are_exact_change_no_token() -> None:
     model = built(FAMILIES["llama"])
     for parameter in model.parameters():
         parameter.copy_(parameter.half().float())
-    runner = lean_runner(tiny.ours(model), compiled(), fp16=True)
-    found = tiny.run(tiny.engine_for(model, runner=runner), *requests())
+    found = tiny.run(tiny.engine_for(model, runner=lean_runner(model, compiled(), fp16_product)), *requests())
     assert [found[str(n)] for n in range(len(PROMPTS))] == [tiny.generate(model, tokens) for tokens in PROMPTS]
 
 
 def test_the_lean_pass_keeps_nothing_of_the_model() -> None:
-    import gc
-    import weakref
-
-    runner: ModelRunner | None = tiny.ours(built(FAMILIES["llama"]))
-    assert runner is not None
-    layer = weakref.ref(runner.model.model.layers[0])
-    kept = lean_runner(runner, compiled(), fp16=True)
-    del runner
+    model: PreTrainedModel | None = built(FAMILIES["llama"])
+    assert model is not None
+    layer = weakref.ref(model.model.layers[0])
+    kept = lean(model)
+    del model
     gc.collect()
     assert (layer(), kept.vocab_size) == (None, tiny.VOCAB)
 
 
-def test_a_model_that_gives_up_its_weights_leaves_the_same_lean_one() -> None:
-    model = tiny.tiny_llama()
-    whole = tiny.ours(model)
-    runner = lean_runner(whole, compiled(), fp16=False, consume=True)
-    assert tiny.run(tiny.engine_for(model, runner=runner), tiny.request(tiny.prompt(9)))["r"] == tiny.generate(
-        model, tiny.prompt(9)
-    )
-    assert whole.model.lm_head.weight.numel() == 0
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_embedding_keeps_the_narrowest_type_that_is_exact(dtype: torch.dtype) -> None:
+    model = built(FAMILIES["llama"])
+    weight = model.model.embed_tokens.weight
+    weight[5, 5] = {torch.float16: 1.0, torch.bfloat16: 1e30, torch.float32: 1.0 + 2.0**-20}[dtype]
+    if dtype is not torch.float32:
+        weight.copy_(weight.to(dtype).float())
+    assert lean(model)._embedding.dtype == dtype
 
 
-def test_a_model_that_is_not_lean_gives_up_nothing() -> None:
-    whole = tiny.ours(tiny.tiny_llama())
-    whole.model.lm_head = torch.nn.Identity()
-    with pytest.raises(NotLeanError) as caught:
-        LeanRunner(whole, compiled(), fp16=False, consume=True)
-    weights = [layer.self_attn.q_proj.weight.numel() for layer in whole.model.model.layers]
-    assert (caught.value.spent, weights) == (False, [48 * 48] * 3)
+@pytest.fixture(params=FAMILIES)
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedModel, Path]:
+    model = built(FAMILIES[request.param])
+    model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def in_files(model: PreTrainedModel, path: Path) -> PreTrainedModel:
+    found = with_weights_in_files(empty_causal_lm(model.config, dtype=torch.float32), path)
+    assert not isinstance(found, str), found
+    return found
+
+
+def test_weights_in_files_give_the_same_tokens(saved: tuple[PreTrainedModel, Path]) -> None:
+    model, path = saved
+    found = tiny.run(tiny.engine_for(model, runner=lean(in_files(model, path))), *requests())
+    assert [found[str(n)] for n in range(len(PROMPTS))] == [tiny.generate(model, tokens) for tokens in PROMPTS]
+
+
+def test_no_other_weight_is_in_memory_while_one_is_packed(saved: tuple[PreTrainedModel, Path]) -> None:
+    model = in_files(*saved)
+    devices: set[str] = set()
+
+    def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        devices.update(parameter.device.type for parameter in model.parameters())
+        return torch_product(weight, bias)
+
+    lean_runner(model, compiled(), pack)
+    assert devices == {"meta"}

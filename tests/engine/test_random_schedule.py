@@ -137,17 +137,24 @@ class World:
             self.last_turn[int(request.session_id[1:])] = (*request.token_ids, *self.given[name])
 
 
-def alone(request: Request) -> list[int]:
-    return list(_alone(request.token_ids, request.params.max_tokens or 0, request.params.greedy))
+def alone(request: Request, quantized: bool) -> list[int]:
+    return list(_alone(request.token_ids, request.params.max_tokens or 0, request.params.greedy, quantized))
 
 
 @cache
-def _alone(tokens: tuple[int, ...], max_tokens: int, greedy: bool) -> tuple[int, ...]:
+def _alone(tokens: tuple[int, ...], max_tokens: int, greedy: bool, quantized: bool) -> tuple[int, ...]:
     params = {} if greedy else {"temperature": 0.8, "top_k": 20, "seed": 3}
-    return tuple(tiny.run(_engine(128, None), tiny.request(tokens, max_tokens=max_tokens, **params))["r"])
+    request = tiny.request(tokens, max_tokens=max_tokens, **params)
+    return tuple(tiny.run(_engine(128, None, quantized=quantized), request)["r"])
 
 
-def _engine(budget: int, drafter: Drafter | None, capacity: int = CAPACITY, share: int | None = None) -> Engine:
+def _engine(
+    budget: int,
+    drafter: Drafter | None,
+    capacity: int = CAPACITY,
+    share: int | None = None,
+    quantized: bool = False,
+) -> Engine:
     return tiny.engine_for(
         MODEL,
         capacity=capacity,
@@ -155,19 +162,24 @@ def _engine(budget: int, drafter: Drafter | None, capacity: int = CAPACITY, shar
         max_batched_tokens=budget,
         max_prefill_while_decoding=share,
         proposer=LocalProposer(drafter) if drafter is not None else None,
+        quantized=quantized,
     )
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize(("draft", "quantized"), [*((draft, False) for draft in DRAFTS), ("disagreeing", True)])
 @seed(20240607)
 @settings(max_examples=50, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(schedules, st.sampled_from([2, 5, 24, 64]), st.sampled_from([None, 1, 8]))
 def test_no_schedule_changes_a_token(
-    draft: str, schedule: list[tuple[int, Arrival | Cancel | Evict | Drop]], budget: int, share: int | None
+    draft: str,
+    quantized: bool,
+    schedule: list[tuple[int, Arrival | Cancel | Evict | Drop]],
+    budget: int,
+    share: int | None,
 ) -> None:
     model = DRAFTS[draft]
     drafter = tiny.drafter_for(model, capacity=220) if model is not None else None
-    world = World(_engine(budget, drafter, share=share), drafter)
+    world = World(_engine(budget, drafter, share=share, quantized=quantized), drafter)
     for steps, event in schedule:
         world.act(event)
         for _ in range(steps):
@@ -178,7 +190,7 @@ def test_no_schedule_changes_a_token(
         steps_left -= 1
     assert world.done == world.requests.keys()
     for name, request in world.requests.items():
-        expected = alone(request)
+        expected = alone(request, quantized)
         assert world.given[name] == (expected[: len(world.given[name])] if name in world.cancelled else expected)
     engine = world.engine
     assert (engine.num_running, engine.num_waiting, engine.kv.usage().in_use) == (0, 0, 0)

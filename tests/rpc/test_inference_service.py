@@ -74,9 +74,9 @@ class Servicer(pb_grpc.InferenceServicer):
 
 
 @asynccontextmanager
-async def stub_of(targets: ScriptedTargets | None = None, timeout_s: float = 30.0) -> AsyncIterator[Any]:
+async def stub_of(targets: ScriptedTargets | None = None, **options: Any) -> AsyncIterator[Any]:
     server = grpc.aio.server()
-    handlers = InferenceHandlers(gateway(targets, timeout_s=timeout_s))
+    handlers = InferenceHandlers(gateway(targets, **options))
     pb_grpc.add_InferenceServicer_to_server(Servicer(handlers), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -153,6 +153,15 @@ async def test_a_prompt_of_text_or_token_ids_is_generated_from() -> None:
     assert first.speculate is False
 
 
+async def test_a_priority_reaches_the_replica_where_the_policy_is_priority() -> None:
+    targets = ScriptedTargets()
+    async with stub_of(targets, scheduling_policy="priority") as stub:
+        [_ async for _ in stub.Chat(pb.ChatRequest(messages=HI, priority=-3))]
+        for fields in ({"priority": 5}, {}):
+            [_ async for _ in stub.Generate(pb.GenerateRequest(text="hi", **fields))]
+    assert [request.priority for request in targets.requests] == [-3, 5, 0]
+
+
 @pytest.mark.parametrize("key", ["x-session-id", "session_id"])
 async def test_the_session_may_be_named_in_the_metadata(key: str) -> None:
     events = await chat(ScriptedTargets(), metadata=((key, "mine"),))
@@ -204,6 +213,7 @@ async def test_sessions_are_listed_found_and_closed() -> None:
         ({"sampling": pb.SamplingParams(stop=[""])}, "stop"),
         ({"sampling": pb.SamplingParams(stop_token_ids=[9999])}, "stop_token_ids"),
         ({"session_id": "a\nb"}, "session_id"),
+        ({"priority": 1}, "priority"),
     ],
 )
 async def test_bad_input_is_an_invalid_argument_that_names_its_field(fields: dict[str, Any], named: str) -> None:

@@ -1,0 +1,148 @@
+"""Weights of 4 or 8 bits times activations of 16: our kernels of linear.cpp, from Python.
+
+Where the weights already lie on such a grid, as those converted from GGUF's Q4_1, Q4_0 and Q8_0 do, the packed form
+is the same numbers in a sixth or less of float32's bytes. The activations' 16 bits cost 2e-5 of a product's norm;
+8 bits would cost as much as quantizing the weights does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from paceline.engine.native import BUILD, compiled
+
+SOURCE = Path(__file__).with_name("linear.cpp")
+FLAGS = (*BUILD, "-ffp-contract=off")
+"""Nothing that lets sums be reordered: a row's result must have the same bits whatever the batch."""
+GROUP = 32
+"""Consecutive inputs that share a scale."""
+PANEL = 16
+LARGEST = {4: 65504.0, 8: torch.finfo(torch.float32).max}
+"""Weight that can be rounded: offsets of 4-bit weights are fp16."""
+SAMPLE = 16
+"""Outputs looked at before all of them are packed."""
+
+_P, _I = ctypes.c_void_p, ctypes.c_int64
+
+
+class MatrixStruct(ctypes.Structure):
+    """`Matrix` of linear.cpp."""
+
+    _fields_ = (("packed", _P), ("bias", _P), ("bits", _I), ("outputs", _I), ("inputs", _I))
+
+
+@dataclass(frozen=True, slots=True)
+class LinearKernels:
+    """The library's functions; their arguments are addresses and sizes. See linear.cpp."""
+
+    library: ctypes.CDLL
+
+    def __post_init__(self) -> None:
+        signatures = {
+            "packed_bytes": ((_I, _I, _I), _I),
+            "pack": ((_P, _I, _I, _I, _I, _P), _I),
+            "unpack_rows": ((_P, _P, _I, _P), _I),
+            "product": ((_P, _P, _I, _P), None),
+        }
+        for name, (arguments, result) in signatures.items():
+            function = getattr(self.library, name)
+            function.argtypes, function.restype = arguments, result
+
+
+@cache
+def linear_kernels(flags: Sequence[str] = FLAGS) -> LinearKernels | str:
+    """The kernels, or why there are none."""
+    library = compiled(SOURCE, flags)
+    if isinstance(library, str):
+        return library
+    library.lanes.restype = _I
+    if not library.lanes():
+        return "the CPU has neither AVX-512 nor AVX2"
+    found = LinearKernels(library)
+    return found if all(_right(found, bits) for bits in LARGEST) else "this compiler builds them wrong"
+
+
+def _right(kernels: LinearKernels, bits: int) -> bool:
+    """Whether a small product comes out right: of vectorizing code like this, compilers have bugs."""
+    weight, x = torch.randn(2, 33, 64, generator=torch.Generator().manual_seed(0))
+    made = packed(kernels, weight, None, bits, rounded=True)
+    if made is None:
+        return False
+    rows = made.rows(torch.arange(33))
+    same_weights = torch.allclose(rows, weight, rtol=0, atol=4.0 / 2**bits)
+    return same_weights and torch.allclose(made(x), x @ rows.T, rtol=0, atol=0.01)
+
+
+class PackedWeight:
+    """y = x W^T + b, float32 [rows, inputs] to [rows, outputs]. Made by `packed`.
+
+    A row's result has the same bits in every batch and on any number of threads.
+    """
+
+    def __init__(
+        self, kernels: LinearKernels, data: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, int], bits: int
+    ) -> None:
+        self.outputs, self.inputs = shape
+        self._data, self._bias = data, bias
+        self._matrix = MatrixStruct(
+            data.data_ptr(), None if bias is None else bias.data_ptr(), bits, self.outputs, self.inputs
+        )
+        self._address = ctypes.addressof(self._matrix)
+        self._product, self._unpack_rows = kernels.library.product, kernels.library.unpack_rows
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.inputs or x.dtype != torch.float32:
+            raise ValueError(f"a product of {self.inputs} float32 inputs was given {x.dtype} {tuple(x.shape)}")
+        x = x.contiguous()
+        y = torch.empty(*x.shape[:-1], self.outputs)
+        self._product(self._address, x.data_ptr(), x.numel() // self.inputs, y.data_ptr())
+        return y
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows `ids` (int64) of W, float32 [len(ids), inputs]: what an embedding tied to this weight looks up."""
+        ids, found = ids.contiguous(), torch.empty(len(ids), self.inputs)
+        if not self._unpack_rows(self._address, ids.data_ptr(), len(ids), found.data_ptr()):
+            raise IndexError(f"rows {ids.tolist()} of {self.outputs}")
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return self._data.nbytes
+
+
+def packed(
+    kernels: LinearKernels, weight: torch.Tensor, bias: torch.Tensor | None, bits: int, *, rounded: bool = False
+) -> PackedWeight | None:
+    """W [outputs, inputs], float32, packed: exactly, to the last bit, or else not at all (None).
+
+    `rounded` packs any finite weight, each to the nearest step of its group's grid. Inputs that are no multiple of
+    32, and numbers beyond the grid's range, are never packed.
+    """
+    if weight.shape[1] % GROUP:
+        return None
+    if rounded:
+        low, high = weight.aminmax()
+        if not bool((-low <= LARGEST[bits]) & (high <= LARGEST[bits])):
+            return None
+    weight = weight.contiguous()
+    if not rounded and _pack(kernels, weight[:SAMPLE], bits, rounded) is None:
+        return None
+    data = _pack(kernels, weight, bits, rounded)
+    if data is None:
+        return None
+    outputs, inputs = weight.shape
+    if bias is not None:
+        bias = torch.nn.functional.pad(bias.detach().float(), (0, -outputs % PANEL)).contiguous()
+    return PackedWeight(kernels, data, bias, (outputs, inputs), bits)
+
+
+def _pack(kernels: LinearKernels, weight: torch.Tensor, bits: int, rounded: bool) -> torch.Tensor | None:
+    data = torch.empty(kernels.library.packed_bytes(bits, *weight.shape), dtype=torch.uint8)
+    exact = kernels.library.pack(weight.data_ptr(), bits, *weight.shape, int(rounded), data.data_ptr())
+    return data if exact or rounded else None

@@ -1,0 +1,63 @@
+"""From a folder to a runner: never whole if the files allow it, and the same refusals either way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from paceline.config import EngineSettings
+from paceline.engine import load
+from paceline.engine.lean import LeanRunner
+from paceline.engine.load import LoadedModel, load_model
+from paceline.errors import ModelError
+from tests import tiny
+
+MODEL = tiny.tiny_llama()
+PROMPT = tiny.prompt(9)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    MODEL.save_pretrained(tmp_path)
+    tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(tiny.VOCAB)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def loaded(folder: Path) -> LoadedModel:
+    return load_model(folder, EngineSettings(device="cpu", threads=1, kv_tokens=512))
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise AssertionError("loaded whole")
+
+
+def rename(folder: Path, prefix: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    renamed = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_lean_model_is_never_loaded_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "load_causal_lm", refuse)
+    assert isinstance(loaded(folder).runner, LeanRunner)
+
+
+def test_weights_under_names_that_transformers_must_change_are_loaded_by_it(folder: Path) -> None:
+    rename(folder, "model.")
+    model = loaded(folder)
+    found = tiny.run(model.engine(), tiny.request(PROMPT, ignore_eos=True))["r"]
+    assert (type(model.runner), found) == (LeanRunner, tiny.generate(MODEL, PROMPT))
+
+
+def test_a_missing_weight_is_refused_by_name(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights missing \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
+        loaded(folder)
