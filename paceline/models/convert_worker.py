@@ -10,6 +10,7 @@ nothing of Paceline, so it runs wherever the parent's interpreter does. A failur
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 import tempfile
@@ -51,7 +52,11 @@ def read_once() -> None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Dequantize to float32, round to half precision, save weights, config, tokenizer and chat template."""
+    """Dequantize to float32, save weights, config, tokenizer and chat template.
+
+    The numbers stay what the file means: a product of 4-bit steps and their scale does not fit half precision, and
+    rounded it is no longer the grid of 16 levels that the engine's int4 products keep.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -64,20 +69,35 @@ def convert(gguf: Path, folder: Path) -> None:
             alone, gguf_file=link.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         ends = eos_ids(link) | ({tokenizer.eos_token_id} - {None})
-    model.to(half_if_it_fits(model))
+    compute = half_if_it_fits(model)
+    halve_what_is_exact(model)
     if ends:
         model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
     model.save_pretrained(folder)
+    name_dtype(folder / "config.json", compute)
     tokenizer.save_pretrained(folder)
 
 
 def half_if_it_fits(model: PreTrainedModel) -> torch.dtype:
-    """float16, which the engine's CPU backend computes with exactly; float32 for weights beyond its range."""
+    """The type to compute in on a GPU: float16, or float32 for weights beyond its range."""
     import torch
 
     limit = torch.finfo(torch.float16).max
     fits = all(bool(weight.detach().abs().max() <= limit) for weight in model.parameters())
     return torch.float16 if fits else torch.float32
+
+
+def halve_what_is_exact(model: PreTrainedModel) -> None:
+    """Store a weight in half precision if that changes none of its numbers, as those of an F16 file."""
+    for weight in model.parameters():
+        if bool((weight.half() == weight).all()):
+            weight.data = weight.data.half()
+
+
+def name_dtype(config: Path, dtype: torch.dtype) -> None:
+    """What Transformers takes for dtype="auto": it would name the type of the first weight it saved."""
+    named = json.loads(config.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+    config.write_text(json.dumps(named, indent=2) + "\n")
 
 
 def eos_ids(gguf: Path) -> set[int]:

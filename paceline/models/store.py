@@ -27,7 +27,7 @@ from paceline.models.catalogue import CatalogueEntry, catalogue
 from paceline.models.progress import Progress
 
 MANIFEST = "paceline.json"
-FORMAT = 1
+FORMAT = 2
 """Raised when conversion changes what it writes; folders of another format are made anew."""
 
 LOCK_TIMEOUT_S = 3600.0

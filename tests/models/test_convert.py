@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from paceline.errors import ModelError
 from paceline.models import ModelFiles, eos_token_ids, load_causal_lm, load_tokenizer, resolve
-from paceline.models.convert_worker import half_if_it_fits
+from paceline.models.convert_worker import half_if_it_fits, halve_what_is_exact
 from tests.models.tiny_gguf import CHAT_TEMPLATE, EOS, EOT
 
 
@@ -28,7 +28,7 @@ def test_tied_embedding_is_saved_once(tiny: ModelFiles) -> None:
         assert "lm_head.weight" not in weights.keys()  # noqa: SIM118
 
 
-def test_config_names_the_stored_type(tiny: ModelFiles) -> None:
+def test_config_names_the_type_to_compute_in(tiny: ModelFiles) -> None:
     assert json.loads((tiny.path / "config.json").read_text())["dtype"] == "float16"
 
 
@@ -53,10 +53,18 @@ def test_second_resolve_finds_it_ready(tiny: ModelFiles, tiny_gguf: Path) -> Non
     assert resolve(str(tiny_gguf), cache=tiny.path.parents[1], download=False) == tiny
 
 
-def test_weights_beyond_half_precision_stay_whole() -> None:
+def test_weights_beyond_half_precision_are_not_computed_in_it() -> None:
     model = torch.nn.Linear(2, 2)
     model.weight.data[0, 0] = 1e5
     assert half_if_it_fits(model) == torch.float32  # type: ignore[arg-type]
+
+
+def test_only_what_half_precision_holds_is_stored_in_it() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.weight.data.fill_(1.0 + 2.0**-12)
+    model.bias.data.fill_(0.5)
+    halve_what_is_exact(model)  # type: ignore[arg-type]
+    assert (model.weight.dtype, model.bias.dtype) == (torch.float32, torch.float16)
 
 
 def test_damaged_file_is_one_line(tmp_path: Path) -> None:
