@@ -184,15 +184,25 @@ class LinearBackends:
     rounding: LinearBackend | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Won:
+    """A race's winner, and what everyone took."""
+
+    backend: KeepingBackend
+    times: Mapping[str, Times]
+
+
 class Packer:
     """Packs one model's weights, each by the backend that is fastest among those that keep it.
 
-    Fastest over `REQUEST`, measured once for a shape. `measure` gives each product's Times.
+    Fastest over `REQUEST`, measured once for a shape: the winner takes further weights of that shape as long as it
+    keeps them, without a look at the others. `measure` gives each product's Times.
     """
 
     def __init__(self, backends: LinearBackends, measure: Measure | None = None) -> None:
         self._backends, self._measure = backends, measure or measured
         self._times: dict[tuple[torch.Size, frozenset[str]], Mapping[str, Times]] = {}
+        self._won: dict[torch.Size, _Won] = {}
         self._taken: list[tuple[str, Mapping[str, Times]]] = []
 
     def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
@@ -200,15 +210,25 @@ class Packer:
         if rounding is not None and (product := rounding.round(weight, bias)) is not None:
             self._taken.append((rounding.name, {}))
             return product
+        last = self._won.get(weight.shape)
+        if last is not None and (product := last.backend.keep(weight, bias)) is not None:
+            self._taken.append((last.backend.name, last.times))
+            return product
+        return self._race(weight, bias)
+
+    def _race(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         kept = {
-            backend.name: product
+            backend.name: (backend, product)
             for backend in self._backends.keeping
             if (product := backend.keep(weight, bias)) is not None
         }
-        times = self._times_of(weight.shape, kept)
+        times = self._times_of(weight.shape, {name: product for name, (_, product) in kept.items()})
         name = min(kept, key=lambda name: request_time(times[name])) if times else next(iter(kept))
+        backend, product = kept[name]
+        if times:
+            self._won[weight.shape] = _Won(backend, times)
         self._taken.append((name, times))
-        return kept[name]
+        return product
 
     def _times_of(self, shape: torch.Size, kept: Mapping[str, Product]) -> Mapping[str, Times]:
         if len(kept) == 1:
@@ -220,8 +240,8 @@ class Packer:
 
     @property
     def rounds(self) -> bool:
-        """Whether it may change weights."""
-        return self._backends.rounding is not None
+        """Whether it may change weights by more than fp16 does."""
+        return isinstance(self._backends.rounding, Packed | Bf16)
 
     @property
     def taken(self) -> str:
