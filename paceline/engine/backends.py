@@ -113,13 +113,17 @@ def _linears(
         return None, Choice("linear layers", "torch", where)
     missing = {backend.name: backend.missing() for backend in BACKENDS}
     keeping = tuple(backend for backend in KEEPING if missing[backend.name] is None)
+    # A difference in the last bit of a key, where a window is cut otherwise, can be a whole step once it is rounded.
+    alike = settings.kv_dtype == "int8"
     if named == "auto":
         reason = "of those that keep the checkpoint's weights the fastest, measured when it is loaded"
-        return LinearBackends(keeping), Choice("linear layers", " or ".join(one.name for one in keeping), reason)
+        return LinearBackends(keeping, rows_alike=alike), Choice(
+            "linear layers", " or ".join(one.name for one in keeping), reason
+        )
     if (why := missing[named]) is not None:
         raise ConfigError(f"engine.linear_backend: {named} does not run here: {why}", param="engine.linear_backend")
     (rounding,) = (backend for backend in BACKENDS if backend.name == named)
-    return LinearBackends(keeping, rounding), Choice("linear layers", named, "as configured")
+    return LinearBackends(keeping, rounding, alike), Choice("linear layers", named, "as configured")
 
 
 def _forward(device: torch.device, dtype: torch.dtype | None) -> tuple[Kernels | None, str]:

@@ -52,7 +52,12 @@ class LinearBackend(ABC):
 
 
 class KeepingBackend(LinearBackend):
-    """One that changes no weight it keeps and leaves activations 16 bits or more: it may take part in a race."""
+    """One that changes no weight it keeps and leaves activations 16 bits or more: it may take part in a race.
+
+    `rows_alike` says whether a row's product is the same to the last bit whatever rows it is computed with.
+    """
+
+    rows_alike: ClassVar[bool] = True
 
     @abstractmethod
     def keep(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
@@ -60,9 +65,10 @@ class KeepingBackend(LinearBackend):
 
 
 class Torch(KeepingBackend):
-    """float32 weights, by PyTorch's own product."""
+    """float32 weights, by PyTorch's own product, which sums in another order for a few rows than for many."""
 
     name = "torch"
+    rows_alike = False
 
     def missing(self) -> str | None:
         return None
@@ -178,10 +184,14 @@ def _same_in_fp16(weight: torch.Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LinearBackends:
-    """What runs here: `keeping` race for each weight they keep. `rounding`, if named, takes every weight it can."""
+    """What runs here: `keeping` race for each weight they keep. `rounding`, if named, takes every weight it can.
+
+    With `rows_alike` those without it are taken only where no other keeps a weight.
+    """
 
     keeping: tuple[KeepingBackend, ...]
     rounding: LinearBackend | None = None
+    rows_alike: bool = False
 
 
 class Packer:
@@ -205,6 +215,9 @@ class Packer:
             for backend in self._backends.keeping
             if (product := backend.keep(weight, bias)) is not None
         }
+        if self._backends.rows_alike:
+            alike = {backend.name for backend in self._backends.keeping if backend.rows_alike}
+            kept = {name: product for name, product in kept.items() if name in alike} or kept
         times = self._times_of(weight.shape, kept)
         name = min(kept, key=lambda name: request_time(times[name])) if times else next(iter(kept))
         self._taken.append((name, times))
