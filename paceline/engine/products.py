@@ -52,7 +52,12 @@ class LinearBackend(ABC):
 
 
 class KeepingBackend(LinearBackend):
-    """One that changes no weight it keeps and leaves activations 16 bits or more: it may take part in a race."""
+    """One that changes no weight it keeps and leaves activations 16 bits or more: it may take part in a race.
+
+    `rows_alike` says whether a row's product is the same to the last bit whatever rows it is computed with.
+    """
+
+    rows_alike: ClassVar[bool] = True
 
     @abstractmethod
     def keep(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
@@ -60,9 +65,10 @@ class KeepingBackend(LinearBackend):
 
 
 class Torch(KeepingBackend):
-    """float32 weights, by PyTorch's own product."""
+    """float32 weights, by PyTorch's own product, which sums in another order for a few rows than for many."""
 
     name = "torch"
+    rows_alike = False
 
     def missing(self) -> str | None:
         return None
@@ -178,7 +184,11 @@ def _same_in_fp16(weight: torch.Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LinearBackends:
-    """What runs here: `keeping` race for each weight they keep. `rounding`, if named, takes every weight it can."""
+    """What runs here: `keeping` race for each weight they keep. `rounding`, if named, takes every weight it can.
+
+    Those without `rows_alike` are taken only where no other keeps a weight: else the last bit of a logit would depend
+    on how a sequence is cut into steps, and with it, where two tokens nearly tie, the token.
+    """
 
     keeping: tuple[KeepingBackend, ...]
     rounding: LinearBackend | None = None
@@ -222,10 +232,12 @@ class Packer:
             for backend in self._backends.keeping
             if (product := backend.keep(weight, bias)) is not None
         }
+        alike = {name: one for name, one in kept.items() if one[0].rows_alike}
+        kept = alike or kept
         times = self._times_of(weight.shape, {name: product for name, (_, product) in kept.items()})
         name = min(kept, key=lambda name: request_time(times[name])) if times else next(iter(kept))
         backend, product = kept[name]
-        if times:
+        if backend.rows_alike:
             self._won[weight.shape] = _Won(backend, times)
         self._taken.append((name, times))
         return product

@@ -14,11 +14,14 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from paceline.config import EngineSettings
 from paceline.engine.attention import Window
+from paceline.engine.backends import resolve_backends
 from paceline.engine.kv_cache import KVEntry, KVExport, KVGeometry, SlabKVCache
 from paceline.engine.kv_entry import quantize
+from paceline.engine.lean import lean_runner
 from paceline.engine.load import load_model
 from paceline.engine.native import HeadsStruct, WindowStruct
 from paceline.engine.per_sequence import PerSequenceRunner
+from paceline.engine.products import KEEPING, REQUEST, KeepingBackend, Packer, fp16_product
 from paceline.engine.runner import Runner
 from paceline.errors import EngineError
 from paceline.speculation.local import LocalProposer
@@ -163,6 +166,30 @@ def test_models_without_a_lean_pass_answer_alike_in_chunks(name: str) -> None:
         for n in (512, 11)
     )
     assert cut == whole
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_logits_are_the_same_to_the_last_bit_however_a_sequence_is_cut(quantized: bool) -> None:
+    model = built(CONFIGS["llama-wide-heads"])
+    runner = lean_runner(model, compiled(), fp16_product, rounds=True)
+    whole, cut = (logits(runner, PROMPTS[3], cuts, quantized=quantized) for cuts in ([], [40, 41, 42, 48, 70]))
+    assert torch.equal(cut, whole)
+
+
+@pytest.mark.parametrize("backend", [one for one in KEEPING if one.rows_alike and one.missing() is None])
+def test_a_product_s_rows_do_not_depend_on_each_other(backend: KeepingBackend) -> None:
+    product = backend.round(torch.randn(96, 64), None)
+    assert product is not None
+    x = torch.randn(70, 64)
+    assert all(torch.equal(product(x[:n].clone()), product(x)[:n]) for n in (1, 2, 3, 5, 6, 7, 17, 64))
+
+
+def test_no_product_is_taken_whose_rows_depend_on_each_other_if_another_keeps_the_weight() -> None:
+    linears = resolve_backends(EngineSettings(device="cpu", threads=1)).linears
+    assert linears is not None
+    packer = Packer(linears, lambda kept, _: {name: dict.fromkeys(REQUEST, float(name != "torch")) for name in kept})
+    packer(torch.randn(32, 32).half().float(), None)
+    assert packer.taken == "fbgemm_fp16"
 
 
 def attended(dim: int, window: int, cuts: list[int], *, quantized: bool) -> torch.Tensor:
