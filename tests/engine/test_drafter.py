@@ -299,7 +299,7 @@ def test_disagreement_drafts_again_from_the_agreed_text() -> None:
     drain(made)
     made.advance("s", n, (truth[0], wrong(truth[1])), depth=3)
     answers = drain(made)
-    fresh = continuation((*PROMPT, truth[0], wrong(truth[1])), 5)
+    fresh = continuation((*PROMPT, truth[0], wrong(truth[1])), 6)
     assert [token for answer in answers for token in answer.tokens] == list(fresh)
     assert (said(answers)[0], made.rolled_back_tokens) == ((n + 2, 0, fresh[:3]), 6)
 
@@ -308,14 +308,14 @@ def test_credit_shrinks_where_guesses_fail_and_grows_where_they_hold() -> None:
     made, _ = drafter()
     streaming(made, depth=1, ahead=8)
     tokens, ahead = list(PROMPT), []
-    for right in (False, False, False, False, True, True, True, True):
+    for right in (*[False] * 6, *[True] * 4):
         drain(made)
         guess = list(made._drafts["s"].drafted)
         ahead.append(len(guess) - 1)
         new = guess[:1] if right else [wrong(guess[0])]
         made.advance("s", len(tokens), new, depth=1)
         tokens += new
-    assert ahead == [8, 4, 2, 1, 0, 1, 3, 7]
+    assert ahead == [8, 6, 4, 3, 2, 1, 0, 1, 3, 7]
 
 
 def test_depth_zero_drafts_nothing_more() -> None:
