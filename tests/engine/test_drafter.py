@@ -415,6 +415,15 @@ def test_a_sequence_nobody_wants_drafted_gives_its_room_away() -> None:
     assert [(answer.key, answer.failure) for answer in answers] == [("other", None)]
 
 
+def test_a_sequence_in_the_step_s_own_batch_keeps_its_room() -> None:
+    """Its window points at it."""
+    made, _ = drafter(capacity=17 + 64 + 60)
+    streaming(made, PROMPT, depth=0)
+    made.open("other", tiny.prompt(40, seed=3), GREEDY, depth=2)
+    failures = {answer.key: answer.failure for answer in made.step()}
+    assert failures == {"s": None, "other": DraftFailureReason.BUSY}
+
+
 def test_a_sequence_that_gave_its_room_away_drafts_again_when_wanted() -> None:
     made, _ = drafter(capacity=120)
     streaming(made, PROMPT, depth=0, ahead=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
@@ -147,13 +148,22 @@ def _alone(tokens: tuple[int, ...], max_tokens: int, greedy: bool) -> tuple[int,
     return tuple(tiny.run(_engine(128, None), tiny.request(tokens, max_tokens=max_tokens, **params))["r"])
 
 
-def _engine(budget: int, drafter: Drafter | None, capacity: int = CAPACITY, share: int | None = None) -> Engine:
+def _engine(
+    budget: int,
+    drafter: Drafter | None,
+    capacity: int = CAPACITY,
+    share: int | None = None,
+    depth: int | Literal["auto"] = 4,
+    lookup: int = 0,
+) -> Engine:
     return tiny.engine_for(
         MODEL,
         capacity=capacity,
         max_num_seqs=4,
         max_batched_tokens=budget,
         max_prefill_while_decoding=share,
+        depth=depth,
+        lookup=lookup,
         proposer=LocalProposer(drafter) if drafter is not None else None,
     )
 
@@ -161,13 +171,24 @@ def _engine(budget: int, drafter: Drafter | None, capacity: int = CAPACITY, shar
 @pytest.mark.parametrize("draft", DRAFTS)
 @seed(20240607)
 @settings(max_examples=50, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
-@given(schedules, st.sampled_from([2, 5, 24, 64]), st.sampled_from([None, 1, 8]))
+@given(
+    schedules,
+    st.sampled_from([2, 5, 24, 64]),
+    st.sampled_from([None, 1, 8]),
+    st.sampled_from([1, 4, 9, "auto"]),
+    st.sampled_from([0, 2, 8]),
+)
 def test_no_schedule_changes_a_token(
-    draft: str, schedule: list[tuple[int, Arrival | Cancel | Evict | Drop]], budget: int, share: int | None
+    draft: str,
+    schedule: list[tuple[int, Arrival | Cancel | Evict | Drop]],
+    budget: int,
+    share: int | None,
+    depth: int | Literal["auto"],
+    lookup: int,
 ) -> None:
     model = DRAFTS[draft]
     drafter = tiny.drafter_for(model, capacity=220) if model is not None else None
-    world = World(_engine(budget, drafter, share=share), drafter)
+    world = World(_engine(budget, drafter, share=share, depth=depth, lookup=lookup), drafter)
     for steps, event in schedule:
         world.act(event)
         for _ in range(steps):
