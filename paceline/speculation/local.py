@@ -48,7 +48,7 @@ class LocalProposer(Proposer):
         self._drafter = drafter
         self._clock = clock
         self._ready: dict[int, Answer] = {}
-        self._open: set[int] = set()
+        self._open: set[Hashable] = set()
         self._new = False
         self._measured, self._token_s = 0, 0.0
 
@@ -60,13 +60,17 @@ class LocalProposer(Proposer):
     def advance(self, updates: Sequence[Advance]) -> None:
         for update in updates:
             self._ready.pop(update.sequence, None)
-            self._drafter.advance(update.sequence, update.base, update.tokens, update.depth)
+            if update.sequence in self._open:
+                self._drafter.advance(update.sequence, update.base, update.tokens, update.depth)
 
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:
         while self._drafter.has_work:
             began, drafted = self._clock(), self._drafter.drafted_tokens
             for answer in self._drafter.step():
-                if answer.failure is None and isinstance(answer.key, int):
+                if answer.failure is not None:
+                    # It has forgotten the sequence, which goes on without drafts.
+                    self._open.discard(answer.key)
+                elif isinstance(answer.key, int):
                     self._ready[answer.key] = answer
             if self._drafter.drafted_tokens > drafted:
                 self._note_step(self._clock() - began)

@@ -28,9 +28,10 @@ Greedy decoding needs no distribution: a candidate stands iff it is the likelies
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Any
 
 import torch
 
@@ -212,39 +213,49 @@ class _Plan:
 
     @classmethod
     def of(cls, batch: Sequence[Rows], guesses: Sequence[Guess], vocab: int) -> _Plan:
-        sources = [guess.rows() for guess in guesses]
-        usable_tokens = [guess.tokens[: len(found)] for guess, found in zip(guesses, sources, strict=True)]
-        k = max(len(tokens) for tokens in usable_tokens)
-        width = max((len(row.ids) for found in sources for row in found), default=1)
-        n = len(batch)
-        rows = torch.zeros(n, k + 1, dtype=torch.int64)
-        tried = torch.zeros(n, k, dtype=torch.int64)
-        q_of_tried = torch.ones(n, k, dtype=torch.float64)
-        accept = torch.full((n, k), torch.inf, dtype=torch.float64)
-        ids = torch.zeros(n, k + 1, width, dtype=torch.int64)
-        probs = torch.zeros(n, k + 1, width, dtype=torch.float64)
-        final = torch.zeros(n, k + 1, dtype=torch.float64)
+        distributions = [guess.rows() for guess in guesses]
+        k = max(min(len(guess.tokens), len(q)) for guess, q in zip(guesses, distributions, strict=True))
+        width = max((len(row.ids) for q in distributions for row in q), default=1)
+        columns: list[list[Any]] = [[] for _ in range(7)]
         start = 0
-        for member, (each, tokens, found) in enumerate(zip(batch, usable_tokens, sources, strict=True)):
-            seed, positions = _seed(each.params), each.positions
-            rows[member] = torch.arange(start, start + k + 1).clamp(max=start + each.count - 1)
-            for place, row in enumerate(found):
-                total = math.fsum(row.probs)
-                known = [(token, q / total) for token, q in zip(row.ids, row.probs, strict=True) if token < vocab]
-                ids[member, place, : len(known)] = torch.tensor([token for token, _ in known], dtype=torch.int64)
-                probs[member, place, : len(known)] = torch.tensor([q for _, q in known], dtype=torch.float64)
-                if place < len(tokens) and tokens[place] < vocab:
-                    tried[member, place] = tokens[place]
-                    q_of_tried[member, place] = dict(known)[tokens[place]]
-                    accept[member, place] = uniform(seed, Purpose.ACCEPT, positions[place])
-            for place in range(len(tokens) + 1):
-                purpose = Purpose.RESIDUAL if place < len(found) else Purpose.OWN
-                final[member, place] = uniform(seed, purpose, positions[place])
-            start += each.count
-        return cls(rows, tried, q_of_tried, accept, ids, probs, final)
+        for rows, guess, q in zip(batch, guesses, distributions, strict=True):
+            for column, row in zip(
+                columns, _plan_one(rows, guess.tokens[: len(q)], q, start, vocab, k, width), strict=True
+            ):
+                column.append(row)
+            start += rows.count
+        kinds = (torch.int64, torch.int64, torch.float64, torch.float64, torch.int64, torch.float64, torch.float64)
+        return cls(*(torch.tensor(column, dtype=kind) for column, kind in zip(columns, kinds, strict=True)))
 
     def to(self, device: torch.device) -> _Plan:
         return _Plan(*(getattr(self, each.name).to(device) for each in fields(self)))
+
+
+def _plan_one(
+    rows: Rows, tokens: Sequence[int], q: Sequence[SparseRow], start: int, vocab: int, k: int, width: int
+) -> Iterator[list[Any]]:
+    """One member's row of each of the plan's tables; `q` may have one more than there are `tokens`."""
+    seed, positions, tried = _seed(rows.params), rows.positions, len(tokens)
+    totals = [math.fsum(row.probs) for row in q]
+    scaled = [
+        {token: x / total for token, x in zip(row.ids, row.probs, strict=True)}
+        for row, total in zip(q, totals, strict=True)
+    ]
+    known = [{token: x for token, x in row.items() if token < vocab} for row in scaled]
+    possible = [token in row for token, row in zip(tokens, known, strict=False)]
+    yield [min(start + place, start + rows.count - 1) for place in range(k + 1)]
+    yield _padded([token if fits else 0 for token, fits in zip(tokens, possible, strict=True)], k, 0)
+    yield _padded([row[token] for token, row in zip(tokens, scaled, strict=False)], k, 1.0)
+    accept = [uniform(seed, Purpose.ACCEPT, position) for position in positions[:tried]]
+    yield _padded([u if fits else math.inf for u, fits in zip(accept, possible, strict=True)], k, math.inf)
+    yield _padded([_padded(list(row), width, 0) for row in known], k + 1, [0] * width)
+    yield _padded([_padded(list(row.values()), width, 0.0) for row in known], k + 1, [0.0] * width)
+    purposes = [Purpose.RESIDUAL if place < len(q) else Purpose.OWN for place in range(tried + 1)]
+    yield _padded([uniform(seed, *at) for at in zip(purposes, positions, strict=False)], k + 1, 0.0)
+
+
+def _padded(values: list[Any], length: int, filler: Any) -> list[Any]:
+    return values + [filler] * (length - len(values))
 
 
 def _draw(weights: torch.Tensor, u: torch.Tensor | Sequence[float]) -> torch.Tensor:

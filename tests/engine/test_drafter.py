@@ -299,7 +299,7 @@ def test_disagreement_drafts_again_from_the_agreed_text() -> None:
     drain(made)
     made.advance("s", n, (truth[0], wrong(truth[1])), depth=3)
     answers = drain(made)
-    fresh = continuation((*PROMPT, truth[0], wrong(truth[1])), 5)
+    fresh = continuation((*PROMPT, truth[0], wrong(truth[1])), 6)
     assert [token for answer in answers for token in answer.tokens] == list(fresh)
     assert (said(answers)[0], made.rolled_back_tokens) == ((n + 2, 0, fresh[:3]), 6)
 
@@ -308,14 +308,14 @@ def test_credit_shrinks_where_guesses_fail_and_grows_where_they_hold() -> None:
     made, _ = drafter()
     streaming(made, depth=1, ahead=8)
     tokens, ahead = list(PROMPT), []
-    for right in (False, False, False, False, True, True, True, True):
+    for right in (*[False] * 6, *[True] * 4):
         drain(made)
         guess = list(made._drafts["s"].drafted)
         ahead.append(len(guess) - 1)
         new = guess[:1] if right else [wrong(guess[0])]
         made.advance("s", len(tokens), new, depth=1)
         tokens += new
-    assert ahead == [8, 4, 2, 1, 0, 1, 3, 7]
+    assert ahead == [8, 6, 4, 3, 2, 1, 0, 1, 3, 7]
 
 
 def test_depth_zero_drafts_nothing_more() -> None:
@@ -413,6 +413,15 @@ def test_a_sequence_nobody_wants_drafted_gives_its_room_away() -> None:
     made.open("other", tiny.prompt(30, seed=3), GREEDY, depth=2)
     answers = drain(made)
     assert [(answer.key, answer.failure) for answer in answers] == [("other", None)]
+
+
+def test_a_sequence_in_the_step_s_own_batch_keeps_its_room() -> None:
+    """Its window points at it."""
+    made, _ = drafter(capacity=17 + 64 + 60)
+    streaming(made, PROMPT, depth=0)
+    made.open("other", tiny.prompt(40, seed=3), GREEDY, depth=2)
+    failures = {answer.key: answer.failure for answer in made.step()}
+    assert failures == {"s": None, "other": DraftFailureReason.BUSY}
 
 
 def test_a_sequence_that_gave_its_room_away_drafts_again_when_wanted() -> None:

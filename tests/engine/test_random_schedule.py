@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
@@ -154,6 +155,8 @@ def _engine(
     capacity: int = CAPACITY,
     share: int | None = None,
     quantized: bool = False,
+    depth: int | Literal["auto"] = 4,
+    lookup: int = 0,
 ) -> Engine:
     return tiny.engine_for(
         MODEL,
@@ -161,6 +164,8 @@ def _engine(
         max_num_seqs=4,
         max_batched_tokens=budget,
         max_prefill_while_decoding=share,
+        depth=depth,
+        lookup=lookup,
         proposer=LocalProposer(drafter) if drafter is not None else None,
         quantized=quantized,
     )
@@ -169,17 +174,25 @@ def _engine(
 @pytest.mark.parametrize(("draft", "quantized"), [*((draft, False) for draft in DRAFTS), ("disagreeing", True)])
 @seed(20240607)
 @settings(max_examples=50, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
-@given(schedules, st.sampled_from([2, 5, 24, 64]), st.sampled_from([None, 1, 8]))
+@given(
+    schedules,
+    st.sampled_from([2, 5, 24, 64]),
+    st.sampled_from([None, 1, 8]),
+    st.sampled_from([1, 4, 9, "auto"]),
+    st.sampled_from([0, 2, 8]),
+)
 def test_no_schedule_changes_a_token(
     draft: str,
     quantized: bool,
     schedule: list[tuple[int, Arrival | Cancel | Evict | Drop]],
     budget: int,
     share: int | None,
+    depth: int | Literal["auto"],
+    lookup: int,
 ) -> None:
     model = DRAFTS[draft]
     drafter = tiny.drafter_for(model, capacity=220) if model is not None else None
-    world = World(_engine(budget, drafter, share=share, quantized=quantized), drafter)
+    world = World(_engine(budget, drafter, share=share, quantized=quantized, depth=depth, lookup=lookup), drafter)
     for steps, event in schedule:
         world.act(event)
         for _ in range(steps):

@@ -178,7 +178,7 @@ async def test_a_drafter_killed_in_the_middle_of_drafting(target: TargetReplica,
         await target.connect(victim.address, survivor.address)
         assert await answer_all(target, at_a_third(lambda: victim.send(signal.SIGKILL))) > 0
         assert await answer_all(target) > 0
-        check_waits(target, deadlines=1)
+        check_waits(target, deadlines=LATE_BEFORE_REST)
         assert (target.proposer.stats.links_lost, target.proposer.link_ids) == (1, [survivor.address])
         await nothing_is_held(survivor)
     async with draft_process(int(victim.address.rpartition(":")[2])) as again:
