@@ -1,4 +1,4 @@
-"""`paceline bench engine`: the engine alone, against its floor and against peers in the same run."""
+"""`paceline bench`: the engine against its floor and against peers; speculation against plain decoding."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ Examples:
   paceline bench engine --quick --no-peers
   paceline bench engine --gguf SmolLM2-135M-Instruct.Q4_1.gguf --json figures.json --plot figures.png
 """
+
+SPECULATION_EPILOG = """\b
+Examples:
+  paceline bench speculation
+  paceline bench speculation --quick
+  paceline bench speculation --json figures.json --plot figures.png
+"""
+CURVE_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 bench_app = group("Measure.")
 
@@ -97,6 +105,75 @@ def engine(
         json_file.write_text(json.dumps(_report(model, steps, rates, kl), indent=2) + "\n")
     if plot_file is not None:
         _plot(rates, plot_file)
+
+
+@bench_app.command("speculation", epilog=SPECULATION_EPILOG)
+def speculation(
+    model: ModelName = DEFAULT_MODEL,
+    threads: Threads = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+) -> None:
+    """Speculation on this machine: prompt lookup on given texts and on chat, and fixed depths against the adaptive
+    one with synthetic acceptance.
+
+    Figures are medians over interleaved rounds, with their spread. Keep the machine quiet meanwhile.
+    """
+    import tempfile
+
+    from paceline.bench.engine import settings
+    from paceline.bench.speculation import (
+        Sizes,
+        SpeculationBench,
+        chat_prompts,
+        grounded_prompts,
+        synthetic_draft,
+    )
+    from paceline.cli.cluster import fetch_models
+    from paceline.cli.console import stdout
+    from paceline.config import AppSettings
+    from paceline.engine.load import load_model
+    from paceline.models import resolve
+
+    console = stdout()
+    fetch_models(AppSettings(model=model), console)
+    sizes = Sizes.quick() if quick else Sizes()
+    loaded = load_model(resolve(model).path, settings(threads))
+    bench = SpeculationBench(loaded, sizes)
+    curve = {rows: 1e3 * bench.cost.curve(rows) for rows in CURVE_ROWS}
+    console.print("pass by rows, ms: " + ", ".join(f"{r}: {ms:.1f}" for r, ms in curve.items()), style="dim")
+    figures = bench.answers("grounded", grounded_prompts()) | bench.answers("chat", chat_prompts())
+    console.print(_against_plain("one stream", figures))
+    with tempfile.TemporaryDirectory() as folder:
+        draft = synthetic_draft(loaded, bench.cost.curve(1), Path(folder), threads)
+        for batch in sizes.batches:
+            found = bench.synthetic(batch, draft)
+            console.print(_against_plain(f"synthetic acceptance, batch {batch}", found))
+            figures |= found
+    if json_file is not None:
+        json_file.write_text(json.dumps(_report(model, {}, figures, None) | {"pass_ms": curve}, indent=2) + "\n")
+    if plot_file is not None:
+        _plot(figures, plot_file)
+
+
+def _against_plain(title: str, figures: dict[str, Figure]) -> Table:
+    """Rates, and their ratio to the plain one before them, round by round."""
+    from statistics import median
+
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("what")
+    for name in ("tokens/s", "least", "most", "of plain"):
+        table.add_column(name, justify="right")
+    plain: Figure | None = None
+    for name, figure in figures.items():
+        plain = figure if plain is None or name.endswith(("plain", "depth 0")) else plain
+        ratio = median(value / base for value, base in zip(figure.values, plain.values, strict=True))
+        table.add_row(name, *(f"{v:.1f}" for v in (figure.median, figure.low, figure.high)), f"{ratio:.2f} x")
+    return table
 
 
 def _reference(path: Path) -> Any:

@@ -222,7 +222,8 @@ class Drafter:
         return ready + [answer for answer in news if answer is not None]
 
     def _schedule(self, ready: list[Drafted]) -> list[tuple[_Draft, Window]]:
-        budget, batch = self._budget, []
+        budget = self._budget
+        batch: list[tuple[_Draft, Window]] = []
         working = [draft for draft in self._drafts.values() if self._wants_work(draft)]
         drafting = any(draft.depth > 0 and draft.pending <= PROMPT_TOKENS for draft in self._drafts.values())
         prefill = self._prefill if drafting else self._budget

@@ -28,6 +28,7 @@ class VerifyCost:
     """Seconds of a forward pass. `points` has them by rows; `window_s` is what each window beyond the first adds."""
 
     def __init__(self, points: Mapping[int, float], window_s: float = 0.0) -> None:
+        self._points = dict(points)
         if not points or min(points) < 1 or min(points.values()) <= 0:
             raise ValueError(f"points: positive seconds by positive rows are needed, got {dict(points)}")
         self._rows = sorted(points)
@@ -46,6 +47,10 @@ class VerifyCost:
         while len(known) <= rows:
             known.append(self._interpolated(len(known)))
         return known[rows] + self._window_s * (windows - 1)
+
+    def fresh(self) -> VerifyCost:
+        """The curve as it was measured, without what steps have taught since."""
+        return VerifyCost(self._points, self._window_s)
 
     def seconds(self, drawn: int, windows: int = 1, prefill: int = 0) -> float:
         """Of a step with `drawn` rows of decode and verification windows beside `prefill` prompt tokens."""

@@ -74,7 +74,6 @@ class LocalProposer(Proposer):
                     self._ready[answer.key] = answer
             if self._drafter.drafted_tokens > drafted:
                 self._note_step(self._clock() - began)
-        self._new = False
         found = {}
         for want in wanted:
             ready = self._ready.get(want.sequence)
@@ -94,8 +93,9 @@ class LocalProposer(Proposer):
         return depth * self._token_s
 
     def _note_step(self, seconds: float) -> None:
-        """A step that may have computed a prompt as well does not say what a token costs, unless nothing else does."""
-        if self._new and self._measured:
+        """The first step after an opening has computed a prompt as well, and does not say what a token costs."""
+        if self._new:
+            self._new = False
             return
         self._measured += 1
         expected = self._token_s or seconds

@@ -49,6 +49,7 @@ def test_the_help_of_every_command_is_there() -> None:
         "## paceline models path",
         "## paceline bench",
         "## paceline bench engine",
+        "## paceline bench speculation",
     ]
 
 
