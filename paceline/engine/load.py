@@ -20,7 +20,8 @@ from paceline.engine.lean import NotLeanError, lean_runner
 from paceline.engine.per_sequence import PerSequenceRunner
 from paceline.engine.runner import ModelRunner, Runner
 from paceline.errors import ConfigError
-from paceline.models import eos_token_ids, load_causal_lm, load_config, load_tokenizer, tokenizer_fingerprint
+from paceline.engine.reduced_vocab import ReducedVocabRunner
+from paceline.models import draft_folder, eos_token_ids, load_causal_lm, load_config, load_tokenizer, tokenizer_fingerprint
 from paceline.models.linear import exact_in_fp16, use_fp16_linears
 from paceline.speculation.proposer import Proposer
 
@@ -33,7 +34,7 @@ prompt tokens 167 ms, with 512 1.4 s; prefill alone goes at 383 tokens a second 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, its tokenizer, and what was chosen for it."""
+    """A model ready to run, its tokenizer, and what was chosen for it. A draft made for a target has none of its own."""
 
     runner: Runner
     tokenizer: Any
@@ -76,10 +77,15 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     refuse_unservable(load_config(path))
     with compact_allocations():
         runner, choices = _load_runner(path, backends)
+    if draft_folder.is_draft(path):
+        runner = ReducedVocabRunner(runner, *draft_folder.load_tokens(path))
     limits = _limits(settings, runner)
     kv_tokens = _kv_tokens(settings, runner.kv_geometry(), limits)
-    tokenizer = load_tokenizer(path)
     logger.info("%s: %s; %d KV tokens", path.name, ", ".join(f"{c.name} {c.value}" for c in choices), kv_tokens)
+    if draft_folder.is_draft(path):
+        fingerprint = draft_folder.read_card(path).fingerprint
+        return LoadedModel(runner, None, frozenset(), limits, kv_tokens, fingerprint, choices)
+    tokenizer = load_tokenizer(path)
     eos = eos_token_ids(path, tokenizer=tokenizer)
     return LoadedModel(runner, tokenizer, eos, limits, kv_tokens, tokenizer_fingerprint(tokenizer), choices)
 

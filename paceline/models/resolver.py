@@ -20,7 +20,7 @@ from pathlib import Path
 
 from paceline.config import cache_dir
 from paceline.errors import ModelError
-from paceline.models import hub, store
+from paceline.models import draft_folder, hub, store
 from paceline.models.catalogue import CatalogueEntry, catalogue, find
 from paceline.models.install import gguf_key, install, install_gguf
 from paceline.models.progress import SILENT, Progress
@@ -82,6 +82,8 @@ def check_folder(path: Path) -> None:
             )
         raise ModelError(f"{path}: no safetensors weights; only safetensors and GGUF are loaded")
     _check_shards(path)
+    if draft_folder.is_draft(path):
+        return  # It shares its target's tokenizer and carries the fingerprint alone.
     if not any(found for pattern in TOKENIZERS for found in path.glob(pattern)):
         raise ModelError(f"{path}: no tokenizer files; save the model's tokenizer into the same folder")
 

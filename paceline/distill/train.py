@@ -1,0 +1,234 @@
+"""Training the draft on its target's distribution.
+
+    loss = KL(p, q) + w * -log sum_i min(p_i, q_i)
+
+p is the target's distribution over the tokens kept, q the draft's, both sharpened by the same temperature below 1:
+drafts are used greedily and at temperatures around 0.8, where the head of the distribution decides. The sum is the
+probability that an optimal coupling accepts a candidate; its logarithm pulls where KL spends itself on the tail.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from paceline.distill.budget import Budget
+from paceline.distill.draft import DraftBody
+from paceline.distill.muon import Muon
+from paceline.distill.teacher import Teacher
+from paceline.distill.text import Rows
+
+Loss = Callable[[torch.Tensor, torch.Tensor, float, float], torch.Tensor]
+CHECKPOINT = "training.safetensors"
+PROGRESS = "training.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """How one training runs. `batch` is rows a step."""
+
+    batch: int = 64
+    lr: float = 3e-3
+    warmup: float = 0.02
+    cooldown: float = 0.6
+    """Share of the budget over which the learning rate falls to nothing."""
+    sharpen: float = 0.8
+    """Temperature of both distributions in the loss."""
+    overlap: float = 0.5
+    """Weight of the acceptance term."""
+    decay: float = 0.05
+    seed: int = 0
+    compile: bool = True
+
+    def rate(self, fraction: float) -> float:
+        """The learning rate after that share of the budget."""
+        rising = fraction / self.warmup if self.warmup else 1.0
+        falling = (1.0 - fraction) / self.cooldown if self.cooldown else 1.0
+        return self.lr * max(0.0, min(1.0, rising, falling))
+
+
+CANDIDATES = (
+    TrainSettings(),
+    TrainSettings(sharpen=1.0, overlap=0.0),
+    TrainSettings(sharpen=0.6, overlap=1.0),
+    TrainSettings(lr=6e-3),
+)
+"""Recipes that `--try-recipes` compares: plain KL, more weight on the head of the distribution, larger steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainProgress:
+    """How far a training is; `loss` is a running mean."""
+
+    steps: int
+    tokens: int
+    used: float
+    loss: float
+
+
+def distillation_loss(p_logits: torch.Tensor, q_logits: torch.Tensor, sharpen: float, overlap: float) -> torch.Tensor:
+    """Mean over rows of what the module's docstring says; both are [n, K]."""
+    log_p = (p_logits.float() / sharpen).log_softmax(dim=-1)
+    log_q = (q_logits.float() / sharpen).log_softmax(dim=-1)
+    p = log_p.exp()
+    loss = (p * (log_p - log_q)).sum(dim=-1)
+    if overlap:
+        loss = loss - overlap * torch.minimum(p, log_q.exp()).sum(dim=-1).clamp(min=1e-6).log()
+    return loss.mean()
+
+
+class Trainer:
+    """One draft, one teacher, rows on the device. `run` trains until the budget is spent.
+
+    Rows before `first` are not trained on.
+    """
+
+    def __init__(
+        self, draft: DraftBody, teacher: Teacher, rows: Rows, settings: TrainSettings, *, first: int = 0
+    ) -> None:
+        self.draft, self.settings = draft, settings
+        self._teacher, self._rows, self._first = teacher, rows, first
+        self._device = rows.tokens.device
+        inside = [p for p in draft.draft.model.layers.parameters() if p.dim() == 2]
+        chosen = {id(p) for p in inside}
+        outside = [p for p in draft.parameters() if id(p) not in chosen]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            Muon(inside, lr=settings.lr, decay=settings.decay),
+            torch.optim.AdamW(
+                outside, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=self._device.type == "cuda"
+            ),
+        ]
+        self._loss = _compiled(distillation_loss) if settings.compile and self._cuda else distillation_loss
+        self.steps = self.seen = 0
+        self._mean = torch.zeros((), device=self._device)
+
+    @property
+    def _cuda(self) -> bool:
+        return self._device.type == "cuda"
+
+    def run(
+        self,
+        budget: Budget,
+        on_step: Callable[[TrainProgress], None] = lambda _: None,
+        *,
+        save: Callable[[], None] | None = None,
+        save_every: float = 60.0,
+    ) -> TrainProgress:
+        """Train. `save` is called after every `save_every` of the budget, and at its end."""
+        self.draft.train()
+        saved = budget.used
+        batches = self._batches()
+        while not budget.spent:
+            self._step(next(batches), self.settings.rate(budget.fraction))
+            budget.advance()
+            if self.steps % 20 == 0 or budget.spent:
+                on_step(self._progress(budget))
+            if save is not None and (budget.used - saved >= save_every or budget.spent):
+                save()
+                saved = budget.used
+        self.draft.eval()
+        return self._progress(budget)
+
+    def _step(self, index: torch.Tensor, rate: float) -> None:
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        batch = self._rows.at(index.to(self._device))
+        # The state after a token predicts the next one: learn where that is an answer's.
+        where = batch.answers[:, 1:].flatten().nonzero().flatten()
+        where = where + where // (batch.length - 1)
+        self.steps += 1
+        if not len(where):
+            return
+        with torch.no_grad():
+            states = self._teacher.states(index, batch).flatten(0, 1)[where]
+            p_logits = self._teacher.head(states)
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._cuda):
+            mine = self.draft.states(batch).flatten(0, 1)[where]
+            q_logits = torch.nn.functional.linear(mine, self.draft.head)
+        loss = self._loss(p_logits, q_logits, self.settings.sharpen, self.settings.overlap)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.seen += len(where)
+        self._mean = loss.detach() if self.steps == 1 else self._mean.lerp(loss.detach(), 0.05)
+
+    def _batches(self) -> Iterator[torch.Tensor]:
+        """Rows of every step, epoch after epoch; goes on where `steps` says."""
+        count = len(self._rows) - self._first
+        size = min(self.settings.batch, count)
+        a_round = count // size
+        for epoch in range(self.steps // a_round, 1 << 30):
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed + epoch))
+            for n in range(self.steps % a_round if epoch == self.steps // a_round else 0, a_round):
+                yield self._first + order[n * size : (n + 1) * size]
+
+    def _progress(self, budget: Budget) -> TrainProgress:
+        return TrainProgress(self.steps, self.seen, budget.used, float(self._mean))
+
+    def save(self, folder: Path, budget: Budget) -> None:
+        """Weights and optimizer states, so that `restore` goes on from here."""
+        tensors = {f"draft.{name}": p.detach().cpu().contiguous() for name, p in self.draft.named_parameters()}
+        for n, name, tensor in self._optimizer_tensors():
+            tensors[f"optimizer.{n}.{name}"] = tensor.detach().cpu().contiguous()
+        partial = folder / f"{CHECKPOINT}.partial"
+        save_file(tensors, partial)
+        partial.replace(folder / CHECKPOINT)
+        (folder / PROGRESS).write_text(json.dumps(asdict(self._progress(budget))) + "\n")
+
+    def restore(self, folder: Path) -> float:
+        """Read what `save` wrote; returns the budget used, 0 if there is nothing."""
+        if not (folder / PROGRESS).is_file() or not (folder / CHECKPOINT).is_file():
+            return 0.0
+        progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
+        tensors = load_file(folder / CHECKPOINT)
+        with torch.no_grad():
+            for name, p in self.draft.named_parameters():
+                p.copy_(tensors[f"draft.{name}"])
+        for n, optimizer in enumerate(self._optimizers):
+            for group in optimizer.param_groups:
+                for m, p in enumerate(group["params"]):
+                    start = f"optimizer.{n}.{m}."
+                    found = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+                    optimizer.state[p] = {
+                        name: t if name == "step" and not self._cuda else t.to(p.device) for name, t in found.items()
+                    }
+        self.steps, self.seen = int(progress["steps"]), int(progress["tokens"])
+        if math.isfinite(progress["loss"]):
+            self._mean = torch.tensor(progress["loss"], device=self._device)
+        return float(progress["used"])
+
+    def _optimizer_tensors(self) -> Iterator[tuple[int, str, torch.Tensor]]:
+        for n, optimizer in enumerate(self._optimizers):
+            for group in optimizer.param_groups:
+                for m, p in enumerate(group["params"]):
+                    for name, tensor in optimizer.state[p].items():
+                        yield n, f"{m}.{name}", tensor
+
+
+def _compiled(loss: Loss) -> Loss:
+    """Fused passes over the logits, which are most of the memory traffic; as it is where compiling fails."""
+    fused = torch.compile(loss, dynamic=True)
+    works: bool | None = None
+
+    def call(p_logits: torch.Tensor, q_logits: torch.Tensor, sharpen: float, overlap: float) -> torch.Tensor:
+        nonlocal works
+        if works is None:
+            try:
+                found = fused(p_logits, q_logits, sharpen, overlap)
+                works = True
+                return found
+            except Exception:
+                works = False
+        return (fused if works else loss)(p_logits, q_logits, sharpen, overlap)
+
+    return call
