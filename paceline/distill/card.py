@@ -35,15 +35,16 @@ def figures(outcome: Outcome, trials: Sequence[Any] = ()) -> dict[str, Any]:
 def readme(outcome: Outcome, card: DraftCard, hardware: str, *, own_prompts: bool) -> str:
     """Markdown."""
     shape, best = outcome.shape, plan.best(outcome.gains)
+    heads = f"{shape.heads} heads over {shape.kv_heads}"
     source = "the prompts it was given" if own_prompts else "openings that come with Paceline (Apache-2.0)"
     text = f"""# A draft for {card.target}
 
-Guesses tokens that {card.target} verifies; made with [Paceline](../../../README.md) for speculative decoding. It is of
-no use alone: its output is what its target would say, less well.
+Guesses tokens that {card.target} verifies; made with Paceline for speculative decoding. It is of no use
+alone: its output is what its target would say, less well.
 
 | | |
 | --- | --- |
-| shape | Llama, {shape.layers} layers, {shape.hidden} wide, MLP {shape.mlp}, {shape.heads} heads over {shape.kv_heads} |
+| shape | Llama, {shape.layers} layers, {shape.hidden} wide, MLP {shape.mlp}, {heads} |
 | vocabulary | {shape.kept} of the target's {card.vocab_size} tokens, in and out |
 | parameters | {shape.parameters / 1e6:.1f} million |
 | weights | int8 in groups of 32 with fp16 scales, {shape.bytes / 1e6:.1f} MB |

@@ -41,8 +41,8 @@ def chat_format(tokenizer: Any, eos: Collection[int]) -> ChatFormat:
     before, rest = text.split(_MARKS[0], 1)
     to_answer, rest = rest.split(_MARKS[1], 1)
     to_user, _ = rest.split(_MARKS[2], 1)
-    before_answer = _ids(tokenizer, to_answer)
-    before_next_user = _ids(tokenizer, to_user)
+    before_answer = tuple(_ids(tokenizer, to_answer))
+    before_next_user = tuple(_ids(tokenizer, to_user))
     if before_next_user and before_next_user[0] in eos:
         before_next_user = before_next_user[1:]
     # Only a special token is sure to stand alone where a line ends; ordinary characters merge with their neighbours.
@@ -50,28 +50,19 @@ def chat_format(tokenizer: Any, eos: Collection[int]) -> ChatFormat:
     return ChatFormat(before, before_answer, before_next_user, writes_users=special, template=True)
 
 
-def whole(tokenizer: Any, chat: ChatFormat, text: str) -> list[int]:
-    """A conversation up to where the answer begins."""
-    if not chat.template:
-        return list(tokenizer(text)["input_ids"])
-    return _ids(tokenizer, chat.before_user + text) + list(chat.before_answer)
-
-
-def begun(tokenizer: Any, chat: ChatFormat, text: str) -> list[int]:
-    """A conversation up to somewhere within the user's line."""
-    return _ids(tokenizer, chat.before_user + text)
-
-
-def whole_all(tokenizer: Any, chat: ChatFormat, texts: Sequence[str]) -> list[list[int]]:
-    """`whole` of many texts, faster."""
+def encoded(tokenizer: Any, chat: ChatFormat, texts: Sequence[str]) -> list[list[int]]:
+    """Conversations up to the end of each text, the user's line or its beginning."""
     if not texts:
         return []
-    if not chat.template:
-        return [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
-    encoded = tokenizer([chat.before_user + text for text in texts], add_special_tokens=False)["input_ids"]
-    return [[*ids, *chat.before_answer] for ids in encoded]
+    # A template writes BOS itself; plain text gets it from the tokenizer.
+    found = tokenizer([chat.before_user + text for text in texts], add_special_tokens=not chat.template)["input_ids"]
+    return [list(ids) for ids in found]
+
+
+def prompts(tokenizer: Any, chat: ChatFormat, texts: Sequence[str]) -> list[list[int]]:
+    """Conversations up to where the answer to each text begins."""
+    return [[*ids, *chat.before_answer] for ids in encoded(tokenizer, chat, texts)]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    # A template writes BOS itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

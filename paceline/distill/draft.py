@@ -100,7 +100,8 @@ class DraftBody(nn.Module):
     @property
     def head(self) -> torch.Tensor:
         """[K, hidden]"""
-        return self.draft.lm_head.weight
+        weight: torch.Tensor = self.draft.lm_head.weight
+        return weight
 
 
 def _nearest(kept: torch.Tensor, index: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
@@ -108,7 +109,7 @@ def _nearest(kept: torch.Tensor, index: torch.Tensor, embedding: torch.Tensor) -
     mine = unit[kept.to(unit.device)]
     nearest = index.clone()
     others = (index < 0).nonzero().flatten()
-    for part in others.split(CHUNK):
+    for part in torch.split(others, CHUNK):
         nearest[part] = (unit[part.to(unit.device)] @ mine.T).argmax(dim=-1).to(nearest.device)
     return nearest
 
@@ -118,8 +119,8 @@ def _reduced(embedding: torch.Tensor, counts: torch.Tensor, width: int) -> torch
     weight = (counts.float().cpu() + 1.0).sqrt()
     covariance = embedding.T @ (embedding * (weight / weight.sum())[:, None])
     directions = torch.linalg.eigh(covariance).eigenvectors.flip(-1)[:, :width]
-    found = embedding @ directions
+    found: torch.Tensor = embedding @ directions
     if found.shape[1] < width:
         found = torch.cat([found, torch.zeros(len(found), width - found.shape[1])], dim=1)
         found = found + 0.1 * found.square().mean().sqrt() * torch.randn_like(found)
-    return found * (width**-0.5 / found.square().mean().sqrt())
+    return found.mul_(width**-0.5 / found.square().mean().sqrt())

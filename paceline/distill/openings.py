@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +18,8 @@ from paceline.errors import ConfigError
 
 BEGUN_SHARE = 0.4
 """Of the conversations, how many the target begins itself after at most a few words."""
+REPEATS = 3
+"""How often the same request may come: its greedy answer is the same each time."""
 PAIRED = ("2", "3")
 
 
@@ -48,12 +51,14 @@ def openings(count: int, seed: int, avoid: Collection[str] = ()) -> list[Opening
     source, chance = built_in(), random.Random(seed)
     kinds = sorted(source.whole)
     found: list[Opening] = []
+    seen: Counter[str] = Counter()
     while len(found) < count:
         if chance.random() < BEGUN_SHARE:
             found.append(Opening(chance.choice(source.begun), whole=False))
             continue
         text = _filled(chance.choice(source.whole[chance.choice(kinds)]), source.fillings, chance)
-        if normalized(text) not in avoid:
+        if normalized(text) not in avoid and seen[text] < REPEATS:
+            seen[text] += 1
             found.append(Opening(text, whole=True))
     return found
 

@@ -20,8 +20,8 @@ from paceline.distill.measure import DEPTHS
 from paceline.distill.shape import PRESETS, DraftShape
 from paceline.engine.attention import ATTENTION_NAME, Window
 from paceline.engine.kv_cache import SlabKVCache
-from paceline.engine.native import Kernels, kernels
 from paceline.engine.lean import NotLeanError, lean_runner
+from paceline.engine.native import Kernels, kernels
 from paceline.engine.runner import ModelRunner, Runner
 
 CONTEXT = 128

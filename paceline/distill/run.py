@@ -1,26 +1,28 @@
 """`paceline distill` from beginning to end: write text, choose what to build, train, measure, export.
 
-    OUT/                  the draft (paceline.models.draft_folder), once it is measured
-    OUT/.state/           what an interrupted run goes on from: the settings, text-*.safetensors, the training's state
+OUT/                  the draft (paceline.models.draft_folder), once it is measured
+OUT/.state/           what an interrupted run goes on from: the settings, text-*.safetensors, the training's state
 """
 
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from paceline.config import EngineSettings
 from paceline.distill import card, measure, openings, plan
+from paceline.distill import chat as chats
 from paceline.distill.budget import Budget
-from paceline.distill.chat import ChatFormat, chat_format, whole_all
+from paceline.distill.chat import ChatFormat, chat_format
 from paceline.distill.draft import DraftBody, Tokens, choose_tokens, new_draft
 from paceline.distill.measure import Acceptance
 from paceline.distill.shape import DraftShape
@@ -35,8 +37,9 @@ from paceline.models import eos_token_ids, load_causal_lm, load_tokenizer, token
 from paceline.models.draft_folder import DraftCard, dequantize, quantize, write_draft
 
 STATE = ".state"
-OPENINGS = 20_000
-WRITING, TRYING, MEASURING = 0.5, 0.15, 0.05
+OPENINGS = {"cuda": 200_000, "cpu": 5_000}
+"""By device: so many that greedy answers seldom come twice."""
+WRITING, TRYING, MEASURING = 0.4, 0.12, 0.04
 """Shares of the time budget; trying only if there is something to choose from. The rest is training."""
 VALIDATION_ROWS = 128
 HELD_OUT = 120
@@ -167,9 +170,9 @@ class _Run:
         settings = self.settings
         seed = settings.seed * 1_000_003 + round_seed
         if settings.prompts:
-            chosen = openings.from_lines(settings.prompts, OPENINGS, seed, self._avoid)
+            chosen = openings.from_lines(settings.prompts, OPENINGS[self.device.type], seed, self._avoid)
         else:
-            chosen = openings.openings(OPENINGS, seed, self._avoid)
+            chosen = openings.openings(OPENINGS[self.device.type], seed, self._avoid)
         starts = encode(self.tokenizer, self.chat, chosen)
         if not starts:
             raise ModelError("no opening fits this model's chat template; give --prompts")
@@ -202,6 +205,7 @@ class _Run:
             self.path,
             EngineSettings(
                 device="cuda" if self.device.type == "cuda" else "cpu",
+                threads=torch.get_num_threads(),
                 max_num_seqs=batch,
                 max_queued_requests=2 * batch,
                 kv_tokens=2 * batch * length,
@@ -285,18 +289,21 @@ class _Run:
     ) -> tuple[DraftShape, TrainSettings]:
         """Train each candidate for a moment: shapes first, then recipes with the best shape."""
         scores: dict[tuple[DraftShape, TrainSettings], float] = {}
-        results = []
+        results: list[dict[str, Any]] = []
 
         def score(candidate: tuple[DraftShape, TrainSettings]) -> float:
             if candidate not in scores:
                 shape, recipe = candidate
-                trainer, tokens = self._trainer(shape, recipe, rows, counts, store, first)
+                brief = replace(recipe, compile=False)  # Compiling would take half of so short a time.
+                trainer, tokens = self._trainer(shape, brief, rows, counts, store, first)
                 progress = trainer.run(Budget(seconds))
                 same, overlap = self.quick(trainer.draft, tokens, rows.at(slice(0, first)))
                 scores[candidate] = (same + overlap) / 2
                 remark = f"agreement {same:.3f}, overlap {overlap:.3f}, {progress.steps} steps"
                 self.report("trying", min(1.0, len(scores) / trials), f"{_in_words(shape, recipe)}: {remark}")
-                results.append({"shape": asdict(shape), "recipe": asdict(recipe), "agreement": same, "overlap": overlap})
+                results.append(
+                    {"shape": asdict(shape), "recipe": asdict(recipe), "agreement": same, "overlap": overlap}
+                )
                 self._note("trials", results)
             return scores[candidate]
 
@@ -326,7 +333,8 @@ class _Run:
     def _target_runner(self) -> Any:
         from paceline.engine.load import load_model
 
-        return load_model(self.path, EngineSettings(device="cuda" if self.device.type == "cuda" else "cpu")).runner
+        device: Literal["cpu", "cuda"] = "cuda" if self.device.type == "cuda" else "cpu"
+        return load_model(self.path, EngineSettings(device=device, threads=torch.get_num_threads())).runner
 
     # Measuring and exporting
 
@@ -362,11 +370,12 @@ class _Run:
     def _held_out_texts(self, temperature: float) -> list[measure.Continuation]:
         prompts = []
         for category, texts in self.held_out.items():
-            ids = whole_all(self.tokenizer, self.chat, list(texts))
+            ids = chats.prompts(self.tokenizer, self.chat, list(texts))
             prompts += [(category, one) for one in ids]
         deadline = Budget(60 * self.settings.minutes * MEASURING / len(TEMPERATURES))
         # A slow machine measures fewer prompts, of every category as many.
-        order = sorted(range(len(prompts)), key=lambda n: (n * 7919) % len(prompts))
+        order = list(range(len(prompts)))
+        random.Random(self.settings.seed).shuffle(order)
         found: list[measure.Continuation] = []
         size = measure.BATCH if self.device.type == "cuda" else 16
         for first in range(0, len(order), size):

@@ -61,4 +61,3 @@ def build() -> Callable[..., torch.Tensor]:
         return out
 
     return attend
-

@@ -77,7 +77,7 @@ class StreamStep(AttentionStep):
 def attend_plainly(
     grouped: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scoring: Scoring
 ) -> torch.Tensor:
-    """`grouped` [streams, kv_heads, heads a kv_head, head_dim] over keys and values [streams, kv_heads, L, head_dim]."""
+    """`grouped` [streams, kv_heads, heads of each, head_dim] over keys and values [streams, kv_heads, L, head_dim]."""
     scores = (grouped @ keys.transpose(-1, -2)).float() * scoring.scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -96,9 +96,7 @@ class Scripts:
     answers: torch.Tensor
 
     @classmethod
-    def build(
-        cls, chat: ChatFormat, openings: Sequence[tuple[Sequence[int], bool]], device: torch.device
-    ) -> Scripts:
+    def build(cls, chat: ChatFormat, openings: Sequence[tuple[Sequence[int], bool]], device: torch.device) -> Scripts:
         """`openings` are token ids and whether the answer follows them."""
         rows = [(chat.before_answer[1:], True), (chat.before_next_user, False), *openings]
         tokens = torch.zeros(len(rows), max(len(ids) for ids, _ in rows), dtype=torch.int64)
@@ -196,7 +194,7 @@ class StreamWriter:
         """Record a step; warming up runs it, so the streams' state is put back."""
         state = (self._at, self._start, self._token, self._script, self._offset, self._answering, self._drawn_run)
         saved = [one.clone() for one in state]
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
@@ -249,15 +247,17 @@ class StreamWriter:
         scripts, chance = self._scripts, {"generator": self._generator, "device": self._device}
         self._offset += forced
         line_over = ~forced & ~self._answering & (following == self._chat.end_of_user)
-        answer_over = ~forced & self._answering & torch.isin(following, self._eos)
+        answer_over = ~forced & self._answering & (following[:, None] == self._eos).any(dim=1)
         too_long = ~forced & (self._drawn_run >= torch.where(self._answering, LONGEST_ANSWER, LONGEST_LINE))
-        last = torch.rand(self._streams, **chance) < NEW_CONVERSATION  # type: ignore[arg-type]
+        last = torch.rand(self._streams, **chance) < NEW_CONVERSATION
         if not self._chat.writes_users:
             last = torch.ones_like(last)
         ended = (answer_over & last) | (too_long & ~answer_over & ~line_over)
         again = answer_over & ~last
-        opening = torch.randint(FIRST_OPENING, len(scripts.lengths), (self._streams,), **chance)  # type: ignore[arg-type]
-        script = torch.where(line_over, TO_ANSWER, torch.where(again, TO_USER, torch.where(ended, opening, self._script)))
+        opening = torch.randint(FIRST_OPENING, len(scripts.lengths), (self._streams,), **chance)
+        script = torch.where(
+            line_over, TO_ANSWER, torch.where(again, TO_USER, torch.where(ended, opening, self._script))
+        )
         moved = line_over | again | ended
         self._script.copy_(script)
         self._offset.copy_(torch.where(moved, 0, self._offset))

@@ -58,7 +58,7 @@ def join(parts: Sequence[Rows]) -> Rows:
 
 
 def free_of(rows: Rows, phrases: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Which rows contain none of the token sequences, bool [n]: how held-out prompts are kept out, whoever wrote them."""
+    """Which rows contain none of the token sequences, bool [n]: so held-out prompts stay out, whoever wrote them."""
     found = torch.zeros(len(rows), dtype=torch.bool, device=rows.tokens.device)
     for phrase in phrases:
         room = rows.length - len(phrase) + 1

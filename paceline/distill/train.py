@@ -10,6 +10,7 @@ probability that an optimal coupling accepts a candidate; its logarithm pulls wh
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,7 +26,12 @@ from paceline.distill.muon import Muon
 from paceline.distill.teacher import Teacher
 from paceline.distill.text import Rows
 
+logger = logging.getLogger(__name__)
+
 Loss = Callable[[torch.Tensor, torch.Tensor, float, float], torch.Tensor]
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+WORTH_COMPILING_S = 120.0
+"""Of training; compiling the draft's layers takes some 30 s of it."""
 CHECKPOINT = "training.safetensors"
 PROGRESS = "training.json"
 
@@ -105,7 +111,10 @@ class Trainer:
                 outside, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=self._device.type == "cuda"
             ),
         ]
-        self._loss = _compiled(distillation_loss) if settings.compile and self._cuda else distillation_loss
+        compiles = settings.compile and self._cuda
+        self._loss: Loss = _compiled(distillation_loss, dynamic=True) if compiles else distillation_loss
+        self._forward: Forward = self.draft
+        self._compiles = compiles
         self.steps = self.seen = 0
         self._mean = torch.zeros((), device=self._device)
 
@@ -123,6 +132,8 @@ class Trainer:
     ) -> TrainProgress:
         """Train. `save` is called after every `save_every` of the budget, and at its end."""
         self.draft.train()
+        if self._compiles and not budget.counts_steps and budget.limit >= WORTH_COMPILING_S:
+            self._forward = _compiled(self.draft, dynamic=False)
         saved = budget.used
         batches = self._batches()
         while not budget.spent:
@@ -151,10 +162,10 @@ class Trainer:
             states = self._teacher.states(index, batch).flatten(0, 1)[where]
             p_logits = self._teacher.head(states)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._cuda):
-            mine = self.draft.states(batch).flatten(0, 1)[where]
+            mine = self._forward(batch.tokens, batch.mask(), batch.positions()).flatten(0, 1)[where]
             q_logits = torch.nn.functional.linear(mine, self.draft.head)
         loss = self._loss(p_logits, q_logits, self.settings.sharpen, self.settings.overlap)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
         for optimizer in self._optimizers:
             optimizer.step()
@@ -215,20 +226,21 @@ class Trainer:
                         yield n, f"{m}.{name}", tensor
 
 
-def _compiled(loss: Loss) -> Loss:
-    """Fused passes over the logits, which are most of the memory traffic; as it is where compiling fails."""
-    fused = torch.compile(loss, dynamic=True)
+def _compiled(function: Callable[..., torch.Tensor], *, dynamic: bool) -> Callable[..., torch.Tensor]:
+    """`function` with its passes over memory fused; as it is where compiling fails."""
+    fused: Callable[..., torch.Tensor] = torch.compile(function, dynamic=dynamic)
     works: bool | None = None
 
-    def call(p_logits: torch.Tensor, q_logits: torch.Tensor, sharpen: float, overlap: float) -> torch.Tensor:
+    def call(*arguments: Any) -> torch.Tensor:
         nonlocal works
         if works is None:
             try:
-                found = fused(p_logits, q_logits, sharpen, overlap)
+                found = fused(*arguments)
                 works = True
                 return found
-            except Exception:
+            except Exception as error:
+                logger.warning("training without torch.compile: %s", " ".join(str(error).split())[:200])
                 works = False
-        return (fused if works else loss)(p_logits, q_logits, sharpen, overlap)
+        return (fused if works else function)(*arguments)
 
     return call

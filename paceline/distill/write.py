@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from paceline.distill.chat import ChatFormat, begun, whole
+from paceline.distill.chat import ChatFormat, encoded
 from paceline.distill.openings import Opening
 from paceline.distill.streams import LONGEST_ANSWER, LONGEST_LINE, NEW_CONVERSATION, USER_TEMPERATURE, StreamWriter
 from paceline.distill.text import Rows, pack
@@ -127,23 +127,20 @@ class EngineWriter(Writer):
 
 
 def encode(tokenizer: Any, chat: ChatFormat, openings: Sequence[Opening]) -> list[tuple[list[int], bool]]:
-    """Token ids, and whether an answer follows them; those too long for a row are left out."""
-    unique = list(dict.fromkeys(openings))
-    begins = chat.writes_users
-    found = [
-        (whole(tokenizer, chat, each.text), True) if each.whole else (begun(tokenizer, chat, each.text), False)
-        for each in unique
-        if each.whole or begins
-    ]
-    return [(ids, answer) for ids, answer in found if 0 < len(ids) <= LONGEST_OPENING]
+    """Token ids, and whether an answer follows them; as often as they are given, less those too long for a row."""
+    usable = [each for each in openings if each.whole or chat.writes_users]
+    unique = list(dict.fromkeys(usable))
+    ids = dict(zip(unique, encoded(tokenizer, chat, [each.text for each in unique]), strict=True))
+    close = list(chat.before_answer)
+    found = [(ids[each] + close, True) if each.whole else (ids[each], False) for each in usable]
+    return [(tokens, answer) for tokens, answer in found if 0 < len(tokens) <= LONGEST_OPENING]
 
 
 def streams_that_fit(model: PreTrainedModel, length: int) -> int:
     """As many as a share of the GPU's free memory holds KV for."""
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    a_stream = 2 * config.num_hidden_layers * heads * dim * length * model.dtype.itemsize
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    a_stream: int = 2 * config.num_hidden_layers * heads * dim * length * model.dtype.itemsize
     free, _ = torch.cuda.mem_get_info(model.device)
     return max(1, min(MAX_STREAMS, int(free * STREAM_MEMORY_SHARE) // a_stream))
-

@@ -18,10 +18,17 @@ from paceline.engine.heap import compact_allocations
 from paceline.engine.kv_cache import KVGeometry, SlabKVCache
 from paceline.engine.lean import NotLeanError, lean_runner
 from paceline.engine.per_sequence import PerSequenceRunner
+from paceline.engine.reduced_vocab import ReducedVocabRunner
 from paceline.engine.runner import ModelRunner, Runner
 from paceline.errors import ConfigError
-from paceline.engine.reduced_vocab import ReducedVocabRunner
-from paceline.models import draft_folder, eos_token_ids, load_causal_lm, load_config, load_tokenizer, tokenizer_fingerprint
+from paceline.models import (
+    draft_folder,
+    eos_token_ids,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from paceline.models.linear import exact_in_fp16, use_fp16_linears
 from paceline.speculation.proposer import Proposer
 
@@ -34,7 +41,7 @@ prompt tokens 167 ms, with 512 1.4 s; prefill alone goes at 383 tokens a second 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, its tokenizer, and what was chosen for it. A draft made for a target has none of its own."""
+    """A model ready to run, its tokenizer, and what was chosen for it. A draft has no tokenizer of its own."""
 
     runner: Runner
     tokenizer: Any

@@ -1,7 +1,7 @@
 """A draft's folder: what `paceline distill` writes and `load_model` reads.
 
     config.json           a Llama over the tokens kept
-    model.safetensors     int8 `NAME.q` and fp16 `NAME.scale` for matrices, fp32 for the rest; `tokens.kept`, `tokens.nearest`
+    model.safetensors     int8 `NAME.q` and fp16 `NAME.scale` for matrices, else fp32; `tokens.kept`, `tokens.nearest`
     paceline_draft.json   whose draft it is, the tokenizer's fingerprint, measured figures, the command that made it
     README.md             the model card
 
@@ -30,6 +30,7 @@ FILE = "paceline_draft.json"
 WEIGHTS = "model.safetensors"
 FORMAT = 1
 GROUP = 32
+SHIPPED = "-draft"
 KEPT, NEAREST = "tokens.kept", "tokens.nearest"
 
 
@@ -44,6 +45,12 @@ class DraftCard:
     seed: int = 0
     figures: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+
+
+def shipped(name: str) -> Path | None:
+    """The folder of a draft that comes with the package: `smollm2-135m-draft` is the one for smollm2-135m."""
+    folder = Path(__file__).resolve().parents[1] / "drafts" / name.removesuffix(SHIPPED)
+    return folder if name.endswith(SHIPPED) and is_draft(folder) else None
 
 
 def is_draft(path: Path | str) -> bool:
@@ -67,7 +74,6 @@ def write_draft(
     path: Path, model: PreTrainedModel, kept: torch.Tensor, nearest: torch.Tensor, card: DraftCard, readme: str
 ) -> None:
     """Fill an existing folder. The card comes last: without it the folder is no draft."""
-    import torch
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {KEPT: kept.cpu().int(), NEAREST: nearest.cpu().int()}
@@ -154,6 +160,7 @@ def _tensors(path: Path | str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(Path(path) / WEIGHTS)
+        found: dict[str, torch.Tensor] = load_file(Path(path) / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot read {WEIGHTS}: {' '.join(str(error).split())[:200]}") from None
+    return found

