@@ -20,6 +20,8 @@ from paceline.types import SamplingParams
 DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 MAX_TOKENS = 128
 BATCH = 64
+WARM = 0.8
+"""The temperature besides 0 at which drafts are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,7 @@ def row_agreement(
     draft: DraftBody, tokens: Tokens, rows: Rows, states: torch.Tensor, head: torch.Tensor
 ) -> tuple[float, float]:
     """Quick figures on rows of text with the target's states there: how often both like the same token best, and how
-    likely an optimal coupling accepts (1 - total variation), over the answers."""
+    likely an optimal coupling accepts at temperature 0.8 (1 - total variation), over the answers."""
     where = rows.answers[:, 1:].flatten().nonzero().flatten()
     where = where + where // (rows.length - 1)
     same, overlap = 0.0, 0.0
@@ -216,5 +218,6 @@ def row_agreement(
         q = torch.nn.functional.linear(mine[part : part + 2048].float(), draft.head.float())
         p = torch.nn.functional.linear(states.flatten(0, 1)[where[part : part + 2048]], head).float()
         same += float((p.argmax(dim=-1) == kept[q.argmax(dim=-1)]).sum())
+        p, q = p / WARM, q / WARM
         overlap += float(torch.minimum(p.softmax(dim=-1)[:, kept], q.softmax(dim=-1)).sum())
     return same / max(1, len(where)), overlap / max(1, len(where))

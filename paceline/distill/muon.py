@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
         update = orthogonal(ahead) * (RMS * max(shape) ** 0.5 * lr)
         if group["decay"]:
             torch._foreach_mul_(matrices, 1 - lr * group["decay"])
-        torch._foreach_sub_(matrices, list(update.to(matrices[0].dtype).unbind()))
+        torch._foreach_sub_(matrices, list(update.to(matrices[0].dtype).contiguous().unbind()))
 
 
 def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -60,6 +60,6 @@ def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     found: torch.Tensor = x.mT if tall else x
     return found

@@ -27,7 +27,7 @@ from paceline.distill.draft import DraftBody, Tokens, choose_tokens, new_draft
 from paceline.distill.measure import Acceptance
 from paceline.distill.shape import DraftShape
 from paceline.distill.streams import StreamWriter
-from paceline.distill.teacher import StateStore, Teacher, TeacherHead, new_store
+from paceline.distill.teacher import RESERVE_ALONE, StateStore, Teacher, TeacherHead, new_store
 from paceline.distill.text import Rows, TextStore, free_of, join
 from paceline.distill.train import Trainer, TrainProgress, TrainSettings
 from paceline.distill.write import EngineWriter, StreamsWriter, Writer, encode, streams_that_fit
@@ -39,11 +39,14 @@ from paceline.models.draft_folder import DraftCard, dequantize, quantize, write_
 STATE = ".state"
 OPENINGS = {"cuda": 200_000, "cpu": 5_000}
 """By device: so many that greedy answers seldom come twice."""
-WRITING, TRYING, MEASURING = 0.4, 0.12, 0.04
+WRITING, TRYING, MEASURING = 0.4, 0.08, 0.04
 """Shares of the time budget; trying only if there is something to choose from. The rest is training."""
 VALIDATION_ROWS = 128
 HELD_OUT = 120
-TEMPERATURES = (0.0, 0.8)
+TEMPERATURES = (0.0, measure.WARM)
+ENOUGH_TOKENS = 48_000_000
+"""More than this is only written if its hidden states can be remembered: reading them costs a tenth of training,
+computing them again doubles it."""
 
 Report = Callable[[str, float, str], None]
 """What is being done, how far it is (0 to 1), and a remark."""
@@ -135,18 +138,23 @@ class _Run:
         parts = [] if found is None else [found]
         count = 0 if found is None else len(found)
         if found is not None and share.spent:
-            return self._rows(parts), new_store(self.target, settings.row_length)
+            return self._rows(parts), new_store(self.target, settings.row_length, RESERVE_ALONE)
         writer = self._writer(round_seed=count)
         store = new_store(self.target, settings.row_length)
         phrases = self._held_out_phrases()
         began = time.monotonic()
         wrote = 0
-        while not share.spent or not parts:
+        full = False
+        while not (share.spent or full) or not parts:
             rows, states = writer.write()
             clean = free_of(rows, phrases) & rows.answers.any(dim=1)
+            if states is not None:
+                clean &= states.isfinite().flatten(1).all(dim=1)
             rows = rows.at(clean)
             if store is not None and states is not None:
                 store.put(torch.arange(count, count + len(rows)), states[clean])
+                full = store.full and len(store) * rows.length >= ENOUGH_TOKENS
+                rows = rows.at(slice(0, max(0, len(store) - count))) if full else rows
             rows = rows.to("cpu")
             self._store.add(rows)
             parts.append(rows)
@@ -158,6 +166,9 @@ class _Run:
             self.report(
                 "writing text", share.fraction, f"{count * rows.length / 1e6:.2f}M tokens, {speed:.0f} tokens/s"
             )
+        if full and not share.spent:
+            self._note("spared", 0.0 if share.counts_steps else share.limit - share.used)
+            self._note("written", share.limit)
         del writer
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -244,7 +255,7 @@ class _Run:
         shape, recipe = chosen
         trainer, tokens = self._trainer(shape, recipe, rows, counts, store, first)
         used = trainer.restore(self.state)
-        budget = Budget(total * share, used=used)
+        budget = Budget(total * share + self._used("spared"), used=used)
         if self.settings.train_steps is not None:
             budget = Budget(self.settings.train_steps, counts_steps=True, used=used)
 

@@ -207,6 +207,7 @@ class StreamWriter:
         with torch.cuda.graph(graph, pool=next(iter(self._graphs.values())).pool() if self._graphs else None):
             self._advance(length)
         self._graphs[length] = graph
+        torch.cuda.empty_cache()  # What warming up took, on a stream of its own.
 
     def _run_model(self, length: int) -> torch.Tensor:
         """Hidden states [streams, hidden] of the current tokens; kept if states are."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from paceline.distill.text import Rows
+from paceline.distill.text import Rows, upload
 from paceline.errors import ModelError
 
-RESERVE = 8 << 30
-"""Bytes of a GPU left free beside remembered hidden states; training has the writer's cache besides."""
+RESERVE, RESERVE_ALONE = 12 << 30, 24 << 30
+"""Bytes of a GPU left free beside remembered hidden states: training needs the larger one, but gets the writer's
+cache where there was a writer."""
 
 
 class TeacherHead:
@@ -47,11 +48,19 @@ class StateStore:
             self._states[index[inside].to(self._states.device)] = states[inside.to(states.device)]
             self._known[index[inside]] = True
 
-    def get(self, index: torch.Tensor) -> torch.Tensor | None:
-        """Those of the rows at `index`, or None unless all are known."""
-        if not bool((index < len(self._known)).all()) or not bool(self._known[index].all()):
-            return None
-        return self._states[index.to(self._states.device)]
+    def get(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the rows at `index` [n, T, hidden], and which of them are known, bool [n] on the CPU."""
+        known = torch.zeros(len(index), dtype=torch.bool)
+        inside = index < len(self._known)
+        known[inside] = self._known[index[inside]]
+        return self._states[upload(torch.where(known, index, 0), self._states.device)], known
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def full(self) -> bool:
+        return bool(self._known.all())
 
 
 class Teacher:
@@ -65,11 +74,14 @@ class Teacher:
     @torch.no_grad()
     def states(self, index: torch.Tensor, rows: Rows) -> torch.Tensor:
         """[n, T, hidden] of the rows at `index` (on the CPU), whose content is `rows` (on the device)."""
-        found = self._store.get(index) if self._store is not None else None
-        if found is None:
-            found = self.compute(rows)
-            if self._store is not None:
-                self._store.put(index, found)
+        if self._store is None:
+            return self.compute(rows)
+        found, known = self._store.get(index)
+        if not bool(known.all()):
+            missing = (~known).nonzero().flatten()
+            states = self.compute(rows.at(missing.to(rows.tokens.device))).to(found.dtype)
+            self._store.put(index[missing], states)
+            found[missing.to(found.device)] = states
         return found
 
     @torch.no_grad()

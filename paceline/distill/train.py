@@ -2,9 +2,10 @@
 
     loss = KL(p, q) + w * -log sum_i min(p_i, q_i)
 
-p is the target's distribution over the tokens kept, q the draft's, both sharpened by the same temperature below 1:
-drafts are used greedily and at temperatures around 0.8, where the head of the distribution decides. The sum is the
-probability that an optimal coupling accepts a candidate; its logarithm pulls where KL spends itself on the tail.
+p is the target's distribution over the tokens kept, q the draft's, both sharpened by the same temperature. The sum is
+the probability that an optimal coupling accepts a candidate. Plain KL (w = 0, no sharpening) is the default: after 20 s
+on an H200 smollm2-135m's draft agreed with its target on 0.644 of the tokens, sharpened by 0.8 with w = 0.5 on 0.618,
+by 0.6 with w = 1 on 0.584.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from paceline.distill.budget import Budget
 from paceline.distill.draft import DraftBody
 from paceline.distill.muon import Muon
 from paceline.distill.teacher import Teacher
-from paceline.distill.text import Rows
+from paceline.distill.text import Rows, upload
 
 logger = logging.getLogger(__name__)
 
-Loss = Callable[[torch.Tensor, torch.Tensor, float, float], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 WORTH_COMPILING_S = 120.0
 """Of training; compiling the draft's layers takes some 30 s of it."""
@@ -45,9 +46,9 @@ class TrainSettings:
     warmup: float = 0.02
     cooldown: float = 0.6
     """Share of the budget over which the learning rate falls to nothing."""
-    sharpen: float = 0.8
+    sharpen: float = 1.0
     """Temperature of both distributions in the loss."""
-    overlap: float = 0.5
+    overlap: float = 0.0
     """Weight of the acceptance term."""
     decay: float = 0.05
     seed: int = 0
@@ -62,11 +63,11 @@ class TrainSettings:
 
 CANDIDATES = (
     TrainSettings(),
-    TrainSettings(sharpen=1.0, overlap=0.0),
+    TrainSettings(sharpen=0.8, overlap=0.5),
     TrainSettings(sharpen=0.6, overlap=1.0),
-    TrainSettings(lr=6e-3),
 )
-"""Recipes that `--try-recipes` compares: plain KL, more weight on the head of the distribution, larger steps."""
+"""Recipes that `--try-recipes` compares: plain KL, and more weight on the head of the distribution. Learning rates
+are not among them: a moment of training likes larger ones than a long one does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class Trainer:
     ) -> None:
         self.draft, self.settings = draft, settings
         self._teacher, self._rows, self._first = teacher, rows, first
-        self._device = rows.tokens.device
+        self._device, self._answers = rows.tokens.device, rows.answers.cpu()
         inside = [p for p in draft.draft.model.layers.parameters() if p.dim() == 2]
         chosen = {id(p) for p in inside}
         outside = [p for p in draft.parameters() if id(p) not in chosen]
@@ -111,10 +112,11 @@ class Trainer:
                 outside, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=self._device.type == "cuda"
             ),
         ]
-        compiles = settings.compile and self._cuda
-        self._loss: Loss = _compiled(distillation_loss, dynamic=True) if compiles else distillation_loss
+        self._compiles = settings.compile and self._cuda
+        self._loss: Loss = self._plain_loss
         self._forward: Forward = self.draft
-        self._compiles = compiles
+        if self._compiles:
+            self._loss = _compiled(self._loss, rows_vary=True)
         self.steps = self.seen = 0
         self._mean = torch.zeros((), device=self._device)
 
@@ -133,7 +135,7 @@ class Trainer:
         """Train. `save` is called after every `save_every` of the budget, and at its end."""
         self.draft.train()
         if self._compiles and not budget.counts_steps and budget.limit >= WORTH_COMPILING_S:
-            self._forward = _compiled(self.draft, dynamic=False)
+            self._forward = _compiled(self.draft)
         saved = budget.used
         batches = self._batches()
         while not budget.spent:
@@ -151,27 +153,48 @@ class Trainer:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        batch = self._rows.at(index.to(self._device))
-        # The state after a token predicts the next one: learn where that is an answer's.
-        where = batch.answers[:, 1:].flatten().nonzero().flatten()
-        where = where + where // (batch.length - 1)
+        # The state after a token predicts the next one: learn where that is an answer's. Looked up on the CPU, so that
+        # it runs ahead of the GPU.
+        where = self._answers[index, 1:].flatten().nonzero().flatten()
+        where = where + where // (self._rows.length - 1)
         self.steps += 1
         if not len(where):
             return
+        batch, where = self._rows.at(upload(index, self._device)), upload(where, self._device)
         with torch.no_grad():
             states = self._teacher.states(index, batch).flatten(0, 1)[where]
             p_logits = self._teacher.head(states)
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._cuda):
-            mine = self._forward(batch.tokens, batch.mask(), batch.positions()).flatten(0, 1)[where]
-            q_logits = torch.nn.functional.linear(mine, self.draft.head)
-        loss = self._loss(p_logits, q_logits, self.settings.sharpen, self.settings.overlap)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._learn(batch, where, p_logits)
         torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.seen += len(where)
         self._mean = loss.detach() if self.steps == 1 else self._mean.lerp(loss.detach(), 0.05)
+
+    def _learn(self, batch: Rows, where: torch.Tensor, p_logits: torch.Tensor) -> torch.Tensor:
+        """The loss, with its gradients; without torch.compile where that fails, be it in the backward pass."""
+        try:
+            return self._differentiate(batch, where, p_logits)
+        except Exception as error:
+            if not self._compiles:
+                raise
+            logger.warning("training without torch.compile: %s", " ".join(str(error).split())[:200])
+        self._compiles, self._loss, self._forward = False, self._plain_loss, self.draft
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return self._differentiate(batch, where, p_logits)
+
+    def _differentiate(self, batch: Rows, where: torch.Tensor, p_logits: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._cuda):
+            mine = self._forward(batch.tokens, batch.mask(), batch.positions()).flatten(0, 1)[where]
+            q_logits = torch.nn.functional.linear(mine, self.draft.head)
+        loss = self._loss(p_logits, q_logits)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    def _plain_loss(self, p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
+        return distillation_loss(p_logits, q_logits, self.settings.sharpen, self.settings.overlap)
 
     def _batches(self) -> Iterator[torch.Tensor]:
         """Rows of every step, epoch after epoch; goes on where `steps` says."""
@@ -226,21 +249,15 @@ class Trainer:
                         yield n, f"{m}.{name}", tensor
 
 
-def _compiled(function: Callable[..., torch.Tensor], *, dynamic: bool) -> Callable[..., torch.Tensor]:
-    """`function` with its passes over memory fused; as it is where compiling fails."""
-    fused: Callable[..., torch.Tensor] = torch.compile(function, dynamic=dynamic)
-    works: bool | None = None
+def _compiled(function: Callable[..., torch.Tensor], *, rows_vary: bool = False) -> Callable[..., torch.Tensor]:
+    """`function` with its passes over memory fused, on first use; `rows_vary`: tensors of any number of rows."""
+    fused: Callable[..., torch.Tensor] = torch.compile(function)
+    if not rows_vary:
+        return fused
 
-    def call(*arguments: Any) -> torch.Tensor:
-        nonlocal works
-        if works is None:
-            try:
-                found = fused(*arguments)
-                works = True
-                return found
-            except Exception as error:
-                logger.warning("training without torch.compile: %s", " ".join(str(error).split())[:200])
-                works = False
-        return (fused if works else function)(*arguments)
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return fused(*tensors)
 
     return call
