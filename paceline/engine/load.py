@@ -20,10 +20,18 @@ from paceline.engine.lean import NotLeanError, lean_runner, refuse_other_structu
 from paceline.engine.native import Kernels
 from paceline.engine.per_sequence import PerSequenceRunner
 from paceline.engine.products import Packer, replace_linears
+from paceline.engine.reduced_vocab import ReducedVocabRunner
 from paceline.engine.runner import Runner
 from paceline.engine.verify_cost import measure_verify_cost
 from paceline.errors import ConfigError
-from paceline.models import eos_token_ids, load_causal_lm, load_config, load_tokenizer, tokenizer_fingerprint
+from paceline.models import (
+    draft_folder,
+    eos_token_ids,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from paceline.models.lazy import empty_causal_lm, with_weights_in_files
 from paceline.speculation.cost import VerifyCost
 from paceline.speculation.proposer import Proposer
@@ -38,7 +46,7 @@ prompt tokens 167 ms, with 512 1.4 s; prefill alone goes at 383 tokens a second 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, its tokenizer, and what was chosen for it."""
+    """A model ready to run, its tokenizer, and what was chosen for it. A draft has no tokenizer of its own."""
 
     runner: Runner
     tokenizer: Any
@@ -91,13 +99,18 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     torch.set_num_threads(backends.threads)
     refuse_unservable(load_config(path))
     with compact_allocations():
-        tokenizer = load_tokenizer(path)
+        tokenizer = None if draft_folder.is_draft(path) else load_tokenizer(path)
         runner, choices = _load_runner(path, backends)
+    if draft_folder.is_draft(path):
+        runner = ReducedVocabRunner(runner, *draft_folder.load_tokens(path))
     limits = _limits(settings, runner)
     kv_geometry = _kv_geometry(settings, runner)
     kv_tokens = _kv_tokens(settings, kv_geometry, limits)
     logger.info("%s: %s; %d KV tokens", path.name, ", ".join(f"{c.name} {c.value}" for c in choices), kv_tokens)
-    eos, fingerprint = eos_token_ids(path, tokenizer=tokenizer), tokenizer_fingerprint(tokenizer)
+    if draft_folder.is_draft(path):
+        fingerprint, eos = draft_folder.read_card(path).fingerprint, frozenset[int]()
+    else:
+        fingerprint, eos = tokenizer_fingerprint(tokenizer), eos_token_ids(path, tokenizer=tokenizer)
     return LoadedModel(runner, tokenizer, eos, limits, kv_geometry, kv_tokens, fingerprint, choices)
 
 

