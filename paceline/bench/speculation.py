@@ -111,19 +111,24 @@ class SpeculationBench:
         return self.model.engine(LocalProposer(draft.drafter()), speculation, self._fresh_cost())
 
     def _streams(self, engine: Engine, batch: int) -> float:
-        """Of all streams together, from when each has its first token. Prompts and seeds are the same every time."""
-        draw = random.Random(batch)
+        """Of all streams together, from when each has its first token until so many tokens are produced. They all run
+        until then: streams that end one after the other would leave the last ones a smaller batch. Prompts and seeds
+        are the same every time."""
+        draw, enough = random.Random(batch), batch * self._sizes.tokens
+        room = min(enough + PROMPT, self.model.limits.max_model_len - PROMPT)
         for n in range(batch):
-            params = SamplingParams(temperature=0.0, max_tokens=self._sizes.tokens, ignore_eos=True, seed=n)
+            params = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True, seed=n)
             ids = tuple(draw.randrange(100, self.model.runner.vocab_size - 100) for _ in range(PROMPT))
             engine.add(Request(f"bench-{n}", ids, params))
         begun: set[str] = set()
         while len(begun) < batch:
             begun |= engine.step().keys()
         produced, began = 0, time.perf_counter()
-        while engine.has_work:
+        while produced < enough and engine.has_work:
             produced += sum(len(delta.token_ids) for delta in engine.step().values())
         rate = produced / (time.perf_counter() - began)
+        for n in range(batch):
+            engine.abort(f"bench-{n}")
         engine.kv.evict(engine.kv.usage().total)
         return rate
 

@@ -27,7 +27,10 @@ def _accept(part: Scheduled, draws: Draws, probability: float) -> Draws:
     accepted = 0
     while accepted < len(part.candidates) and _uniform(seed, base + accepted) < probability:
         accepted += 1
-    own = int(draws.logits[accepted].argmax())
+    # As under the real rules, a refused candidate is never what follows.
+    own, second = draws.logits[accepted].topk(2).indices.tolist()
+    if accepted < len(part.candidates) and own == part.candidates[accepted]:
+        own = second
     return Draws([*part.candidates[:accepted], own], accepted, draws.logits)
 
 

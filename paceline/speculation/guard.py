@@ -29,7 +29,11 @@ DEBT = 100.0
 """Most an account can owe: one accident must not end speculation for the day."""
 CHECK_STEPS = 3
 FIRST_STRETCH = 32
+UNCHECKED_STRETCH = 128
 LONGEST_STRETCH = 512
+CLEARLY = 0.8
+"""Speculation that would not lose even if plain steps took only so much of what they are believed to is checked after
+UNCHECKED_STRETCH steps at first, not after FIRST_STRETCH."""
 SMOOTHING = 0.15
 SURPRISE = 1.6
 
@@ -102,13 +106,22 @@ class Guard:
             load.worth[kind] = load.worth.get(kind, 0.0) + worth / unit
             load.steps += 1
             lost = load.loss(kind, load.ratio)
-            if load.steps >= load.longest or lost > max(1.0, min(3.0, self._accounts[kind].credit)):
+            if lost > max(1.0, min(3.0, self._accounts[kind].credit)) or self._is_due(load):
                 load.checking, load.samples = True, 0
         else:
             load.checking, load.samples = True, 0
         self._after_draft = Kind.DRAFT in used
         for account in self._accounts.values():
             account.add(ALLOWANCE * took / (unit * (load.ratio or 1.0)))
+
+    def _is_due(self, load: _Load) -> bool:
+        """Whether a stretch has gone on for long enough. One that would win on a faster machine too may go on."""
+        if load.steps < load.longest:
+            return False
+        if load.longest < UNCHECKED_STRETCH and all(load.loss(kind, CLEARLY * load.ratio) < 0 for kind in load.took):
+            load.longest *= 2
+            return False
+        return True
 
     def _load(self, windows: int, prefill: int) -> _Load:
         return self._loads.setdefault((windows.bit_length(), prefill > 0), _Load())

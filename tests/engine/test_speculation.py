@@ -152,6 +152,13 @@ def test_synthetic_acceptance_is_seeded() -> None:
     assert synthetic(0.7, depth=3).steps == synthetic(0.7, depth=3).steps
 
 
+def test_a_refused_candidate_is_never_what_follows() -> None:
+    """Not even where the target would have said it: whoever learns from what came must see the refusal."""
+    speculating = engine(draft=MODEL, depth=1, synthetic_acceptance=0.0)
+    found = tiny.run(speculating, tiny.request(PROMPTS[5], max_tokens=8, seed=1))["r"]
+    assert found[1] != tiny.generate(MODEL, PROMPTS[5], 8)[1]
+
+
 # The curve measured at start-up.
 
 
