@@ -1,4 +1,4 @@
-"""What smollm2-135m answers to the held-out prompts: the text its draft is measured on, kept so that tests need no target.
+"""What smollm2-135m answers to the held-out prompts: kept, so that measuring its draft needs no target.
 
 python -m tests.distill.continuations     makes it anew with the CPU engine, some five minutes
 """
@@ -56,9 +56,7 @@ def make() -> None:
     from paceline.models import resolve
 
     path = resolve("smollm2-135m").path
-    loaded = load_model(
-        path, EngineSettings(device="cpu", threads=1, max_num_seqs=BATCH, max_queued_requests=2 * BATCH)
-    )
+    loaded = load_model(path, EngineSettings(device="cpu", max_num_seqs=BATCH, max_queued_requests=2 * BATCH))
     texts = [text for texts in _texts().values() for text in texts]
     prompts = chat.prompts(loaded.tokenizer, chat.chat_format(loaded.tokenizer, loaded.eos), texts)
     arrays = dict(_joined("prompts", prompts))
