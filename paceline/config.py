@@ -23,7 +23,7 @@ Positive = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(gt=0, le=600_000)]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-draft"
 APP_NAME = "paceline"
 IMPORT_PATH = "paceline.serving.app:build"
 
@@ -132,8 +132,9 @@ class DraftSettings(Settings):
 
     model: str | None = Field(
         None,
-        description="The small model; must share the target's tokenizer. None runs the target's own model, "
-        "which proves the path and not the speed.",
+        description="The small model; must share the target's tokenizer, as what `paceline distill` makes does: a "
+        "folder, or smollm2-135m-draft, which comes with the package. None runs the target's own model, which proves "
+        "the path and not the speed.",
     )
     num_replicas: Annotated[int, Field(ge=0)] = Field(2, description="Draft replicas; 0 serves without speculation.")
     num_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="CPUs Ray reserves for one replica.")
@@ -224,9 +225,13 @@ def load_deployment(path: Path) -> dict[str, Any]:
 def default_deployment(
     settings: AppSettings | None = None, *, host: str = "127.0.0.1", http_port: int = 8000, grpc_port: int = 9000
 ) -> dict[str, Any]:
-    """The Ray Serve config `paceline serve` deploys when it is given no file."""
-    args = (settings or AppSettings()).model_dump(exclude_defaults=True)
-    args.setdefault("draft", {}).setdefault("host", "127.0.0.1")
+    """The Ray Serve config `paceline serve` deploys when it is given no file: the default model with its own draft."""
+    settings = settings or AppSettings()
+    args = settings.model_dump(exclude_defaults=True)
+    draft = args.setdefault("draft", {})
+    draft.setdefault("host", "127.0.0.1")
+    if settings.model == DEFAULT_MODEL:
+        draft.setdefault("model", DEFAULT_DRAFT)
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": host, "port": http_port},

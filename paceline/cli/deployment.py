@@ -9,6 +9,7 @@ from typing import Any
 
 import paceline
 from paceline.config import (
+    DEFAULT_MODEL,
     GRPC_SERVICER,
     IMPORT_PATH,
     AppSettings,
@@ -74,7 +75,7 @@ def read_deployment(path: Path | None, overrides: Overrides) -> Deployment:
     application = _application(config, path)
     args = application["args"] = dict(application.get("args") or {})
     if overrides.model is not None:
-        args["model"] = _absolute(overrides.model)
+        _replace_model(args, _absolute(overrides.model))
     for section, count in (("draft", overrides.drafts), ("target", overrides.targets)):
         if count is not None:
             _refuse_shadowed(application, section)
@@ -96,6 +97,13 @@ def _absolute(model: str) -> str:
     """A path to a model in a form that means the same in a replica; names and Hub ids as they are."""
     looks_like_path = "/" in model or model.endswith(".gguf")
     return str(Path(model).expanduser().absolute()) if looks_like_path and Path(model).expanduser().exists() else model
+
+
+def _replace_model(args: dict[str, Any], model: str) -> None:
+    """A draft goes with its target: another model does without the config's."""
+    if model != args.get("model", DEFAULT_MODEL) and args.get("draft"):
+        args["draft"] = {name: value for name, value in args["draft"].items() if name != "model"}
+    args["model"] = model
 
 
 def _application(config: dict[str, Any], path: Path | None) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def figures(outcome: Outcome, trials: Sequence[Any] = ()) -> dict[str, Any]:
 def readme(outcome: Outcome, card: DraftCard, hardware: str, *, own_prompts: bool) -> str:
     """Markdown."""
     shape, best = outcome.shape, plan.best(outcome.gains)
+    size = shape.bytes + 4 * (shape.kept + card.vocab_size)  # Two tables of token ids beside the weights.
     heads = f"{shape.heads} heads over {shape.kv_heads}"
     source = "the prompts it was given" if own_prompts else "openings that come with Paceline (Apache-2.0)"
     text = f"""# A draft for {card.target}
@@ -47,7 +48,7 @@ alone: its output is what its target would say, less well.
 | shape | Llama, {shape.layers} layers, {shape.hidden} wide, MLP {shape.mlp}, {heads} |
 | vocabulary | {shape.kept} of the target's {card.vocab_size} tokens, in and out |
 | parameters | {shape.parameters / 1e6:.1f} million |
-| weights | int8 in groups of 32 with fp16 scales, {shape.bytes / 1e6:.1f} MB |
+| weights | int8 in groups of 32 with fp16 scales, {size / 1e6:.1f} MB |
 | training text | {outcome.tokens_written / 1e6:.1f} million tokens, all written by the target itself after {source} |
 | training | {outcome.progress.steps} steps on {outcome.progress.tokens / 1e6:.1f} million answer tokens, {hardware} |
 | seed | {card.seed} |

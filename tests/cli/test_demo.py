@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from paceline.cli.client import Answer
-from paceline.cli.demo import Turn, first_difference, turn_table
-from paceline.config import default_deployment
+from paceline.cli.demo import Turn, first_difference, speed_note, turn_table
+from paceline.config import AppSettings, default_deployment
 from paceline.types import Metrics
 from tests.cli.conftest import Outcome, Run
 from tests.cli.fakes import DEFAULT_STATUS, FakeCluster, FakeServer, answer_events, refusal
@@ -62,7 +62,12 @@ def test_the_table_fits_in_80_columns() -> None:
 
 
 def test_it_says_what_the_numbers_do_not_show(shown: Outcome) -> None:
-    assert "The drafts run the target's own model (smollm2-135m): this shows the path, not the speed." in shown.out
+    assert "Drafts run smollm2-135m-draft, targets smollm2-135m." in shown.out
+
+
+def test_drafts_of_the_targets_own_model_are_called_that() -> None:
+    note = "The drafts run the target's own model (smollm2-135m): this shows the path, not the speed."
+    assert speed_note(AppSettings()).startswith(note)
 
 
 def test_the_turns_of_a_round_share_a_session(shown: Outcome, server: FakeServer) -> None:
@@ -82,8 +87,8 @@ def test_the_follow_up_carries_the_first_answer(shown: Outcome, server: FakeServ
     assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "Paris."}
 
 
-def test_its_model_is_made_ready(shown: Outcome, resolved: list[str]) -> None:
-    assert resolved == ["smollm2-135m"]
+def test_its_models_are_made_ready(shown: Outcome, resolved: list[str]) -> None:
+    assert resolved == ["smollm2-135m", "smollm2-135m-draft"]
 
 
 def test_it_takes_free_ports(shown: Outcome, cluster: FakeCluster) -> None:

@@ -36,6 +36,18 @@ def test_options_override_the_settings_of_a_file() -> None:
     assert (settings.model, settings.draft.num_replicas, settings.target.num_replicas) == ("other", 0, 3)
 
 
+def test_another_model_does_without_the_configs_draft() -> None:
+    assert read_deployment(LOCAL_CPU, Overrides(model="other")).settings.draft.model is None
+
+
+def test_the_same_model_keeps_the_configs_draft() -> None:
+    assert read_deployment(LOCAL_CPU, Overrides(model="smollm2-135m")).settings.draft.model == "smollm2-135m-draft"
+
+
+def test_the_default_has_the_draft_of_local_cpu() -> None:
+    assert read_deployment(None, Overrides()).settings.draft.model == "smollm2-135m-draft"
+
+
 def test_an_override_keeps_what_stands_beside_it() -> None:
     assert read_deployment(LOCAL_CPU, Overrides(targets=3)).settings.target.num_cpus == 0.25
 

@@ -1,0 +1,60 @@
+"""The draft that comes with the package, on what its target answered to prompts held out from its training.
+
+That text is kept (tests.distill.continuations), so the draft runs alone here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from paceline.config import DEFAULT_DRAFT
+from paceline.distill.draft import DraftBody, Tokens
+from paceline.distill.measure import Acceptance, agreements, by_category
+from paceline.models import ModelFiles, load_tokenizer, resolve, tokenizer_fingerprint
+from paceline.models.draft_folder import load_draft, load_tokens, read_card
+from tests.distill import continuations
+
+MADE = {
+    0.0: {"chat": 2.818, "questions": 2.335, "code": 3.415, "lists": 2.981, "rewriting": 2.656, "all": 2.830},
+    0.8: {"chat": 2.203, "questions": 2.049, "code": 2.650, "lists": 2.311, "rewriting": 2.102, "all": 2.272},
+}
+"""Tokens committed for each verification step at depth 4, by temperature and category, when the draft was made."""
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return resolve(DEFAULT_DRAFT).path
+
+
+def test_it_takes_at_most_16_megabytes(folder: Path) -> None:
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 16_000_000
+
+
+def test_it_speaks_its_targets_ids(folder: Path, smollm2: ModelFiles) -> None:
+    assert read_card(folder).fingerprint == tokenizer_fingerprint(load_tokenizer(smollm2.path))
+
+
+@pytest.fixture(scope="module", params=continuations.TEMPERATURES)
+def measured(folder: Path, request: pytest.FixtureRequest) -> tuple[float, dict[str, Acceptance]]:
+    """The temperature and the figures by category, `all` among them."""
+    kept, nearest = load_tokens(folder)
+    index = torch.full_like(nearest, -1)
+    index[kept] = torch.arange(len(kept))
+    tokens = Tokens(kept, nearest, index)
+    body = DraftBody(load_draft(folder, dtype=torch.float32, device="cpu"), tokens)
+    texts = continuations.read(request.param)
+    return request.param, by_category(texts, agreements(body, tokens, texts))
+
+
+def test_it_is_worth_its_while_at_depth_4(measured: tuple[float, dict[str, Acceptance]]) -> None:
+    temperature, found = measured
+    assert found["all"].tokens_per_step[4] >= {0.0: 2.3, 0.8: 1.9}[temperature]
+
+
+def test_no_kind_of_prompt_got_worse(measured: tuple[float, dict[str, Acceptance]]) -> None:
+    temperature, found = measured
+    worse = {name: rate for name, rate in MADE[temperature].items() if found[name].tokens_per_step[4] < 0.97 * rate}
+    assert not worse
