@@ -21,7 +21,7 @@ def figures(outcome: Outcome, trials: Sequence[Any] = ()) -> dict[str, Any]:
         "parameters": outcome.shape.parameters,
         "tokens_written": outcome.tokens_written,
         "training": asdict(outcome.progress),
-        "untrained": _numbers(outcome.before),
+        "untrained": _numbers(outcome.before[0.0]),
         "acceptance": {
             f"{temperature:g}": {name: _numbers(one) for name, one in found.items()}
             for temperature, found in outcome.acceptance.items()
@@ -60,7 +60,7 @@ alone: its output is what its target would say, less well.
         name = "Greedy" if temperature == 0 else f"Temperature {temperature:g}, coupled noise"
         text += f"\n{name}:\n\n{_table(found)}"
     text += f"""
-Before training: {outcome.before.tokens_per_step[4]:.2f} at depth 4.
+Before training: {outcome.before[0.0].tokens_per_step[4]:.2f} at depth 4.
 
 Candidate by candidate, how often it stands if those before it did (greedy): {_positions(outcome)}.
 

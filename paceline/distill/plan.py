@@ -110,7 +110,6 @@ def random_draft(shape: DraftShape, device: torch.device) -> Runner:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with torch.device(device):
         model = LlamaForCausalLM(shape.config(max_position_embeddings=2 * CONTEXT)).to(dtype)
-    model.set_attn_implementation(ATTENTION_NAME)
     model = model.eval().requires_grad_(False)
     found = kernels() if device.type == "cpu" else ""
     if isinstance(found, Kernels):
@@ -119,6 +118,7 @@ def random_draft(shape: DraftShape, device: torch.device) -> Runner:
             return lean_runner(model, found, packer, rounds=packer.rounds)
         except NotLeanError:
             pass
+    model.set_attn_implementation(ATTENTION_NAME)
     return ModelRunner(model)
 
 

@@ -81,13 +81,14 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was made and how good it is. Acceptance by temperature, then by category with `all`."""
+    """What was made and how good it is. Acceptance by temperature, then by category with `all`; `before` training by
+    temperature."""
 
     path: Path
     shape: DraftShape
     tokens_written: int
     progress: TrainProgress
-    before: Acceptance
+    before: Mapping[float, Acceptance]
     acceptance: Mapping[float, Mapping[str, Acceptance]]
     gains: Sequence[plan.Gain]
     costs: plan.Costs
@@ -360,16 +361,14 @@ class _Run:
         ).to(self.device)
         round_weights(body)
         acceptance: dict[float, dict[str, Acceptance]] = {}
-        before: Acceptance | None = None
+        before: dict[float, Acceptance] = {}
         for n, temperature in enumerate(TEMPERATURES):
             texts = self._held_out_texts(temperature)
-            if before is None:
-                before = measure.summarize(measure.agreements(fresh.eval(), tokens, texts))
+            before[temperature] = measure.summarize(measure.agreements(fresh.eval(), tokens, texts))
             acceptance[temperature] = measure.by_category(texts, measure.agreements(body.eval(), tokens, texts))
             rate = acceptance[temperature]["all"].tokens_per_step[4]
             remark = f"temperature {temperature:g}: {rate:.2f} tokens a step at depth 4"
             self.report("measuring", (n + 1) / len(TEMPERATURES), remark)
-        assert before is not None
         costs = plan.Costs(
             plan.target_steps(self._target_runner(), repeats=3), plan.draft_step(shape, self.device, repeats=3)
         )

@@ -28,10 +28,10 @@ SETTINGS = Settings(
     target="tiny",
     minutes=1.0,
     device="cpu",
-    sizes=(DraftShape(kept=200, hidden=64, layers=1, mlp=64, kv_heads=1),),
+    sizes=(DraftShape(kept=240, hidden=64, layers=1, mlp=64, kv_heads=1),),
     recipes=(TrainSettings(batch=8, lr=1e-2),),
     prompts=PROMPTS,
-    held_out={"chat": ("tell me", "how come"), "lists": ("two fish", "a list")},
+    held_out={"chat": ("tell me", "how come", "who are you"), "lists": ("two fish", "a list", "ten words")},
     row_length=64,
     streams=16,
     write_rounds=2,
@@ -68,7 +68,8 @@ def made(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 
 def test_training_improves_acceptance(made: Outcome) -> None:
-    assert made.acceptance[0.0]["all"].agreement > made.before.agreement
+    """With noise: a random target's best tokens are too near to each other to be learned in seconds."""
+    assert made.acceptance[0.8]["all"].tokens_per_step[4] > 1.2 * made.before[0.8].tokens_per_step[4]
 
 
 def test_nothing_but_the_draft_is_left(made: Outcome) -> None:
