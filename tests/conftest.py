@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 from paceline.models import ModelFiles, resolve
+
+# The same examples in every run and no time limit on one, so that a busy machine fails nothing.
+# To search for new ones: pytest --hypothesis-profile default
+hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

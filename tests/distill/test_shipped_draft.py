@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from paceline.config import DEFAULT_DRAFT
+from paceline import LLM
+from paceline.config import DEFAULT_DRAFT, DEFAULT_MODEL
 from paceline.distill.draft import DraftBody, Tokens
-from paceline.distill.measure import Acceptance, agreements, by_category
+from paceline.distill.measure import Acceptance, agreements, by_category, steps
 from paceline.models import ModelFiles, load_tokenizer, resolve, tokenizer_fingerprint
 from paceline.models.draft_folder import load_draft, load_tokens, read_card
 from tests.distill import continuations
@@ -37,14 +38,22 @@ def test_it_speaks_its_targets_ids(folder: Path, smollm2: ModelFiles) -> None:
     assert read_card(folder).fingerprint == tokenizer_fingerprint(load_tokenizer(smollm2.path))
 
 
-@pytest.fixture(scope="module", params=continuations.TEMPERATURES)
-def measured(folder: Path, request: pytest.FixtureRequest) -> tuple[float, dict[str, Acceptance]]:
-    """The temperature and the figures by category, `all` among them."""
+@pytest.fixture(scope="module")
+def tokens(folder: Path) -> Tokens:
     kept, nearest = load_tokens(folder)
     index = torch.full_like(nearest, -1)
     index[kept] = torch.arange(len(kept))
-    tokens = Tokens(kept, nearest, index)
-    body = DraftBody(load_draft(folder, dtype=torch.float32, device="cpu"), tokens)
+    return Tokens(kept, nearest, index)
+
+
+@pytest.fixture(scope="module")
+def body(folder: Path, tokens: Tokens) -> DraftBody:
+    return DraftBody(load_draft(folder, dtype=torch.float32, device="cpu"), tokens)
+
+
+@pytest.fixture(scope="module", params=continuations.TEMPERATURES)
+def measured(body: DraftBody, tokens: Tokens, request: pytest.FixtureRequest) -> tuple[float, dict[str, Acceptance]]:
+    """The temperature and the figures by category, `all` among them."""
     texts = continuations.read(request.param)
     return request.param, by_category(texts, agreements(body, tokens, texts))
 
@@ -58,3 +67,15 @@ def test_no_kind_of_prompt_got_worse(measured: tuple[float, dict[str, Acceptance
     temperature, found = measured
     worse = {name: rate for name, rate in MADE[temperature].items() if found[name].tokens_per_step[4] < 0.97 * rate}
     assert not worse
+
+
+@pytest.mark.parametrize("temperature", continuations.TEMPERATURES)
+def test_an_engine_takes_the_steps_that_were_counted(body: DraftBody, tokens: Tokens, temperature: float) -> None:
+    """Near-ties between two tokens may fall otherwise in the engine's arithmetic: hence not exactly."""
+    texts = continuations.read(temperature)[::12]
+    llm = LLM(DEFAULT_MODEL, DEFAULT_DRAFT, device="cpu", kv_tokens=8192, depth=4)
+    outputs = llm.generate([list(text.prompt) for text in texts], [text.params for text in texts])
+    metrics = [one.outputs[0].metrics for one in outputs]
+    taken = sum(each.steps for each in metrics)
+    counted = sum(steps(agreed, 4) for agreed in agreements(body, tokens, texts))
+    assert taken == pytest.approx(counted, rel=0.05)

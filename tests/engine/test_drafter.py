@@ -229,7 +229,7 @@ def test_advancing_by_nothing_drafts_from_a_prefilled_prompt() -> None:
     assert only(made) == continuation(PROMPT, 3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 5), st.integers(0, 3)), max_size=6))
 def test_any_history_of_acceptance_drafts_like_a_fresh_open(rounds: list[tuple[int, bool, int, int]]) -> None:
     made, _ = drafter(budget=5)

@@ -110,7 +110,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(operations)
 def test_any_order_of_calls_closes_the_account(calls: list[tuple[str, int, int]]) -> None:
     kv = cache(90)

@@ -317,7 +317,7 @@ MADE = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(sorted(MADE)), st.integers(0, 100), st.permutations([backend.name for backend in KEEPING]))
 def test_however_the_race_ends_the_weights_are_kept(kind: str, seed: int, order: list[str]) -> None:
     weight = MADE[kind](seed)

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Literal
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
@@ -173,7 +173,7 @@ def _engine(
 
 @pytest.mark.parametrize(("draft", "quantized"), [*((draft, False) for draft in DRAFTS), ("disagreeing", True)])
 @seed(20240607)
-@settings(max_examples=50, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(
     schedules,
     st.sampled_from([2, 5, 24, 64]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.speculation import coupling, processing
@@ -51,7 +51,6 @@ def logits_of(spreads: list[float], dtype: torch.dtype = torch.float32) -> torch
     return (rows * torch.tensor(spreads)[:, None]).to(dtype)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(PARAMS, st.sampled_from([0.1, 1.0, 3.0, 9.0])), min_size=1, max_size=9))
 def test_a_mixed_batch_draws_what_the_definition_draws_row_by_row(rows: list[tuple[SamplingParams, float]]) -> None:
     params, logits = [p for p, _ in rows], logits_of([spread for _, spread in rows])
@@ -59,7 +58,6 @@ def test_a_mixed_batch_draws_what_the_definition_draws_row_by_row(rows: list[tup
     assert coupling.draw_rows(logits, params, range(len(rows))).tolist() == alone
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(PARAMS, st.sampled_from([0.1, 1.0, 3.0, 9.0])), min_size=1, max_size=9))
 def test_a_mixed_batch_keeps_what_the_definition_keeps_row_by_row(rows: list[tuple[SamplingParams, float]]) -> None:
     rows = [(p, spread) for p, spread in rows if not p.greedy]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.speculation import coupling, rejection
@@ -201,7 +201,6 @@ def test_filtered_tokens_are_refused() -> None:
     assert verdict == Verdict([0], 0)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.floats(0, 1), min_size=2, max_size=9).filter(lambda found: sum(found) > 0.01),
     st.lists(st.floats(0, 1), min_size=2, max_size=9).filter(lambda found: sum(found) > 0.01),

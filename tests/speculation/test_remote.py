@@ -1036,7 +1036,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert {name: link.held for name, link in self.links.items()} == {name: {} for name in self.links}
 
 
-AnyOrder.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 test_any_order_of_events_keeps_the_books = AnyOrder.TestCase

@@ -42,7 +42,7 @@ def one_by_one(logits: torch.Tensor, prompt: Sequence[int], output: Sequence[int
     return torch.cat(rows)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(prompt=tokens.filter(bool), agreed=tokens, candidates=tokens)
 def test_each_row_of_a_window_has_the_history_of_plain_decoding(
     prompt: list[int], agreed: list[int], candidates: list[int]
@@ -53,7 +53,7 @@ def test_each_row_of_a_window_has_the_history_of_plain_decoding(
     assert torch.equal(sampling.adjust(logits, window), expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(prompt=tokens.filter(bool), agreed=tokens, drafted=tokens)
 def test_a_drafters_row_has_the_history_of_the_targets(
     prompt: list[int], agreed: list[int], drafted: list[int]

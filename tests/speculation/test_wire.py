@@ -312,7 +312,5 @@ def _length(request: Request) -> int:
     return len(plain(request))
 
 
-Chaos.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+Chaos.TestCase.settings = settings(max_examples=80, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 test_whatever_the_wire_does = Chaos.TestCase
