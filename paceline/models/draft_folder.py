@@ -104,8 +104,7 @@ def load_draft(path: Path | str, *, dtype: torch.dtype | str, device: torch.devi
     weights = {name: tensor for name, tensor in tensors.items() if not name.endswith((".q", ".scale"))}
     for name in [name for name in tensors if name.endswith(".q")]:
         whole = name.removesuffix(".q")
-        # Rounded to half precision like every other checkpoint: the CPU backend computes with exactly that.
-        weights[whole] = dequantize(tensors[name], tensors[f"{whole}.scale"]).half().float()
+        weights[whole] = dequantize(tensors[name], tensors[f"{whole}.scale"])
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights.get("model.embed_tokens.weight", torch.empty(0))
     missing = model.load_state_dict(weights, strict=False, assign=True).missing_keys
