@@ -1,4 +1,5 @@
-// Everything of a decoder layer on a CPU that is not a matrix product, over a ragged batch of windows.
+// Everything of a decoder layer on a CPU that is not a matrix product, over a ragged batch of windows; and all layers
+// in one call, where their products are of linear.cpp.
 //
 // A decode step of a small model is a few hundred tiny operations; each costs microseconds of dispatch when it
 // is a call of its own. Here a layer has four: norm, rope + KV write + attention, norm, gate.
@@ -32,6 +33,20 @@ struct Heads {
   const float* q_norm;  // RMS norm weights over a head, or null
   const float* k_norm;
   int64_t sliding_window;  // 0: none
+};
+
+// y = x W^T + b, x and y [rows, ·]; the matrix is what it was made for.
+using Product = void (*)(const void* matrix, const float* x, int64_t rows, float* y);
+
+struct Layer {
+  const void* qkv;
+  const void* out;
+  const void* gate_up;
+  const void* down;
+  const float* attention_norm;
+  const float* mlp_norm;
+  const Heads* heads;
+  int64_t rotates, width;  // width: of the MLP between its projections
 };
 
 namespace {
@@ -629,6 +644,33 @@ void attention(float* qkv, const float* cos, const float* sin, const Window* win
     for (int64_t t = tasks - 1; t >= 0; --t) run_task(planned.tasks[t], qkv, layer, h, partials.data(), out);
 #pragma omp for
     for (int64_t t = 0; t < merges; ++t) run_merge(planned.merges[t], h, partials.data(), out);
+  }
+}
+
+// All layers and the norm after them: x [rows, hidden] in and left changed, h [rows, hidden] out. `scratch` holds
+// [rows, widest], widest being what a layer's qkv and attention, or its gate, up and gated, take side by side, and
+// hidden. Window numbers are rows of x.
+void run_layers(const Layer* layers, int64_t count, Product product, const float* final_norm, float eps,
+                float residual_scale, float* x, float* h, int64_t rows, int64_t hidden, const float* cos,
+                const float* sin, const Window* windows, int64_t window_count, float* scratch) {
+  float* y = scratch;
+  float* wide = y + rows * hidden;
+  add_rms_norm(x, nullptr, residual_scale, layers[0].attention_norm, eps, h, rows, hidden);
+  for (int64_t n = 0; n < count; ++n) {
+    const Layer& layer = layers[n];
+    const Heads& heads = *layer.heads;
+    float* attended = wide + rows * (heads.heads + 2 * heads.kv_heads) * heads.dim;
+    product(layer.qkv, h, rows, wide);
+    attention(wide, layer.rotates ? cos : nullptr, layer.rotates ? sin : nullptr, windows, window_count, n, &heads,
+              attended);
+    product(layer.out, attended, rows, y);
+    add_rms_norm(x, y, residual_scale, layer.mlp_norm, eps, h, rows, hidden);
+    float* gated = wide + rows * 2 * layer.width;
+    product(layer.gate_up, h, rows, wide);
+    silu_mul(wide, gated, rows, layer.width);
+    product(layer.down, gated, rows, y);
+    add_rms_norm(x, y, residual_scale, n + 1 < count ? layers[n + 1].attention_norm : final_norm, eps, h, rows,
+                 hidden);
   }
 }
 }

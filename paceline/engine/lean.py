@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from paceline.engine.attention import ATTENTION_NAME, Window
 from paceline.engine.geometry import text_config
 from paceline.engine.kv_cache import KVGeometry, SlabKVCache
-from paceline.engine.native import HeadsStruct, Kernels, WindowStruct
+from paceline.engine.native import HeadsStruct, Kernels, LayerStruct, WindowStruct
 from paceline.engine.packed import PackedWeight
 from paceline.engine.products import Pack, Product
 from paceline.engine.runner import ModelRunner, Runner
@@ -64,6 +64,16 @@ class Layer:
     """Tensors whose addresses `heads` holds."""
 
 
+@dataclass(frozen=True, slots=True)
+class _LayerStack:
+    """Layers in the form in which our kernels run all of them at once."""
+
+    layers: Any
+    product: int
+    widest: int
+    """Numbers a row needs side by side, the residual apart."""
+
+
 class LeanRunner(Runner):
     """Runs the layers taken from a Transformers model, of which nothing else is kept.
 
@@ -82,6 +92,7 @@ class LeanRunner(Runner):
             self._embedding = _table(body.embed_tokens.weight.detach(), self._head)
         self._final_norm, self._eps = _norm(body.norm)
         self._layers = [_take_layer(layer, take) for layer in body.layers]
+        self._stack = _layer_stack(self._layers)
         config = model.config
         self._embedding_scale = float(getattr(config, "embedding_multiplier", 1.0) or 1.0)
         self._residual_scale = float(getattr(config, "residual_multiplier", 1.0) or 1.0)
@@ -111,6 +122,14 @@ class LeanRunner(Runner):
         step = _Step(
             self._kernels, windows, self._cos[positions], self._sin[positions], self._eps, self._residual_scale
         )
+        if self._stack is not None:
+            h = step.run_stack(self._stack, x, self._final_norm)
+        else:
+            h = self._layer_by_layer(step, x)
+        logits = self._head(h[rows])
+        return logits * self._logits_scale if self._logits_scale != 1.0 else logits
+
+    def _layer_by_layer(self, step: _Step, x: torch.Tensor) -> torch.Tensor:
         h = torch.empty_like(x)
         step.norm(x, None, self._layers[0].attention_norm, h)
         for n, layer in enumerate(self._layers):
@@ -119,8 +138,7 @@ class LeanRunner(Runner):
             gated = step.gate(layer.gate_up(h))
             following = self._layers[n + 1].attention_norm if n + 1 < len(self._layers) else self._final_norm
             step.norm(x, layer.down(gated), following, h)
-        logits = self._head(h[rows])
-        return logits * self._logits_scale if self._logits_scale != 1.0 else logits
+        return h
 
     @torch.inference_mode()
     def run_products(self, rows: int) -> None:
@@ -161,6 +179,29 @@ class _Step:
                 struct.key_scales, struct.value_scales = (each.data_ptr() for each in entry.scales)
             self._rows += struct.rows
 
+    def run_stack(self, stack: _LayerStack, x: torch.Tensor, final_norm: torch.Tensor) -> torch.Tensor:
+        """All layers in one call; `x` is left changed."""
+        h = torch.empty_like(x)
+        scratch = torch.empty(self._rows * (stack.widest + x.shape[1]))
+        self._kernels.run_layers(
+            ctypes.addressof(stack.layers),
+            len(stack.layers),
+            stack.product,
+            final_norm.data_ptr(),
+            self._eps,
+            self._residual_scale,
+            x.data_ptr(),
+            h.data_ptr(),
+            self._rows,
+            x.shape[1],
+            self._cos.data_ptr(),
+            self._sin.data_ptr(),
+            ctypes.addressof(self._structs),
+            len(self._windows),
+            scratch.data_ptr(),
+        )
+        return h
+
     def norm(self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor) -> None:
         """x += y; out = RMS norm of x."""
         self._kernels.add_rms_norm(
@@ -193,6 +234,25 @@ class _Step:
             out.data_ptr(),
         )
         return out
+
+
+def _layer_stack(layers: Sequence[Layer]) -> _LayerStack | None:
+    """None if a product is not one of ours."""
+    structs = (LayerStruct * len(layers))()
+    widest, product = 0, 0
+    for struct, layer in zip(structs, layers, strict=True):
+        for name in ("qkv", "out", "gate_up", "down"):
+            weight = getattr(layer, name)
+            if not isinstance(weight, PackedWeight):
+                return None
+            setattr(struct, name, weight.address)
+            product = weight.kernels.product_address
+        struct.attention_norm, struct.mlp_norm = layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr()
+        struct.heads = ctypes.addressof(layer.heads)
+        struct.rotates, struct.width = layer.rotates, layer.width
+        heads = layer.heads
+        widest = max(widest, 2 * (heads.heads + heads.kv_heads) * heads.dim, 3 * layer.width)
+    return _LayerStack(structs, product, widest)
 
 
 def lean_runner(model: PreTrainedModel, kernels: Kernels, pack: Pack, *, rounds: bool = False) -> LeanRunner:

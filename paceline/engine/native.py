@@ -68,6 +68,22 @@ class HeadsStruct(ctypes.Structure):
     )
 
 
+class LayerStruct(ctypes.Structure):
+    """`Layer` of kernels.cpp."""
+
+    _fields_ = (
+        ("qkv", _P),
+        ("out", _P),
+        ("gate_up", _P),
+        ("down", _P),
+        ("attention_norm", _P),
+        ("mlp_norm", _P),
+        ("heads", _P),
+        ("rotates", _I),
+        ("width", _I),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """The library's functions; their arguments are addresses (`Tensor.data_ptr()`) and sizes. See kernels.cpp."""
@@ -79,6 +95,7 @@ class Kernels:
             "add_rms_norm": (_P, _P, _F, _P, _F, _P, _I, _I),
             "silu_mul": (_P, _P, _I, _I),
             "attention": (_P, _P, _P, _P, _I, _I, _P, _P),
+            "run_layers": (_P, _I, _P, _P, _F, _F, _P, _P, _I, _I, _P, _P, _P, _I, _P),
         }
         for name, arguments in signatures.items():
             function = getattr(self.library, name)

@@ -55,6 +55,12 @@ class LinearKernels:
             function.argtypes, function.restype = arguments, result
 
 
+    @property
+    def product_address(self) -> int:
+        """Of the C function `product`, for kernels that call it themselves."""
+        return ctypes.cast(self.library.product, ctypes.c_void_p).value or 0
+
+
 @cache
 def linear_kernels(flags: Sequence[str] = FLAGS) -> LinearKernels | str:
     """The kernels, or why there are none."""
@@ -93,7 +99,9 @@ class PackedWeight:
         self._matrix = MatrixStruct(
             data.data_ptr(), None if bias is None else bias.data_ptr(), bits, self.outputs, self.inputs
         )
-        self._address = ctypes.addressof(self._matrix)
+        self.address = ctypes.addressof(self._matrix)
+        """Of what `LinearKernels.product_address` takes."""
+        self.kernels = kernels
         self._product, self._unpack_rows = kernels.library.product, kernels.library.unpack_rows
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,13 +109,13 @@ class PackedWeight:
             raise ValueError(f"a product of {self.inputs} float32 inputs was given {x.dtype} {tuple(x.shape)}")
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], self.outputs)
-        self._product(self._address, x.data_ptr(), x.numel() // self.inputs, y.data_ptr())
+        self._product(self.address, x.data_ptr(), x.numel() // self.inputs, y.data_ptr())
         return y
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` (int64) of W, float32 [len(ids), inputs]: what an embedding tied to this weight looks up."""
         ids, found = ids.contiguous(), torch.empty(len(ids), self.inputs)
-        if not self._unpack_rows(self._address, ids.data_ptr(), len(ids), found.data_ptr()):
+        if not self._unpack_rows(self.address, ids.data_ptr(), len(ids), found.data_ptr()):
             raise IndexError(f"rows {ids.tolist()} of {self.outputs}")
         return found
 
