@@ -9,7 +9,7 @@ import torch
 
 from paceline.config import EngineSettings
 from paceline.engine.native import Kernels, kernels
-from paceline.engine.products import BACKENDS, KEEPING, LinearBackends
+from paceline.engine.products import BACKENDS, KeepingBackend, LinearBackends, with_byte_activations
 from paceline.errors import ConfigError
 from paceline.hardware import usable_cores
 
@@ -45,12 +45,13 @@ class Backends:
     choices: tuple[Choice, ...]
 
 
-def resolve_backends(settings: EngineSettings) -> Backends:
-    """Raises ConfigError where a setting asks for what this machine lacks."""
+def resolve_backends(settings: EngineSettings, *, distilled: bool = False) -> Backends:
+    """Raises ConfigError where a setting asks for what this machine lacks. A `distilled` draft's activations may be
+    coarse: it is trained to be guessed by, and verified."""
     device, why_device = _device(settings)
     dtype, why_dtype = _dtype(settings, device)
     threads, why_threads = _threads(settings)
-    linears, linear_choice = _linears(settings, device, dtype)
+    linears, linear_choice = _linears(settings, device, dtype, distilled)
     lean, why_lean = _forward(device, dtype)
     choices = (
         Choice("device", str(device), why_device),
@@ -101,24 +102,32 @@ def _threads(settings: EngineSettings) -> tuple[int, str]:
 
 
 def _linears(
-    settings: EngineSettings, device: torch.device, dtype: torch.dtype | None
+    settings: EngineSettings, device: torch.device, dtype: torch.dtype | None, distilled: bool
 ) -> tuple[LinearBackends | None, Choice]:
     named = settings.linear_backend
+    coarse = settings.compute_dtype == "int8" or (settings.compute_dtype == "auto" and distilled)
     if device.type != "cpu" or dtype != torch.float32:
         if named not in ("auto", "torch"):
             raise ConfigError(
                 f"engine.linear_backend: {named} needs a CPU and float32 activations", param="engine.linear_backend"
             )
+        if settings.compute_dtype != "auto":
+            raise ConfigError(
+                f"engine.compute_dtype: {settings.compute_dtype} needs a CPU and float32 activations",
+                param="engine.compute_dtype",
+            )
         where = "cuBLAS on a GPU" if device.type != "cpu" else "activations are not float32"
         return None, Choice("linear layers", "torch", where)
     missing = {backend.name: backend.missing() for backend in BACKENDS}
-    keeping = tuple(backend for backend in KEEPING if missing[backend.name] is None)
+    backends = tuple(with_byte_activations(each) if coarse else each for each in BACKENDS)
+    keeping = tuple(each for each in backends if isinstance(each, KeepingBackend) and missing[each.name] is None)
     if named == "auto":
         reason = "of those that keep the checkpoint's weights the fastest, measured when it is loaded"
+        reason += "; activations of 8 bits" if coarse else ""
         return LinearBackends(keeping), Choice("linear layers", " or ".join(one.name for one in keeping), reason)
     if (why := missing[named]) is not None:
         raise ConfigError(f"engine.linear_backend: {named} does not run here: {why}", param="engine.linear_backend")
-    (rounding,) = (backend for backend in BACKENDS if backend.name == named)
+    (rounding,) = (backend for backend in backends if backend.name == named)
     return LinearBackends(keeping, rounding), Choice("linear layers", named, "as configured")
 
 

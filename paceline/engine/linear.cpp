@@ -41,15 +41,24 @@
 
 extern "C" {
 
-// A packed weight [outputs, inputs]; `bias` is padded to whole panels, or null.
+// A packed weight [outputs, inputs]; `bias` is padded to whole panels, or null. Activations are rounded to 16 bits or 8.
 struct Matrix {
   const uint8_t* packed;
   const float* bias;
-  int64_t bits, outputs, inputs;
+  int64_t bits, activation_bits, outputs, inputs;
 };
 
 // Outputs computed side by side; 0 where the CPU has none of the instructions needed.
 int64_t lanes() { return LANES; }
+
+// Whether activations of 8 bits can meet weights of so many.
+int64_t takes_bytes(int64_t bits) {
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512BW__))
+  return bits > 0;
+#else
+  return LANES && bits == 4;  // two products of unsigned bytes overflow 16 bits
+#endif
+}
 }
 
 #if LANES
@@ -57,7 +66,8 @@ int64_t lanes() { return LANES; }
 namespace {
 
 constexpr int64_t kPanel = 16, kGroup = 32;
-constexpr float kLargest = 32767.f;
+template <typename T>
+constexpr float kLargest = sizeof(T) == 1 ? 127.f : 32767.f;
 constexpr float kSmallest = 1e-30f;  // what is smaller has no finite inverse, and counts as 0
 constexpr int64_t kAhead = 8192;  // bytes asked for early; the CPU's own prefetch stops at the end of a page
 #if LANES == 16
@@ -73,11 +83,6 @@ using Ints = __m512i;
 using Floats = __m512;
 inline Ints load(const void* p) { return _mm512_loadu_si512(p); }
 inline Ints zero() { return _mm512_setzero_si512(); }
-inline Ints pair(const int16_t* x) {
-  int32_t both;
-  std::memcpy(&both, x, sizeof both);
-  return _mm512_set1_epi32(both);
-}
 inline Ints add_pairs(Ints sum, Ints w, Ints x) {
 #if defined(__AVX512VNNI__)
   return _mm512_dpwssd_epi32(sum, w, x);
@@ -86,6 +91,18 @@ inline Ints add_pairs(Ints sum, Ints w, Ints x) {
 #endif
 }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+// Of each lane four unsigned bytes of w times four signed ones of x; w is at most 15 where there is no VNNI.
+inline Ints add_fours(Ints sum, Ints w, Ints x) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpbusd_epi32(sum, w, x);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
+#endif
+}
+inline Ints low_nibbles(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+inline Ints high_nibbles(Ints v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
+inline Ints plus_128(Ints v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
+inline Ints all_ints(int32_t v) { return _mm512_set1_epi32(v); }
 template <int K>
 inline Ints nibbles(Ints v) {
   if constexpr (K == 3) return _mm512_srli_epi16(v, 12);
@@ -108,11 +125,6 @@ using Ints = __m256i;
 using Floats = __m256;
 inline Ints load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline Ints zero() { return _mm256_setzero_si256(); }
-inline Ints pair(const int16_t* x) {
-  int32_t both;
-  std::memcpy(&both, x, sizeof both);
-  return _mm256_set1_epi32(both);
-}
 inline Ints add_pairs(Ints sum, Ints w, Ints x) {
 #if defined(__AVXVNNI__)
   return _mm256_dpwssd_avx_epi32(sum, w, x);
@@ -121,6 +133,17 @@ inline Ints add_pairs(Ints sum, Ints w, Ints x) {
 #endif
 }
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints add_fours(Ints sum, Ints w, Ints x) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sum, w, x);
+#else
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+#endif
+}
+inline Ints low_nibbles(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+inline Ints high_nibbles(Ints v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
+inline Ints plus_128(Ints v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-128)); }
+inline Ints all_ints(int32_t v) { return _mm256_set1_epi32(v); }
 template <int K>
 inline Ints nibbles(Ints v) {
   if constexpr (K == 3) return _mm256_srli_epi16(v, 12);
@@ -139,6 +162,13 @@ inline Floats floats(Ints v) { return _mm256_cvtepi32_ps(v); }
 inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 #endif
+
+// Two activations of 16 bits, or four of 8, in every lane.
+inline Ints everywhere(const void* x) {
+  int32_t word;
+  std::memcpy(&word, x, sizeof word);
+  return all_ints(word);
+}
 
 // ---- layout -------------------------------------------------------------------------------------------------------
 
@@ -315,20 +345,33 @@ void unpack_output(const Matrix& m, int64_t output, float* to) {
 // ---- activations --------------------------------------------------------------------------------------------------
 
 // Rows in blocks of kRows (the last may be smaller), a block's groups one after the other, a group's rows one after
-// the other: x' [blocks][groups][rows of the block][32], s and s (sum of x') alike without the 32.
+// the other: x' [blocks][groups][rows of the block][32], s and s (sum of x') alike without the 32. x' of 8 bits lie in
+// the order in which the bytes of a packed word meet them, and have their sum of integers too.
+template <typename T>
 struct Activations {
-  std::vector<int16_t> x;
+  std::vector<T> x;
   std::vector<float> scale, sum;
+  std::vector<int32_t> total;
 
   void make_room(int64_t rows, int64_t inputs) {
     const auto values = static_cast<size_t>(rows * inputs), groups = values / kGroup;
     if (x.size() < values) x.resize(values);
-    if (scale.size() < groups) scale.resize(groups), sum.resize(groups);
+    if (scale.size() < groups) scale.resize(groups), sum.resize(groups), total.resize(groups);
   }
 };
 
+// Where input `i` of a group lies among the group's activations.
+template <int Bits, typename T>
+constexpr int64_t slot(int64_t i) {
+  if constexpr (sizeof(T) == 2) return i;
+  if constexpr (Bits == 8) return i / 4 * 4 + i % 2 * 2 + i % 4 / 2;
+  // Inputs 0, 4, 1, 5 of a word are the low nibbles of its bytes, 2, 6, 3, 7 the high ones.
+  return i / 8 * 8 + i % 4 / 2 * 4 + i % 2 * 2 + i % 8 / 4;
+}
+
 // What is not finite makes the scale not finite, and so every output of its row.
-inline void quantize_group(const float* x, int16_t* to, float* scale, float* sum) {
+template <int Bits, typename T>
+inline void quantize_group(const float* x, T* to, float* scale, float* sum, int32_t* whole) {
   int32_t top = 0;
   for (int64_t i = 0; i < kGroup; ++i) {
     int32_t bits;
@@ -338,121 +381,160 @@ inline void quantize_group(const float* x, int16_t* to, float* scale, float* sum
   float largest;
   std::memcpy(&largest, &top, sizeof largest);
   const bool nothing = largest < kSmallest;
-  const float inverse = nothing ? 0.f : kLargest / largest;
+  const float inverse = nothing ? 0.f : kLargest<T> / largest;
   int32_t total = 0;
+  T found[kGroup];
   for (int64_t i = 0; i < kGroup; ++i) {
     const float v = x[i] * inverse;
     const auto n = static_cast<int32_t>(v + (v < 0.f ? -0.5f : 0.5f));
-    to[i] = static_cast<int16_t>(n);
+    found[i] = static_cast<T>(n);
     total += n;
   }
-  *scale = nothing ? 0.f : largest / kLargest;
+#pragma GCC unroll 32
+  for (int64_t i = 0; i < kGroup; ++i) to[slot<Bits, T>(i)] = found[i];
+  *scale = nothing ? 0.f : largest / kLargest<T>;
   *sum = *scale * static_cast<float>(total);
+  *whole = total;
 }
 
-inline void quantize_row(const float* x, int64_t row, int64_t rows, int64_t inputs, Activations& to) {
+template <int Bits, typename T>
+inline void quantize_row(const float* x, int64_t row, int64_t rows, int64_t inputs, Activations<T>& to) {
   const int64_t groups = inputs / kGroup, begin = row / kRows * kRows;
   const int64_t height = std::min<int64_t>(kRows, rows - begin);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t at = begin * groups + g * height + row - begin;
-    quantize_group(x + row * inputs + g * kGroup, &to.x[at * kGroup], &to.scale[at], &to.sum[at]);
+    quantize_group<Bits>(x + row * inputs + g * kGroup, &to.x[at * kGroup], &to.scale[at], &to.sum[at], &to.total[at]);
   }
 }
 
 // ---- the product --------------------------------------------------------------------------------------------------
 
-// `Rows` rows of a block times `LANES` outputs of a panel. Few rows sum in several chains, for latency.
-template <int Bits, int Rows>
-inline void multiply(const int16_t* x, const float* scale, const float* sum, const uint8_t* panel, int64_t lane,
-                     int64_t groups, const float* bias, float* const* out) {
+// The integers of one group: sums of q x', in chains to be added up. Few rows sum in several, for latency.
+template <int Bits, int Rows, int Chains>
+inline void sum_group(const int16_t* x, const int32_t*, const uint32_t* words, Ints (&acc)[Rows][Chains]) {
+  for (int r = 0; r < Rows; ++r)
+    for (int c = 0; c < Chains; ++c) acc[r][c] = zero();
+#pragma GCC unroll 8
+  for (int w = 0; w < Layout<Bits>::kWords; ++w) {
+    const Ints v = load(words + w * kPanel);
+    const auto step = [&](Ints weights, int k) {
+      const int16_t* at = x + (w * (Layout<Bits>::kInputs / 2) + k) * 2;
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r)
+        acc[r][k % Chains] = add_pairs(acc[r][k % Chains], weights, everywhere(at + r * kGroup));
+    };
+    if constexpr (Bits == 4) {
+      step(nibbles<0>(v), 0);
+      step(nibbles<1>(v), 1);
+      step(nibbles<2>(v), 2);
+      step(nibbles<3>(v), 3);
+    } else {
+      step(bytes<0>(v), 0);
+      step(bytes<1>(v), 1);
+    }
+  }
+}
+
+// Of 8 bits each. Unsigned weights are wanted: a signed q counts as q + 128, which adds 128 times the sum of x'.
+template <int Bits, int Rows, int Chains>
+inline void sum_group(const int8_t* x, const int32_t* total, const uint32_t* words, Ints (&acc)[Rows][Chains]) {
+  for (int r = 0; r < Rows; ++r) {
+    acc[r][0] = Bits == 8 ? all_ints(-128 * total[r]) : zero();
+    for (int c = 1; c < Chains; ++c) acc[r][c] = zero();
+  }
+#pragma GCC unroll 8
+  for (int w = 0; w < Layout<Bits>::kWords; ++w) {
+    const Ints v = load(words + w * kPanel);
+    const auto step = [&](Ints weights, int k) {
+      const int8_t* at = x + w * Layout<Bits>::kInputs + 4 * k;
+      const int c = (Bits == 4 ? k : w) % Chains;
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) acc[r][c] = add_fours(acc[r][c], weights, everywhere(at + r * kGroup));
+    };
+    if constexpr (Bits == 4) {
+      step(low_nibbles(v), 0);
+      step(high_nibbles(v), 1);
+    } else {
+      step(plus_128(v), 0);
+    }
+  }
+}
+
+// `Rows` rows of a block, from group `first` of the activations on, times `LANES` outputs of a panel.
+template <int Bits, int Rows, typename T>
+inline void multiply(const Activations<T>& a, int64_t first, const uint8_t* panel, int64_t lane, int64_t groups,
+                     const float* bias, float* const* out) {
   constexpr int kChains = Rows == 1 ? 4 : Rows == 2 ? 2 : 1;
+  const T* x = &a.x[first * kGroup];
   Floats y[Rows];
   for (int r = 0; r < Rows; ++r) y[r] = bias ? load(bias) : all(0.f);
   for (int64_t g = 0; g < groups; ++g, panel += Layout<Bits>::kGroupBytes, x += Rows * kGroup) {
     for (int64_t line = 0; line < Layout<Bits>::kGroupBytes; line += 64) _mm_prefetch(panel + kAhead + line, _MM_HINT_T0);
+    const int64_t at = first + g * Rows;
     Ints acc[Rows][kChains];
-    for (int r = 0; r < Rows; ++r)
-      for (int c = 0; c < kChains; ++c) acc[r][c] = zero();
-    const auto* words = reinterpret_cast<const uint32_t*>(panel + 64) + lane;
-#pragma GCC unroll 8
-    for (int w = 0; w < Layout<Bits>::kWords; ++w) {
-      const Ints v = load(words + w * kPanel);
-      const auto step = [&](Ints weights, int k) {
-        const int16_t* at = x + (w * (Layout<Bits>::kInputs / 2) + k) * 2;
-#pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r)
-          acc[r][k % kChains] = add_pairs(acc[r][k % kChains], weights, pair(at + r * kGroup));
-      };
-      if constexpr (Bits == 4) {
-        step(nibbles<0>(v), 0);
-        step(nibbles<1>(v), 1);
-        step(nibbles<2>(v), 2);
-        step(nibbles<3>(v), 3);
-      } else {
-        step(bytes<0>(v), 0);
-        step(bytes<1>(v), 1);
-      }
-    }
+    sum_group<Bits, Rows, kChains>(x, &a.total[at], reinterpret_cast<const uint32_t*>(panel + 64) + lane, acc);
     const auto* halves = reinterpret_cast<const uint16_t*>(panel) + lane;
     const Floats d = Bits == 4 ? widened(halves) : load(reinterpret_cast<const float*>(panel) + lane);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       for (int c = 1; c < kChains; ++c) acc[r][0] = add(acc[r][0], acc[r][c]);
-      y[r] = times_plus(times(floats(acc[r][0]), all(scale[g * Rows + r])), d, y[r]);
+      y[r] = times_plus(times(floats(acc[r][0]), all(a.scale[at + r])), d, y[r]);
     }
     if constexpr (Bits == 4) {
       const Floats m = widened(halves + kPanel);
 #pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) y[r] = times_plus(m, all(sum[g * Rows + r]), y[r]);
+      for (int r = 0; r < Rows; ++r) y[r] = times_plus(m, all(a.sum[at + r]), y[r]);
     }
   }
   for (int r = 0; r < Rows; ++r) store(out[r], y[r]);
 }
 
-template <int Bits, int Rows>
-void panel_times_block(const Matrix& m, const Activations& a, int64_t panel, int64_t row, float* y) {
+template <int Bits, int Rows, typename T>
+void panel_times_block(const Matrix& m, const Activations<T>& a, int64_t panel, int64_t row, float* y) {
   const uint8_t* at = m.packed + panel * panel_bytes<Bits>(m.inputs);
-  const int64_t groups = m.inputs / kGroup, first = row * groups, column = panel * kPanel;
+  const int64_t groups = m.inputs / kGroup, column = panel * kPanel;
   const bool whole = column + kPanel <= m.outputs;
   float edge[Rows][kPanel];
   for (int64_t lane = 0; lane < kPanel; lane += LANES) {
     float* out[Rows];
     for (int r = 0; r < Rows; ++r) out[r] = whole ? y + (row + r) * m.outputs + column + lane : edge[r] + lane;
-    multiply<Bits, Rows>(&a.x[first * kGroup], &a.scale[first], &a.sum[first], at, lane, groups,
-                         m.bias ? m.bias + column + lane : nullptr, out);
+    multiply<Bits, Rows, T>(a, row * groups, at, lane, groups, m.bias ? m.bias + column + lane : nullptr, out);
   }
   if (!whole)
     for (int r = 0; r < Rows; ++r)
       std::memcpy(y + (row + r) * m.outputs + column, edge[r], (m.outputs - column) * sizeof(float));
 }
 
-using Block = void (*)(const Matrix&, const Activations&, int64_t panel, int64_t row, float* y);
+template <typename T>
+using Block = void (*)(const Matrix&, const Activations<T>&, int64_t panel, int64_t row, float* y);
 
-template <int Bits>
-Block block_of(int64_t rows) {
-  static constexpr Block blocks[] = {
-      panel_times_block<Bits, 1>, panel_times_block<Bits, 2>,  panel_times_block<Bits, 3>,  panel_times_block<Bits, 4>,
+template <int Bits, typename T>
+Block<T> block_of(int64_t rows) {
+  static constexpr Block<T> blocks[] = {
+      panel_times_block<Bits, 1, T>, panel_times_block<Bits, 2, T>,
+      panel_times_block<Bits, 3, T>, panel_times_block<Bits, 4, T>,
 #if LANES == 16
-      panel_times_block<Bits, 5>, panel_times_block<Bits, 6>,  panel_times_block<Bits, 7>,  panel_times_block<Bits, 8>,
+      panel_times_block<Bits, 5, T>, panel_times_block<Bits, 6, T>,
+      panel_times_block<Bits, 7, T>, panel_times_block<Bits, 8, T>,
 #endif
   };
   return blocks[rows - 1];
 }
 
-template <int Bits>
+template <int Bits, typename T>
 void multiply_all(const Matrix& m, const float* x, int64_t rows, float* y) {
-  static thread_local Activations kept;
-  Activations& a = kept;
+  static thread_local Activations<T> kept;
+  Activations<T>& a = kept;
   a.make_room(rows, m.inputs);
   const int64_t whole = rows / kRows * kRows;
-  const Block full = block_of<Bits>(kRows), rest = whole < rows ? block_of<Bits>(rows - whole) : nullptr;
+  const Block<T> full = block_of<Bits, T>(kRows), rest = whole < rows ? block_of<Bits, T>(rows - whole) : nullptr;
   if (rows <= kRows)
-    for (int64_t r = 0; r < rows; ++r) quantize_row(x, r, rows, m.inputs, a);
+    for (int64_t r = 0; r < rows; ++r) quantize_row<Bits>(x, r, rows, m.inputs, a);
 #pragma omp parallel
   {
     if (rows > kRows) {
 #pragma omp for
-      for (int64_t r = 0; r < rows; ++r) quantize_row(x, r, rows, m.inputs, a);
+      for (int64_t r = 0; r < rows; ++r) quantize_row<Bits>(x, r, rows, m.inputs, a);
     }
 #pragma omp for nowait
     for (int64_t p = 0; p < panels(m.outputs); ++p) {
@@ -488,7 +570,10 @@ int64_t unpack_rows(const Matrix* m, const int64_t* ids, int64_t count, float* t
 
 // x [rows, inputs], y [rows, outputs], float32.
 void product(const Matrix* m, const float* x, int64_t rows, float* y) {
-  m->bits == 4 ? multiply_all<4>(*m, x, rows, y) : multiply_all<8>(*m, x, rows, y);
+  if (m->activation_bits == 8)
+    m->bits == 4 ? multiply_all<4, int8_t>(*m, x, rows, y) : multiply_all<8, int8_t>(*m, x, rows, y);
+  else
+    m->bits == 4 ? multiply_all<4, int16_t>(*m, x, rows, y) : multiply_all<8, int16_t>(*m, x, rows, y);
 }
 }
 

@@ -95,7 +95,7 @@ class LoadedModel:
 
 def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     """Load weights and tokenizer from a folder. Raises ModelError or ConfigError with the remedy."""
-    backends = resolve_backends(settings)
+    backends = resolve_backends(settings, distilled=draft_folder.is_draft(path))
     torch.set_num_threads(backends.threads)
     refuse_unservable(load_config(path))
     with compact_allocations():

@@ -3,7 +3,7 @@
 A decode step reads every weight once, so its floor is bytes over bandwidth. Fewer bytes are free only where they are
 the same weights: a checkpoint's output is fixed by its seed on every host, so a race between backends is run only
 among those that `keep` its weights, and in all of them activations have 16 bits or more. Whoever names a backend
-instead has the weights rounded to what it stores.
+instead has the weights rounded to what it stores, and whoever asks for 8 bits of activations gets them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 """x -> x W^T + b, float32 [..., in] to [..., out]."""
 Pack = Callable[[torch.Tensor, torch.Tensor | None], Product]
 """Weight [out, in] and bias [out], float32, to their product. The weight is the pack's to keep or to drop."""
+B = TypeVar("B", bound="LinearBackend")
 Times = Mapping[int, float]
 """Seconds of a product, by rows."""
 
@@ -52,7 +53,7 @@ class LinearBackend(ABC):
 
 
 class KeepingBackend(LinearBackend):
-    """One that changes no weight it keeps and leaves activations 16 bits or more: it may take part in a race.
+    """One that changes no weight it keeps and leaves activations as many bits as it was made for: it may race.
 
     `rows_alike` says whether a row's product is the same to the last bit whatever rows it is computed with.
     """
@@ -102,10 +103,12 @@ class Fbgemm(KeepingBackend):
 
 
 class Packed(KeepingBackend):
-    """Weights on a grid of 4 or 8 bits in each group of 32 inputs, activations of 16 bits, by our own kernels."""
+    """Weights on a grid of 4 or 8 bits in each group of 32 inputs, activations of 16 or 8, by our own kernels."""
 
-    def __init__(self, bits: int) -> None:
-        self._bits = bits
+    bits: ClassVar[int]
+
+    def __init__(self, activation_bits: int = 16) -> None:
+        self.activation_bits = activation_bits
 
     def missing(self) -> str | None:
         found = linear_kernels()
@@ -119,21 +122,19 @@ class Packed(KeepingBackend):
 
     def _packed(self, weight: torch.Tensor, bias: torch.Tensor | None, *, rounded: bool) -> Product | None:
         kernels = linear_kernels()
-        return None if isinstance(kernels, str) else packed(kernels, weight, bias, self._bits, rounded=rounded)
+        if isinstance(kernels, str):
+            return None
+        return packed(kernels, weight, bias, self.bits, self.activation_bits, rounded=rounded)
 
 
 class Int8(Packed):
     name = "int8"
-
-    def __init__(self) -> None:
-        super().__init__(8)
+    bits = 8
 
 
 class Int4(Packed):
     name = "int4"
-
-    def __init__(self) -> None:
-        super().__init__(4)
+    bits = 4
 
 
 class Bf16(LinearBackend):
@@ -161,6 +162,11 @@ class Bf16(LinearBackend):
 
 KEEPING: tuple[KeepingBackend, ...] = (Torch(), Fbgemm(), Int8(), Int4())
 BACKENDS: tuple[LinearBackend, ...] = (*KEEPING, Bf16())
+
+
+def with_byte_activations(backend: B) -> B:
+    """The same backend with activations of 8 bits, if it can have them."""
+    return type(backend)(activation_bits=8) if isinstance(backend, Packed) else backend
 
 
 def torch_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
@@ -252,8 +258,11 @@ class Packer:
 
     @property
     def rounds(self) -> bool:
-        """Whether it may change weights by more than fp16 does."""
-        return isinstance(self._backends.rounding, Packed | Bf16)
+        """Whether it may change weights, or activations, by more than fp16 does."""
+        byte_activations = any(
+            isinstance(each, Packed) and each.activation_bits == 8 for each in self._backends.keeping
+        )
+        return byte_activations or isinstance(self._backends.rounding, Packed | Bf16)
 
     @property
     def taken(self) -> str:

@@ -22,9 +22,10 @@ from transformers import (
     SmolLM3Config,
 )
 
+from paceline.engine.attention import Window
 from paceline.engine.lean import LeanRunner, NotLeanError, lean_runner, refuse_other_structures
 from paceline.engine.native import Kernels, kernels
-from paceline.engine.products import Product, fp16_product, torch_product
+from paceline.engine.products import KEEPING, Int8, LinearBackends, Packer, Product, fp16_product, torch_product
 from paceline.models.lazy import empty_causal_lm, with_weights_in_files
 from paceline.speculation.local import LocalProposer
 from tests import tiny
@@ -149,6 +150,26 @@ def test_half_precision_weights_that_are_exact_change_no_token() -> None:
         parameter.copy_(parameter.half().float())
     found = tiny.run(tiny.engine_for(model, runner=lean_runner(model, compiled(), fp16_product)), *requests())
     assert [found[str(n)] for n in range(len(PROMPTS))] == [tiny.generate(model, tokens) for tokens in PROMPTS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [1, 6, 40])
+def test_layers_in_one_call_give_the_bits_of_layer_by_layer(family: str, rows: int) -> None:
+    config = FAMILIES[family]
+    wide = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "head_dim": 16}
+    model = built(type(config)(**config.to_dict() | wide))
+    runner = lean_runner(model, compiled(), Packer(LinearBackends(KEEPING, Int8())), rounds=True)
+    ids, found = list(tiny.prompt(60)), []
+    for stack in (runner._stack, None):
+        assert stack is not None or found
+        runner._stack = stack
+        kv = tiny.kv_for(runner, 64)
+        entry = kv.reserve(ids, 60)
+        assert entry is not None
+        first = runner.run([Window(entry, ids[:20], sample=1)])
+        kv.append(entry, ids[:20])
+        found.append(torch.cat([first, runner.run([Window(entry, ids[20 : 20 + rows], sample=rows)])]))
+    assert torch.equal(*found)
 
 
 def test_the_lean_pass_keeps_nothing_of_the_model() -> None:

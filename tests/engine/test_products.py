@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import gguf
 import pytest
@@ -24,6 +25,7 @@ from paceline.engine.products import (
     KEEPING,
     REQUEST,
     LinearBackends,
+    Packed,
     Packer,
     Product,
     Times,
@@ -34,6 +36,10 @@ from paceline.errors import ConfigError
 from tests import tiny
 
 BITS = (4, 8)
+PAIRS = [(4, 16), (8, 16), (4, 8), (8, 8)]
+"""Bits of weights and of activations."""
+PRECISION = {16: 5e-5, 8: 2e-2}
+"""Of each group's largest activation half a step: 2e-5 of the norm of x, or 5e-3, spread over the outputs."""
 AVX2 = (*FLAGS, "-mno-avx512f", "-mno-avxvnni")
 NO_VECTORS = (*FLAGS, "-mno-avx")
 SHAPES = [(16, 32), (5, 64), (100, 96), (33, 576)]
@@ -57,9 +63,13 @@ def as_gguf(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
 
 
 def pack(
-    weight: torch.Tensor, bits: int, bias: torch.Tensor | None = None, flags: tuple[str, ...] = FLAGS
+    weight: torch.Tensor,
+    bits: int,
+    bias: torch.Tensor | None = None,
+    flags: tuple[str, ...] = FLAGS,
+    activation_bits: int = 16,
 ) -> PackedWeight:
-    found = packed(ours(flags), weight, bias, bits, rounded=True)
+    found = packed(ours(flags), weight, bias, bits, activation_bits, rounded=True)
     assert found is not None
     return found
 
@@ -139,40 +149,45 @@ def test_four_bits_hold_a_weight_in_five() -> None:
 # ---- the products
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "activation_bits"), PAIRS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("flags", [FLAGS, AVX2])
 def test_the_product_is_that_of_its_weights(
-    bits: int, shape: tuple[int, int], rows: int, flags: tuple[str, ...]
+    bits: int, activation_bits: int, shape: tuple[int, int], rows: int, flags: tuple[str, ...]
 ) -> None:
     bias, x = dense(shape[0], seed=1), dense(rows, shape[1], seed=2)
-    found = pack(dense(*shape), bits, bias, flags)
+    found = pack(dense(*shape), bits, bias, flags, activation_bits)
     expected = x.double() @ weights_of(found).double().T + bias.double()
-    # 16 bits of each group's largest activation: 2e-5 of the norm of x, spread over the outputs.
-    bound = 5e-5 * x.norm(dim=1).max() * weights_of(found).norm(dim=1).max()
+    bound = PRECISION[activation_bits] * x.norm(dim=1).max() * weights_of(found).norm(dim=1).max()
     assert float((found(x).double() - expected).abs().max()) < float(bound)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_avx2_gives_the_same_bits(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 16), (8, 16), (4, 8)])
+def test_avx2_gives_the_same_bits(bits: int, activation_bits: int) -> None:
     weight, x = dense(100, 576), dense(9, 576, seed=1)
-    assert torch.equal(pack(weight, bits, flags=AVX2)(x), pack(weight, bits)(x))
+    ours_here = pack(weight, bits, activation_bits=activation_bits)
+    assert torch.equal(pack(weight, bits, flags=AVX2, activation_bits=activation_bits)(x), ours_here(x))
 
 
-@pytest.mark.parametrize("bits", BITS)
+def test_without_instructions_for_bytes_activations_of_8_bit_weights_keep_16() -> None:
+    weight, x = dense(100, 576), dense(9, 576, seed=1)
+    assert torch.equal(pack(weight, 8, flags=AVX2, activation_bits=8)(x), pack(weight, 8, flags=AVX2)(x))
+
+
+@pytest.mark.parametrize(("bits", "activation_bits"), PAIRS)
 @pytest.mark.parametrize("flags", [FLAGS, AVX2])
-def test_a_rows_bits_do_not_depend_on_its_batch(bits: int, flags: tuple[str, ...]) -> None:
-    product, x = pack(dense(100, 96), bits, flags=flags), dense(70, 96, seed=1)
+def test_a_rows_bits_do_not_depend_on_its_batch(bits: int, activation_bits: int, flags: tuple[str, ...]) -> None:
+    product, x = pack(dense(100, 96), bits, flags=flags, activation_bits=activation_bits), dense(70, 96, seed=1)
     together = product(x)
     for begin in (0, 1, 5, 63):
         for count in range(1, 8):
             assert torch.equal(product(x[begin : begin + count]), together[begin : begin + count])
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_threads_do_not_change_the_bits(bits: int) -> None:
-    product, x = pack(dense(100, 96), bits), dense(70, 96, seed=1)
+@pytest.mark.parametrize(("bits", "activation_bits"), PAIRS)
+def test_threads_do_not_change_the_bits(bits: int, activation_bits: int) -> None:
+    product, x = pack(dense(100, 96), bits, activation_bits=activation_bits), dense(70, 96, seed=1)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
@@ -184,10 +199,12 @@ def test_threads_do_not_change_the_bits(bits: int) -> None:
     assert torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "activation_bits"), PAIRS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_an_activation_that_is_not_finite_spoils_its_row_and_no_other(bits: int, value: float) -> None:
-    product, x = pack(dense(16, 64), bits), dense(3, 64, seed=1)
+def test_an_activation_that_is_not_finite_spoils_its_row_and_no_other(
+    bits: int, activation_bits: int, value: float
+) -> None:
+    product, x = pack(dense(16, 64), bits, activation_bits=activation_bits), dense(3, 64, seed=1)
     clean = product(x)
     x[1, 40] = value
     spoilt = product(x)
@@ -285,6 +302,23 @@ def test_where_our_kernels_do_not_run_auto_does_without(monkeypatch: pytest.Monk
 def test_a_cpu_backend_is_refused_where_activations_are_not_float32() -> None:
     with pytest.raises(ConfigError, match="float32 activations"):
         resolve_backends(EngineSettings(device="cpu", dtype="bfloat16", linear_backend="int8"))
+
+
+def test_a_compute_dtype_without_float32_activations_is_refused() -> None:
+    with pytest.raises(ConfigError, match="compute_dtype: int8 needs a CPU and float32"):
+        resolve_backends(EngineSettings(device="cpu", dtype="bfloat16", compute_dtype="int8"))
+
+
+@pytest.mark.parametrize(
+    ("compute_dtype", "distilled", "bits"),
+    [("auto", False, 16), ("auto", True, 8), ("int16", True, 16), ("int8", False, 8)],
+)
+def test_only_a_distilled_draft_has_activations_of_8_bits_unasked(
+    compute_dtype: Literal["auto", "int16", "int8"], distilled: bool, bits: int
+) -> None:
+    found = resolve_backends(EngineSettings(device="cpu", compute_dtype=compute_dtype), distilled=distilled).linears
+    assert found is not None
+    assert {each.activation_bits for each in found.keeping if isinstance(each, Packed)} == {bits}
 
 
 # ---- the choice
