@@ -1,8 +1,12 @@
-"""`paceline demo`: a two-turn chat through drafts and targets, the same again without drafts, and the numbers."""
+"""`paceline demo`: a two-turn chat through drafts and targets, the same again without drafts, and the numbers.
+
+Two short answers say little about speed, so it is measured on longer ones, with and without drafts by turns.
+"""
 
 from __future__ import annotations
 
 import secrets
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +33,13 @@ Examples:
 
 QUESTIONS = ("What is the capital of France?", "What is it famous for? Answer in two sentences.")
 MAX_TOKENS = 80
+SPEED_QUESTIONS = (
+    "Explain how a bicycle stays upright.",
+    "Write a short story about a lighthouse keeper.",
+    "How do I make a good cup of tea? Give me the steps.",
+    "Write a Python function that reverses a string, and explain it.",
+)
+SPEED_TOKENS, SPEED_ROUNDS = 96, 3
 DRAFTS_TIMEOUT_S = 30.0
 POLL_S = 0.5
 
@@ -52,7 +63,8 @@ def demo(
 
     Starts router, targets and drafts on free ports of this machine, asks a question and a follow-up in one session,
     asks the same again without drafts, compares the tokens, and stops everything. A table shows for each turn which
-    target served it, what came from its KV cache and what the drafts contributed. The first run downloads the model.
+    target served it, what came from its KV cache and what the drafts contributed. Four longer answers, three times
+    with drafts and three times without, show the speed. The first run downloads the model.
     Exit code 1 if anything fails, or if drafts are deployed and none of their candidates arrives.
     """
     from paceline.cli.client import Client
@@ -69,7 +81,9 @@ def demo(
         with Client(endpoints.http) as client:
             wait_for_drafts(client, settings, console)
             turns = [*play(client, console, speculation=True), *play(client, console, speculation=False)]
-        report(console, settings, turns)
+            report(console, settings, turns)
+            if drafts_wanted(settings):
+                console.print(speed_line(measure_speed(client, console)), style="bold", markup=False, soft_wrap=True)
         if keep:
             announce(console, settings, endpoints)
             wait_for_interrupt()
@@ -142,6 +156,43 @@ def report(console: Console, settings: AppSettings, turns: list[Turn]) -> None:
     console.print(speed_note(settings), style="dim", markup=False, soft_wrap=True)
     if drafts_wanted(settings) and not any(turn.answer.metrics.drafted for turn in turns if turn.speculation):
         raise PacelineError("drafts are deployed, but not one candidate reached a target; see the log above")
+
+
+def measure_speed(client: Client, console: Console) -> dict[bool, list[float]]:
+    """Tokens a second after the first token, of one stream, with (True) and without drafts: a figure for each round.
+
+    The modes take turns, so that a busy machine slows both; a round before the first warms up what is measured.
+    """
+    from paceline.cli.client import ChatOptions, Message
+
+    found: dict[bool, list[float]] = {True: [], False: []}
+    with console.status("measuring the speed with and without drafts"):
+        for number in range(SPEED_ROUNDS + 1):
+            for speculation, rates in found.items():
+                options = ChatOptions(speculation=speculation, temperature=0.0, max_tokens=SPEED_TOKENS)
+                answers = [
+                    client.chat([Message("user", question)], options, lambda _: None) for question in SPEED_QUESTIONS
+                ]
+                tokens = sum(answer.metrics.completion_tokens - 1 for answer in answers)
+                decode_s = sum(answer.metrics.total_s - answer.metrics.ttft_s for answer in answers)
+                if number and decode_s:
+                    rates.append(tokens / decode_s)
+    return found
+
+
+def speed_line(rates: dict[bool, list[float]]) -> str:
+    """What `measure_speed` found, in one line."""
+    if not (rates[True] and rates[False]):
+        return "Speed of one stream: too fast to measure"
+    with_drafts, without = (statistics.median(rates[mode]) for mode in (True, False))
+    spread = ", ".join(
+        f"{name} {min(rates[mode]):.0f}-{max(rates[mode]):.0f}" for mode, name in ((True, "with"), (False, "without"))
+    )
+    return (
+        f"Speed of one stream, {len(SPEED_QUESTIONS)} answers of up to {SPEED_TOKENS} tokens, medians of "
+        f"{len(rates[True])}: {with_drafts:.0f} tok/s with drafts, {without:.0f} without: "
+        f"{with_drafts / without:.2f}x ({spread})"
+    )
 
 
 def turn_table(turns: list[Turn]) -> Table:
