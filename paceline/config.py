@@ -22,6 +22,7 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(gt=0, le=600_000)]
 SchedulingPolicy = Literal["fcfs", "priority"]
+ComputeDtype = Literal["auto", "int16", "int8"]
 
 DEFAULT_MODEL, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-draft"
 APP_NAME = "paceline"
@@ -52,7 +53,7 @@ class EngineSettings(Settings):
         "of 32 where the weights lie on such a grid, as GGUF's Q8_0, Q4_0 and Q4_1 do. A named one rounds the weights "
         "to what it stores; bf16 rounds activations too.",
     )
-    compute_dtype: Literal["auto", "int16", "int8"] = Field(
+    compute_dtype: ComputeDtype = Field(
         "auto",
         description="What activations are rounded to where weights of 8 or 4 bits multiply them on a CPU, in groups of "
         "32. int16 loses nothing that can be measured. int8 is up to 1.7 times as fast with several rows in a step "

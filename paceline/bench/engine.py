@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from paceline.bench.measure import Figure, rounds, seconds
-from paceline.config import EngineSettings
+from paceline.config import ComputeDtype, EngineSettings
 from paceline.engine.attention import Window
 from paceline.engine.engine import Engine
 from paceline.engine.kv_cache import KVEntry
@@ -159,10 +159,10 @@ def quality(model: LoadedModel, reference: Any, tokens: int = TEXT_TOKENS) -> Qu
     )
 
 
-def settings(threads: int | None) -> EngineSettings:
+def settings(threads: int | None, compute_dtype: ComputeDtype = "auto") -> EngineSettings:
     """The engine as a user gets it, with a KV cache that holds the benchmark's streams."""
     chosen = {} if threads is None else {"threads": threads}
-    return EngineSettings(max_num_seqs=STREAMS, kv_tokens=16384, **chosen)
+    return EngineSettings(max_num_seqs=STREAMS, kv_tokens=16384, compute_dtype=compute_dtype, **chosen)
 
 
 def _milliseconds(run: Callable[[], object]) -> Callable[[], float]:

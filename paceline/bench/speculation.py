@@ -1,7 +1,7 @@
 """`paceline bench speculation`: what each source brings, and how close the adaptive depth comes to the best fixed one.
 
     grounded   answers that repeat a text in the prompt: prompt lookup against plain decoding
-    chat       answers that do not: prompt lookup must then cost nothing
+    chat       answers that do not: prompt lookup must then cost nothing, and a trained draft has its place
     synthetic  candidates accepted with a set probability, from a draft of random weights that takes a tenth of the
                target's step: fixed depths and the adaptive one at several batch sizes
 
@@ -80,13 +80,23 @@ class SpeculationBench:
         self.cost = cost or measure_verify_cost(model.runner)
         self._sizes = sizes
 
-    def answers(self, name: str, prompts: Sequence[str]) -> dict[str, Figure]:
-        """Tokens a second over all answers, one stream: plain, and with prompt lookup at the adaptive depth."""
+    def answers(
+        self, name: str, prompts: Sequence[str], draft: LoadedModel | None = None, temperature: float = 0.0
+    ) -> dict[str, Figure]:
+        """Tokens a second over all answers, one stream: plain, and at the adaptive depth with prompt lookup, and with
+        the draft as well."""
         ids = [self._chat_ids(prompt) for prompt in prompts][: self._sizes.tasks]
-        params = SamplingParams(temperature=0.0, max_tokens=self._sizes.answer)
+        params = SamplingParams(temperature=temperature, max_tokens=self._sizes.answer, seed=0 if temperature else None)
         subjects: dict[str, Callable[[], float]] = {}
-        for how, speculation in (("plain", PLAIN), ("prompt lookup", LOOKUP)):
-            engine = self.model.engine(None, speculation, self._fresh_cost())
+        ways: list[tuple[str, SpeculationSettings, LoadedModel | None]] = [
+            ("plain", PLAIN, None),
+            ("prompt lookup", LOOKUP, None),
+        ]
+        if draft is not None:
+            ways.append(("draft and lookup", LOOKUP, draft))
+        for how, speculation, drafting in ways:
+            proposer = None if drafting is None else LocalProposer(drafting.drafter())
+            engine = self.model.engine(proposer, speculation, self._fresh_cost())
             subjects[f"{name}, {how}"] = partial(_one_by_one, engine, ids, params)
         return rounds(subjects, "tokens/s", self._sizes.repeats)
 

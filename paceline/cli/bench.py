@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paceline.cli.options import group
-from paceline.config import DEFAULT_MODEL
+from paceline.config import DEFAULT_DRAFT, DEFAULT_MODEL, ComputeDtype
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +41,13 @@ bench_app = group("Measure.")
 
 ModelName = Annotated[str, typer.Option("--model", metavar="NAME", help="Model to measure.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all usable cores if not given.")]
+Compute = Annotated[
+    ComputeDtype, typer.Option("--compute-dtype", help="What activations are rounded to: engine.compute_dtype.")
+]
+DraftName = Annotated[
+    str | None,
+    typer.Option("--draft", metavar="NAME", help="Draft to measure on chat; the default model has one of its own."),
+]
 Gguf = Annotated[
     Path | None,
     typer.Option("--gguf", metavar="FILE", help="The same model for llama.cpp; without it that peer is left out."),
@@ -59,6 +66,7 @@ PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="D
 def engine(
     model: ModelName = DEFAULT_MODEL,
     threads: Threads = None,
+    compute_dtype: Compute = "auto",
     gguf: Gguf = None,
     llama_python: LlamaPython = None,
     peers: Peers = True,
@@ -85,7 +93,7 @@ def engine(
     fetch_models(AppSettings(model=model), console)
     path = resolve(model).path
     sizes = Sizes.quick() if quick else Sizes()
-    loaded = load_model(path, settings(threads))
+    loaded = load_model(path, settings(threads, compute_dtype))
     for choice in loaded.choices:
         console.print(f"{choice.name}: {choice.value} ({choice.reason})", style="dim", markup=False)
     ours = EngineBench(loaded, sizes)
@@ -110,13 +118,15 @@ def engine(
 @bench_app.command("speculation", epilog=SPECULATION_EPILOG)
 def speculation(
     model: ModelName = DEFAULT_MODEL,
+    draft: DraftName = None,
     threads: Threads = None,
+    compute_dtype: Compute = "auto",
     quick: Quick = False,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
 ) -> None:
-    """Speculation on this machine: prompt lookup on given texts and on chat, and fixed depths against the adaptive
-    one with synthetic acceptance.
+    """Speculation on this machine: prompt lookup on given texts and on chat, a draft on chat, and fixed depths against
+    the adaptive one with synthetic acceptance.
 
     Figures are medians over interleaved rounds, with their spread. Keep the machine quiet meanwhile.
     """
@@ -137,18 +147,23 @@ def speculation(
     from paceline.models import resolve
 
     console = stdout()
+    if draft is None and model == DEFAULT_MODEL:
+        draft = DEFAULT_DRAFT
     fetch_models(AppSettings(model=model), console)
     sizes = Sizes.quick() if quick else Sizes()
-    loaded = load_model(resolve(model).path, settings(threads))
+    drafting = None if draft is None else load_model(resolve(draft).path, settings(threads))
+    loaded = load_model(resolve(model).path, settings(threads, compute_dtype))
     bench = SpeculationBench(loaded, sizes)
     curve = {rows: 1e3 * bench.cost.curve(rows) for rows in CURVE_ROWS}
     console.print("pass by rows, ms: " + ", ".join(f"{r}: {ms:.1f}" for r, ms in curve.items()), style="dim")
-    figures = bench.answers("grounded", grounded_prompts()) | bench.answers("chat", chat_prompts())
+    figures = bench.answers("grounded", grounded_prompts()) | bench.answers("chat", chat_prompts(), drafting)
+    if drafting is not None:
+        figures |= bench.answers("chat at temperature 0.8", chat_prompts(), drafting, temperature=0.8)
     console.print(_against_plain("one stream", figures))
     with tempfile.TemporaryDirectory() as folder:
-        draft = synthetic_draft(loaded, bench.cost.curve(1), Path(folder), threads)
+        random_draft = synthetic_draft(loaded, bench.cost.curve(1), Path(folder), threads)
         for batch in sizes.batches:
-            found = bench.synthetic(batch, draft)
+            found = bench.synthetic(batch, random_draft)
             console.print(_against_plain(f"synthetic acceptance, batch {batch}", found))
             figures |= found
     if json_file is not None:

@@ -18,7 +18,7 @@ from paceline.bench.speculation import (
 )
 from paceline.cli.app import app
 from paceline.engine.load import LoadedModel, load_model
-from paceline.models import ModelFiles
+from paceline.models import ModelFiles, resolve
 from paceline.speculation.cost import VerifyCost
 
 SMALL = Sizes(answer=4, tokens=4, repeats=1, depths=(0, 2), tasks=1)
@@ -43,6 +43,12 @@ def test_answers_are_measured_plain_and_with_lookup(bench: SpeculationBench) -> 
     figures = bench.answers("grounded", grounded_prompts())
     assert list(figures) == ["grounded, plain", "grounded, prompt lookup"]
     assert all(figure.median > 0 for figure in figures.values())
+
+
+def test_a_draft_is_measured_beside_them(bench: SpeculationBench) -> None:
+    draft = load_model(resolve("smollm2-135m-draft").path, settings(threads=None))
+    figures = bench.answers("chat", chat_prompts(), draft, temperature=0.8)
+    assert list(figures) == ["chat, plain", "chat, prompt lookup", "chat, draft and lookup"]
 
 
 def test_every_synthetic_figure_says_so(bench: SpeculationBench, loaded: LoadedModel, tmp_path: Path) -> None:
