@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from paceline.cli.client import Answer
-from paceline.cli.demo import Turn, first_difference, speed_note, turn_table
+from paceline.cli.demo import SPEED_QUESTIONS, SPEED_ROUNDS, Turn, first_difference, speed_note, turn_table
 from paceline.config import AppSettings, default_deployment
 from paceline.types import Metrics
 from tests.cli.conftest import Outcome, Run
@@ -15,14 +15,25 @@ from tests.cli.fakes import DEFAULT_STATUS, FakeCluster, FakeServer, answer_even
 
 
 def good_answers() -> list[list[dict[str, object]]]:
-    """Two turns with drafts, then the same two without."""
+    """Two turns with drafts, then the same two without, then the rounds that measure the speed."""
     first, second = [1, 2, 3], [4, 5]
     return [
         answer_events(["Paris."], tokens=first),
         answer_events(["Its tower."], tokens=second),
         answer_events(["Paris."], tokens=first, drafted=0),
         answer_events(["Its tower."], tokens=second, drafted=0),
+        *speed_answers(),
     ]
+
+
+def speed_answers() -> list[list[dict[str, object]]]:
+    """10 tokens a second with drafts, 5 without, beside a round that does not count."""
+    found = []
+    for number in range(SPEED_ROUNDS + 1):
+        for total_s in (1.25, 2.25):
+            each = answer_events(tokens=range(11), total_s=total_s if number else 9.0)
+            found += [each] * len(SPEED_QUESTIONS)
+    return found
 
 
 @pytest.fixture
@@ -65,18 +76,22 @@ def test_it_says_what_the_numbers_do_not_show(shown: Outcome) -> None:
     assert "Drafts run smollm2-135m-draft, targets smollm2-135m." in shown.out
 
 
+def test_it_says_how_fast_one_stream_is_with_and_without_drafts(shown: Outcome) -> None:
+    assert "10 tok/s with drafts, 5 without: 2.00x (with 10-10, without 5-5)" in shown.out
+
+
 def test_drafts_of_the_targets_own_model_are_called_that() -> None:
     note = "The drafts run the target's own model (smollm2-135m): this shows the path, not the speed."
     assert speed_note(AppSettings()).startswith(note)
 
 
 def test_the_turns_of_a_round_share_a_session(shown: Outcome, server: FakeServer) -> None:
-    sessions = [request["session_id"] for request in server.requests]
+    sessions = [request["session_id"] for request in server.requests[:4]]
     assert (sessions[0] == sessions[1], sessions[2] == sessions[3], sessions[0] == sessions[2]) == (True, True, False)
 
 
 def test_the_second_round_is_without_speculation(shown: Outcome, server: FakeServer) -> None:
-    assert [request["speculation"] for request in server.requests] == [True, True, False, False]
+    assert [request["speculation"] for request in server.requests[:4]] == [True, True, False, False]
 
 
 def test_the_answers_are_greedy(shown: Outcome, server: FakeServer) -> None:
@@ -119,7 +134,7 @@ def test_a_given_port_that_is_taken_is_an_error(run: Run, cluster: FakeCluster) 
 
 
 def test_different_tokens_are_stated(run: Run, cluster: FakeCluster, server: FakeServer) -> None:
-    server.answers = [*good_answers()[:3], answer_events(tokens=[4, 6], drafted=0)]
+    server.answers = [*good_answers()[:3], answer_events(tokens=[4, 6], drafted=0), *speed_answers()]
     assert "Same tokens with and without drafts: NO, turn 2 differs from token 2 on." in run("demo").out
 
 
