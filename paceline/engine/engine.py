@@ -53,6 +53,7 @@ class Engine:
         speculator: Speculator | None = None,
         speculation: SpeculationSettings | None = None,
     ) -> None:
+        assert runner.columns is None, "a model that cannot say every token of its vocabulary is a draft"
         self.kv = kv
         self.limits = limits
         self.speculator = speculator
