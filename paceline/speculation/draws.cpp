@@ -7,8 +7,8 @@
 // Top-k and min-p become a floor under the scores. Top-p is asked of the token drawn: it is inside the nucleus iff the
 // mass above it is below top_p; if it is not, the floor goes above it and the row is drawn again.
 //
-// What another order of summing, or another library's logarithm, might decide otherwise is left to the reference, and so
-// is a row that is no distribution. Compiled for the host by paceline/native.py.
+// What another order of summing, or another library's logarithm, might decide otherwise is left to the reference, and
+// so is a row that is no distribution. Compiled for the host by paceline/native.py.
 
 #include <algorithm>
 #include <cmath>
@@ -37,7 +37,7 @@ constexpr int kLanes = 4;
 constexpr int64_t kBlock = 64;  // tokens compared before anyone looks at the results
 constexpr int64_t kUndecided = -1;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr double kMassError = 4e-6;   // of a sum of masses, relative: of ours and of the reference's together
+constexpr double kMassError = 4e-6;    // of a sum of masses, relative: of ours and of the reference's together
 constexpr double kTotalError = 1e-12;  // of a total, relative to itself or 1
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u, kMix1 = 0xBF58476D1CE4E5B9u, kMix2 = 0x94D049BB133111EBu;
@@ -96,10 +96,11 @@ struct Draw {
 
   uint64_t counter(int64_t i) const { return start + (static_cast<uint64_t>(ids ? ids[i] : i) + 1) * kGolden; }
 
+  // log u < score - top, in units of a float's bits. Roundings to float, of which each is below 2^-23 of the score or
+  // of 256, come to less than what is taken off the top.
   void aim() {
     constexpr double kPerNat = 0x1p23 / 0.6931471805599453, kWhole = (127.0 + 31.0) * 0x1p23;
     slope = static_cast<float>(kPerNat / temperature);
-    // Less than the top by what rounding to float may come to, here and in the comparison.
     offset = static_cast<float>(kWhole - (top - (std::abs(top) + 256) * 0x1p-20) * kPerNat);
   }
 
@@ -190,7 +191,7 @@ int64_t greedy(const float* x, int64_t n) {
   return std::find(x + block, x + n, top) - x;
 }
 
-// e^x for x <= 0, within 2 units in the last place: x = n ln 2 + r, e^r by its series (Cephes' expf). Below -87 it is 0.
+// e^x for x <= 0, within 2 units in the last place: x = n ln 2 + r, e^r by its series (Cephes' expf). 0 below -87.
 inline vec exp_of(vec given) {
   const vec x = larger(given, vec{} - 87.f);
   const ivec whole = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);
