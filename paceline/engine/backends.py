@@ -12,6 +12,7 @@ from paceline.engine.native import Kernels, kernels
 from paceline.engine.products import BACKENDS, KeepingBackend, LinearBackends, with_byte_activations
 from paceline.errors import ConfigError
 from paceline.hardware import usable_cores
+from paceline.speculation import coupling
 
 KV_SHARE_OF_FREE_MEMORY = 0.25
 
@@ -61,6 +62,7 @@ def resolve_backends(settings: EngineSettings, *, distilled: bool = False) -> Ba
         Choice("forward pass", "lean" if lean is not None else "transformers", why_lean),
         SDPA if lean is None else OUR_ATTENTION,
         Choice("kv cache", *_kv(settings, dtype)),
+        Choice("draws", *_draws(device)),
     )
     return Backends(device, dtype, threads, linears, lean, choices)
 
@@ -138,6 +140,16 @@ def _forward(device: torch.device, dtype: torch.dtype | None) -> tuple[Kernels |
     if isinstance(found, str):
         return None, f"our kernels do not run here: {found}"
     return found, "fused projections and our own kernels; if the model is built like Llama"
+
+
+def _draws(device: torch.device) -> tuple[str, str]:
+    """Builds the kernel, if need be, so that no request waits for it."""
+    if device.type != "cpu":
+        return "torch", "our kernel is for CPUs"
+    found = coupling.kernel()
+    if isinstance(found, str):
+        return "torch", f"our kernel does not run here: {found}"
+    return "our kernel", "the tokens are those torch would draw, in a twentieth of the time"
 
 
 def _kv(settings: EngineSettings, dtype: torch.dtype | None) -> tuple[str, str]:

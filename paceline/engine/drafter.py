@@ -255,13 +255,14 @@ class Drafter:
                 continue
             chosen = [drafts[n] for n in rows]
             these = logits if len(rows) == len(drafts) else logits[torch.tensor(rows, device=logits.device)]
-            histories = [draft.rows() for draft in chosen]
+            histories, columns = [draft.rows() for draft in chosen], self._runner.columns
             if rejecting:
+                these = these if columns is None else columns.whole(these)
                 for draft, (token, row) in zip(chosen, rejection.draft(these, histories), strict=True):
                     draft.drafted.append(token)
                     draft.probs.append(row)
             else:
-                for draft, tokens in zip(chosen, sampling.draw(these, histories), strict=True):
+                for draft, tokens in zip(chosen, sampling.draw(these, histories, columns), strict=True):
                     draft.drafted += tokens
         self.drafted_tokens += len(drafts)
 

@@ -15,7 +15,7 @@ from paceline.engine.runner import Runner
 from paceline.engine.sampling import Draws
 from paceline.engine.scheduler import Scheduled, Scheduler
 from paceline.engine.sequence import Sequence
-from paceline.errors import InvalidRequest, Overloaded
+from paceline.errors import InvalidRequest, ModelError, Overloaded
 from paceline.speculation.proposer import Proposal, Wanted
 from paceline.speculation.speculator import Outcome, Speculator
 from paceline.speculation.telemetry import SpeculationTally
@@ -53,6 +53,8 @@ class Engine:
         speculator: Speculator | None = None,
         speculation: SpeculationSettings | None = None,
     ) -> None:
+        if runner.columns is not None:
+            raise ModelError("a draft over a part of its target's vocabulary is no target: it cannot say the rest")
         self.kv = kv
         self.limits = limits
         self.speculator = speculator

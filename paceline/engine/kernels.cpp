@@ -3,7 +3,7 @@
 //
 // A decode step of a small model is a few hundred tiny operations; each costs microseconds of dispatch when it
 // is a call of its own. Here a layer has four: norm, rope + KV write + attention, norm, gate.
-// Activations are float32, row-major and contiguous. Compiled for the host by paceline/engine/native.py.
+// Activations are float32, row-major and contiguous. Compiled for the host by paceline/native.py.
 
 #include <algorithm>
 #include <cmath>

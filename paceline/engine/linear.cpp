@@ -18,7 +18,7 @@
 //   4 bits   word w of a group: inputs 8w + (0, 2, 4, 6) in the low half, lowest first; 8w + (1, 3, 5, 7) in the high
 //   8 bits   word w of a group: inputs 4w + (0, 2, 1, 3), lowest byte first
 //
-// Compiled for the host by paceline/engine/native.py, without flags that let sums be reordered.
+// Compiled for the host by paceline/native.py, without flags that let sums be reordered.
 
 #include <algorithm>
 #include <atomic>

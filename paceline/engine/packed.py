@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from paceline.engine.native import BUILD, compiled
+from paceline.native import BUILD, compiled
 
 SOURCE = Path(__file__).with_name("linear.cpp")
 FLAGS = (*BUILD, "-ffp-contract=off")

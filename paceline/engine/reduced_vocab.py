@@ -1,4 +1,4 @@
-"""A draft over a part of its target's vocabulary, dressed so that the engine sees the whole of it."""
+"""A draft over a part of its target's vocabulary, under the target's ids."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from paceline.engine.attention import Window
 from paceline.engine.kv_cache import KVGeometry
 from paceline.engine.runner import Runner
+from paceline.speculation.sampling import Columns
 
 
 class ReducedVocabRunner(Runner):
-    """Takes and gives the target's ids. Tokens the draft cannot draw get -inf.
+    """Takes the target's ids; its logits have a column for each of those it can draw, and none for the others.
 
     The coupled noise is a function of the target's ids, so it stays the same on both sides. `kept` are the ids
     of the draft's tokens in ascending order, int64 [K]; `nearest` [vocab] maps every id to one of the K.
@@ -22,12 +23,16 @@ class ReducedVocabRunner(Runner):
     def __init__(self, runner: Runner, kept: torch.Tensor, nearest: torch.Tensor) -> None:
         assert runner.vocab_size == len(kept), f"{runner.vocab_size} tokens in the draft, {len(kept)} kept"
         self._runner = runner
-        self._kept = kept.to(runner.device)
         self._nearest: list[int] = nearest.tolist()
+        self._columns = Columns(kept.to(runner.device), len(self._nearest))
 
     @property
     def vocab_size(self) -> int:
         return len(self._nearest)
+
+    @property
+    def columns(self) -> Columns:
+        return self._columns
 
     @property
     def max_model_len(self) -> int:
@@ -40,10 +45,8 @@ class ReducedVocabRunner(Runner):
     def kv_geometry(self) -> KVGeometry:
         return self._runner.kv_geometry()
 
-    @torch.inference_mode()
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
         nearest = self._nearest
-        mapped = [replace(window, token_ids=[nearest[token] for token in window.token_ids]) for window in windows]
-        drawn = self._runner.run(mapped)
-        logits = torch.full((len(drawn), self.vocab_size), -torch.inf, device=drawn.device)
-        return logits.index_copy_(1, self._kept, drawn)
+        return self._runner.run(
+            [replace(window, token_ids=[nearest[token] for token in window.token_ids]) for window in windows]
+        )

@@ -12,6 +12,7 @@ from paceline.engine.attention import ATTENTION_NAME, RaggedBatch, Window
 from paceline.engine.geometry import Observer, Seen, kv_geometry, max_model_len, text_config
 from paceline.engine.kv_cache import KVGeometry
 from paceline.errors import ModelError
+from paceline.speculation.sampling import Columns
 
 
 class Runner(ABC):
@@ -20,6 +21,11 @@ class Runner(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int: ...
+
+    @property
+    def columns(self) -> Columns | None:
+        """The tokens that have logits, if not all of the vocabulary have."""
+        return None
 
     @property
     @abstractmethod
@@ -36,7 +42,7 @@ class Runner(ABC):
 
     @abstractmethod
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
-        """Logits of every sampled row, in the order of the windows: float32 [sum of `sample`, vocab].
+        """Logits of every sampled row, in the order of the windows: float32 [sum of `sample`, vocab or `columns`].
 
         Keys and values are written at each window's positions; the entries' lengths are the caller's to
         advance, once it knows what stays.

@@ -24,15 +24,21 @@ way. Nothing here can prevent it; what it amounts to is measured (tests/serve/te
 
 The generator is SplitMix64 (Steele, Lea, Flood 2014): a 64-bit counter stepped by the golden ratio and
 finalized by a bijective mix. The counter is the token id; its starting point is a mix of seed and position.
+
+In torch this is about a millisecond of a core for a row of 49152 tokens, so on a CPU a kernel draws (`draws`) where
+there is a compiler. Torch's way is the definition, and the way of every other device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
 from paceline.seeds import GOLDEN, MIX_1, MIX_2, mix
+from paceline.speculation import draws
+from paceline.speculation.draws import UNDECIDED, DrawKernel
 from paceline.speculation.processing import Unfiltered, survivors
 from paceline.types import SamplingParams
 
@@ -48,8 +54,8 @@ def random_bits(
     seed: int, positions: Sequence[int], vocab_size: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """64 random bits of every token id at each position: int64 [len(positions), vocab_size], bit-equal everywhere."""
-    starts = _starts([(seed, position) for position in positions], device)
-    return _bits(starts, torch.arange(vocab_size, device=device)[None])
+    starts = torch.tensor([_signed(_start(seed, position)) for position in positions], dtype=torch.int64)
+    return _bits(starts.to(device), torch.arange(vocab_size, device=device)[None])
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, positions: Sequence[int]) -> list[int]:
@@ -62,27 +68,56 @@ def draw(logits: torch.Tensor, params: SamplingParams, positions: Sequence[int])
     return found
 
 
-def draw_rows(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> torch.Tensor:
+def draw_rows(
+    logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int], ids: torch.Tensor | None = None
+) -> torch.Tensor:
     """The token of each row, of whatever request: int64 [n] on the logits' device.
 
-    `params` and `positions` have an entry for each row; see `draw`. Noise is computed only for the tokens the
-    filters left, since it is a function of their ids.
+    `params` and `positions` have an entry for each row; see `draw`. `ids`, int64 [m] and ascending, are the tokens of
+    the m columns of `logits`, None for 0, 1, …. Others cannot be drawn, and the rest is as if they had -inf.
+    """
+    found = kernel() if DrawKernel.takes(logits) else "for float32 on a CPU"
+    if isinstance(found, str):
+        columns = columns_by_definition(logits, params, positions, ids)
+    else:
+        columns, decided = found.draw(logits, params, _counters(params, positions), ids)
+        if not decided:
+            left = (columns == UNDECIDED).nonzero()[:, 0]
+            its = [params[n] for n in left.tolist()], [positions[n] for n in left.tolist()]
+            columns[left] = columns_by_definition(logits[left], *its, ids)
+    return columns if ids is None else ids[columns]
+
+
+def columns_by_definition(
+    logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int], ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The column of each row's token, in torch: int64 [n]. Arguments are those of `draw_rows`.
+
+    Noise is computed only for the tokens the filters left, since it is a function of their ids.
     """
     greedy = [p.greedy for p in params]
     if all(greedy):
         return logits.argmax(dim=-1)
-    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    if any(greedy):
-        rows = _where(greedy, logits.device)
-        tokens[rows] = logits[rows].argmax(dim=-1)
-        drawing = _where([not g for g in greedy], logits.device)
-        tokens[drawing] = _draw_sampled(
-            logits[drawing],
-            [p for p, g in zip(params, greedy, strict=True) if not g],
-            [p for p, g in zip(positions, greedy, strict=True) if not g],
-        )
-        return tokens
-    return _draw_sampled(logits, params, positions)
+    if not any(greedy):
+        return _draw_sampled(logits, params, positions, ids)
+    columns = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    rows = _where(greedy, logits.device)
+    columns[rows] = logits[rows].argmax(dim=-1)
+    drawing = _where([not g for g in greedy], logits.device)
+    columns[drawing] = _draw_sampled(
+        logits[drawing],
+        [p for p, g in zip(params, greedy, strict=True) if not g],
+        [p for p, g in zip(positions, greedy, strict=True) if not g],
+        ids,
+    )
+    return columns
+
+
+@cache
+def kernel() -> DrawKernel | str:
+    """What draws on a CPU, or why torch does."""
+    found = draws.build()
+    return found if isinstance(found, str) or _right(found) else "this compiler builds it wrong"
 
 
 def accept(candidates: Sequence[int], drawn: Sequence[int]) -> int:
@@ -97,18 +132,30 @@ def accept(candidates: Sequence[int], drawn: Sequence[int]) -> int:
     return len(candidates)
 
 
-def _draw_sampled(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> torch.Tensor:
-    starts = _starts([(_seed(p), position) for p, position in zip(params, positions, strict=True)], logits.device)
-    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+def _right(kernel: DrawKernel) -> bool:
+    """Whether a few rows come out right: of vectorizing code like this, compilers have bugs."""
+    logits = 3 * torch.randn(32, 1000, generator=torch.Generator().manual_seed(0))
+    each = SamplingParams(seed=1), SamplingParams(seed=2, top_k=40), SamplingParams(seed=3, temperature=0.7, top_p=0.9)
+    params, positions = [*each, SamplingParams(seed=4, min_p=0.02)] * 8, range(32)
+    columns, _ = kernel.draw(logits, params, _counters(params, positions), None)
+    return torch.equal(columns, columns_by_definition(logits, params, positions))
+
+
+def _draw_sampled(
+    logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int], ids: torch.Tensor | None
+) -> torch.Tensor:
+    """The columns drawn."""
+    counters = torch.tensor([_signed(x) for x in _counters(params, positions)], dtype=torch.int64).to(logits.device)
+    columns = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     everyone = torch.arange(logits.shape[-1], device=logits.device)[None]
     for part in survivors(logits, params, lazy=True):
-        ids = everyone if isinstance(part, Unfiltered) or part.ids is None else part.ids
-        totals = _to_gumbel(_bits(starts[part.rows], ids)).add_(part.scores)
+        places = everyone if isinstance(part, Unfiltered) or part.ids is None else part.ids
+        totals = _to_gumbel(_bits(counters[part.rows], places if ids is None else ids[places])).add_(part.scores)
         best = totals.argmax(dim=-1)
         if isinstance(part, Unfiltered):
             best = _best_kept(part, totals, best)
-        tokens[part.rows] = ids.expand_as(totals).gather(-1, best[:, None])[:, 0]
-    return tokens
+        columns[part.rows] = places.expand_as(totals).gather(-1, best[:, None])[:, 0]
+    return columns
 
 
 def _best_kept(part: Unfiltered, totals: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
@@ -124,19 +171,23 @@ def _best_kept(part: Unfiltered, totals: torch.Tensor, best: torch.Tensor) -> to
     return best
 
 
+def _where(wanted: Sequence[bool], device: torch.device) -> torch.Tensor:
+    return torch.tensor([n for n, found in enumerate(wanted) if found], device=device)
+
+
+def _counters(params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    """Where the counter of each row starts, in 64 bits; 0 if it is greedy."""
+    return [0 if p.greedy else _start(_seed(p), position) for p, position in zip(params, positions, strict=True)]
+
+
 def _seed(params: SamplingParams) -> int:
     assert params.seed is not None, "a seed is fixed where a request enters"
     return params.seed
 
 
-def _where(wanted: Sequence[bool], device: torch.device) -> torch.Tensor:
-    return torch.tensor([n for n, found in enumerate(wanted) if found], device=device)
-
-
-def _starts(places: Sequence[tuple[int, int]], device: torch.device | str) -> torch.Tensor:
-    """Where the counter of each (seed, position) starts: int64 [n]."""
-    starts = [_signed(mix(mix(seed) + (position + 1) * _POSITION_STEP)) for seed, position in places]
-    return torch.tensor(starts, dtype=torch.int64).to(device)
+def _start(seed: int, position: int) -> int:
+    """Where the counter of a position starts, in 64 bits."""
+    return mix(mix(seed) + (position + 1) * _POSITION_STEP)
 
 
 def _bits(starts: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

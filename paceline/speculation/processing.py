@@ -7,7 +7,8 @@ Sorting 49152 scores takes 1.3 ms on one core, finding the 128 best of them 0.1 
 no more tokens than that. So on a CPU rows are looked at in tiers: the 128 best, then the 1024 best, then all, each
 row until its edge is found. Whoever needs only one token of a row need not find the edge of a wide one: a token is
 inside the nucleus iff the mass above it is below top_p, which is one sum (`Unfiltered`). On a GPU, where looking at
-a result means waiting for it, all rows are sorted at once.
+a result means waiting for it, all rows are sorted at once. Where the kernel draws (`draws`), it filters, too; this is
+then for those who need all scores of a row, and for the rows it leaves open.
 """
 
 from __future__ import annotations

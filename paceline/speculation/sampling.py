@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -45,42 +44,37 @@ class Rows:
         return len(self.following) - self.count + 1
 
 
-def draw(logits: torch.Tensor, batch: Sequence[Rows]) -> list[list[int]]:
-    """The tokens of each member of a batch, in order; `logits` is [sum of counts, vocab].
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """Which tokens of a vocabulary of `vocab` the columns of some logits belong to: `ids`, int64 [m], ascending."""
+
+    ids: torch.Tensor
+    vocab: int
+
+    def whole(self, logits: torch.Tensor) -> torch.Tensor:
+        """[n, m] logits as [n, vocab], -inf for the tokens without a column."""
+        return logits.new_full((len(logits), self.vocab), -torch.inf).index_copy_(1, self.ids, logits)
+
+
+def draw(logits: torch.Tensor, batch: Sequence[Rows], columns: Columns | None = None) -> list[list[int]]:
+    """The tokens of each member of a batch, in order; `logits` is [sum of counts, vocab], or has `columns`.
 
     All rows are drawn together, whatever their parameters, and come back in one copy.
     """
     params, positions = by_row(batch)
-    tokens = iter(coupling.draw_rows(adjust_all(logits, batch), params, positions).tolist())
+    if columns is not None and _adjusting(batch):
+        logits, columns = columns.whole(logits), None
+    ids = None if columns is None else columns.ids
+    tokens = iter(coupling.draw_rows(adjust_all(logits, batch), params, positions, ids).tolist())
     return [[next(tokens) for _ in range(rows.count)] for rows in batch]
 
 
 def draw_runs(logits: torch.Tensor, batch: Sequence[Rows]) -> list[list[int]]:
     """As `draw`, but of each member only up to the first token that is not the candidate there: the accepted run and
     one token more. A member's `following` are all its candidates; it has a row for each and one more.
-
-    A sampled row takes about a millisecond of a core, and what is behind a refused candidate is of no use. So on a
-    CPU rows are drawn in rounds: of every member the first, of those that go on the next two, four, … A GPU draws
-    them all at once.
     """
-    if logits.device.type != "cpu" or all(rows.params.greedy or rows.count == 1 for rows in batch):
-        drawn = draw(logits, batch)
-        return [run[: coupling.accept(rows.following, run) + 1] for run, rows in zip(drawn, batch, strict=True)]
-    logits = adjust_all(logits, batch)
-    starts = [0, *accumulate(rows.count for rows in batch)]
-    runs: list[list[int]] = [[] for _ in batch]
-    going, begin, end = list(range(len(batch))), 0, 1
-    while going:
-        places = [(n, place) for n in going for place in range(begin, min(end, batch[n].count))]
-        at = torch.tensor([starts[n] + place for n, place in places])
-        params, positions = [batch[n].params for n, _ in places], [batch[n].positions[place] for n, place in places]
-        for (n, place), token in zip(places, coupling.draw_rows(logits[at], params, positions).tolist(), strict=True):
-            # Only if every candidate before it stood.
-            if runs[n] == list(batch[n].following[:place]):
-                runs[n].append(token)
-        begin, end = end, 2 * end + 1
-        going = [n for n in going if begin < batch[n].count and runs[n] == list(batch[n].following[:begin])]
-    return runs
+    drawn = draw(logits, batch)
+    return [run[: coupling.accept(rows.following, run) + 1] for run, rows in zip(drawn, batch, strict=True)]
 
 
 def by_row(batch: Sequence[Rows]) -> tuple[list[SamplingParams], list[int]]:
@@ -91,7 +85,7 @@ def by_row(batch: Sequence[Rows]) -> tuple[list[SamplingParams], list[int]]:
 
 def adjust_all(logits: torch.Tensor, batch: Sequence[Rows]) -> torch.Tensor:
     """`adjust` for every member: [sum of counts, vocab], the same tensor if nobody wants it."""
-    if not any(rows.params.adjusts for rows in batch):
+    if not _adjusting(batch):
         return logits
     adjusted, start = logits.float().clone(), 0
     for rows in batch:
@@ -134,6 +128,10 @@ def logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Toke
         TokenLogprobs(token, logprob, rank, tuple(zip(ids, values, strict=True)))
         for token, logprob, rank, ids, values in zip(*columns, strict=True)
     ]
+
+
+def _adjusting(batch: Sequence[Rows]) -> bool:
+    return any(rows.params.adjusts for rows in batch)
 
 
 def _mask_ends(logits: torch.Tensor, rows: Rows) -> None:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from paceline.engine.attention import Window
 from paceline.engine.drafter import Drafted, Drafter
+from paceline.engine.reduced_vocab import ReducedVocabRunner
 from paceline.engine.runner import ModelRunner
+from paceline.errors import ModelError
 from paceline.speculation.frames import DraftFailureReason
 from paceline.types import SamplingParams
 from tests import tiny
@@ -687,3 +689,57 @@ def test_rejected_candidates_leave_no_penalty_behind() -> None:
     fresh, _ = drafter()
     fresh.open("s", (*PROMPT, *agreed), PENALIZED, depth=4, prompt_length=len(PROMPT))
     assert only(made) == only(fresh)
+
+
+# A part of the vocabulary.
+
+
+class WholeRunner(ReducedVocabRunner):
+    """Logits of every token of the target's, -inf for those the draft cannot draw."""
+
+    @property
+    def columns(self) -> None:  # type: ignore[override]
+        return None
+
+    def run(self, windows: Sequence[Window]) -> torch.Tensor:
+        return super().columns.whole(super().run(windows))
+
+
+def drafted_over_a_part(kind: type[ReducedVocabRunner], params: SamplingParams, rejection: bool) -> list[Drafted]:
+    kept = torch.arange(0, tiny.VOCAB, 3)
+    model = tiny.ours(tiny.tiny_llama(vocab_size=len(kept)))
+    runner = kind(model, kept, torch.arange(tiny.VOCAB) // 3)
+    made = Drafter(runner, tiny.kv_for(runner), max_batched_tokens=64, max_model_len=CONTEXT)
+    for n in range(4):
+        made.open(n, PROMPT[n:], params, depth=8, rejection=rejection)
+    return drain(made)
+
+
+@pytest.mark.parametrize("rejection", [False, True], ids=["coupled", "rejection"])
+@pytest.mark.parametrize(
+    "params",
+    [
+        GREEDY,
+        SamplingParams(seed=11),
+        SEEDED,
+        SamplingParams(seed=11, top_k=9, min_p=0.01),
+        SamplingParams(seed=11, repetition_penalty=1.5, frequency_penalty=0.5, logit_bias={3: 4.0, 4: 9.0}),
+    ],
+    ids=["greedy", "seeded", "top-p", "top-k and min-p", "penalties and bias"],
+)
+def test_a_part_of_the_vocabulary_drafts_what_the_whole_would(params: SamplingParams, rejection: bool) -> None:
+    found = drafted_over_a_part(ReducedVocabRunner, params, rejection)
+    assert found == drafted_over_a_part(WholeRunner, params, rejection)
+
+
+def test_a_draft_over_a_part_of_the_vocabulary_says_only_what_it_keeps() -> None:
+    found = drafted_over_a_part(ReducedVocabRunner, SamplingParams(seed=11, temperature=3.0), rejection=False)
+    assert {token % 3 for answer in found for token in answer.tokens} == {0}
+
+
+def test_a_draft_over_a_part_of_the_vocabulary_is_no_target() -> None:
+    kept = torch.arange(0, tiny.VOCAB, 3)
+    model = tiny.tiny_llama(vocab_size=len(kept))
+    runner = ReducedVocabRunner(tiny.ours(model), kept, torch.arange(tiny.VOCAB) // 3)
+    with pytest.raises(ModelError, match="is no target"):
+        tiny.engine_for(model, runner=runner)

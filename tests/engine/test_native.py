@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from paceline import native as building
 from paceline.engine import native
 from paceline.engine.native import Kernels, kernels
 
@@ -32,7 +33,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def empty_cache(fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr(native, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(building, "cache_dir", lambda: tmp_path)
     return tmp_path
 
 

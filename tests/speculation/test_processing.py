@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from paceline.speculation import coupling, processing
 from paceline.types import SamplingParams
 
 VOCAB = 3000
+Draw = Callable[[torch.Tensor, list[SamplingParams], range], torch.Tensor]
 
 
 def one_by_one(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -51,11 +54,14 @@ def logits_of(spreads: list[float], dtype: torch.dtype = torch.float32) -> torch
     return (rows * torch.tensor(spreads)[:, None]).to(dtype)
 
 
-@given(st.lists(st.tuples(PARAMS, st.sampled_from([0.1, 1.0, 3.0, 9.0])), min_size=1, max_size=9))
-def test_a_mixed_batch_draws_what_the_definition_draws_row_by_row(rows: list[tuple[SamplingParams, float]]) -> None:
+@pytest.mark.parametrize("draw", [coupling.draw_rows, coupling.columns_by_definition], ids=["kernel", "torch"])
+@given(rows=st.lists(st.tuples(PARAMS, st.sampled_from([0.1, 1.0, 3.0, 9.0])), min_size=1, max_size=9))
+def test_a_mixed_batch_draws_what_the_definition_draws_row_by_row(
+    draw: Draw, rows: list[tuple[SamplingParams, float]]
+) -> None:
     params, logits = [p for p, _ in rows], logits_of([spread for _, spread in rows])
     alone = [drawn_alone(row, p, n) for n, (row, p) in enumerate(zip(logits, params, strict=True))]
-    assert coupling.draw_rows(logits, params, range(len(rows))).tolist() == alone
+    assert draw(logits, params, range(len(rows))).tolist() == alone
 
 
 @given(st.lists(st.tuples(PARAMS, st.sampled_from([0.1, 1.0, 3.0, 9.0])), min_size=1, max_size=9))

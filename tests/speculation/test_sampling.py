@@ -12,7 +12,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from paceline.errors import InvalidRequest
 from paceline.speculation import coupling, sampling
-from paceline.speculation.sampling import Rows
+from paceline.speculation.sampling import Columns, Rows
 from paceline.types import SamplingParams
 
 VOCAB = 23
@@ -189,3 +189,38 @@ def test_runs_of_a_mixed_batch_are_those_of_each_member_alone() -> None:
         alone += sampling.draw_runs(logits[start : start + rows.count], [rows])
         start += rows.count
     assert sampling.draw_runs(logits, batch) == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(seed=9),
+        SamplingParams(seed=9, top_p=0.8),
+        SamplingParams(seed=9, top_k=4),
+        SamplingParams(seed=9, top_k=VOCAB - 1),
+        SamplingParams(seed=9, min_p=0.1),
+        PARAMS,
+    ],
+    ids=["greedy", "seeded", "top-p", "top-k", "a top-k of more than there are", "min-p", "adjusted"],
+)
+def test_columns_draw_what_the_whole_vocabulary_draws(params: SamplingParams, dtype: torch.dtype) -> None:
+    columns = Columns(torch.tensor([0, 1, 2, 4, 7, 8, 9, 15, 16, 20]), VOCAB)
+    logits = noise(200)[:, :10].to(dtype)
+    batch = [Rows(params, 2, [3, 4, 5][: 2 + n % 2], [7] * (n % 5)) for n in range(200)]
+    assert sampling.draw(logits, batch, columns) == sampling.draw(columns.whole(logits), batch)
+
+
+def test_who_is_adjusted_changes_nothing_for_who_is_not() -> None:
+    columns, logits = Columns(torch.tensor([1, 4, 9]), VOCAB), noise(2)[:, :3]
+    plain, adjusted = Rows(SamplingParams(seed=4), 1, [3]), Rows(PARAMS, 1, [3])
+    together = sampling.draw(logits, [plain, adjusted], columns)
+    assert together == [
+        sampling.draw(logits[n : n + 1], [rows], columns)[0] for n, rows in enumerate([plain, adjusted])
+    ]
+
+
+def test_a_token_without_a_column_is_impossible() -> None:
+    whole = Columns(torch.tensor([1, 3]), 5).whole(torch.tensor([[2.0, 4.0]]))
+    assert whole.tolist() == [[-torch.inf, 2.0, -torch.inf, 4.0, -torch.inf]]
