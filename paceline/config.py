@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paceline.errors import ConfigError
+from paceline.sessions.window import DEFAULT_N_KEEP, HALF
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
@@ -76,6 +77,18 @@ class EngineSettings(Settings):
         "auto is 64 on a CPU, max_batched_tokens on a GPU.",
     )
     max_queued_requests: Positive = Field(64, description="Waiting requests; one more is refused with 429.")
+    ctx_size: Positive | None = Field(
+        None,
+        description="Streaming window: of a text that may grow for ever the model sees so many tokens, the first "
+        "n_keep and the latest. null is none: a text ends with max_model_len. Requests may set their own; drafts "
+        "follow their target.",
+    )
+    n_keep: Annotated[int, Field(ge=0)] = Field(
+        DEFAULT_N_KEEP, description="First tokens a streaming window never drops (attention sinks)."
+    )
+    n_discard: Annotated[int, Field(ge=HALF)] = Field(
+        HALF, description="Tokens a full streaming window drops at a time; -1 is half of those behind n_keep."
+    )
     scheduling_policy: SchedulingPolicy = Field(
         "fcfs",
         description="Who goes first. fcfs: who came first; a request with a priority is refused. priority: the lower a "
