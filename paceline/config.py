@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from paceline.errors import ConfigError
-from paceline.sessions.window import DEFAULT_N_KEEP, HALF
+from paceline.errors import ConfigError, InvalidRequest
+from paceline.sessions.window import DEFAULT_N_KEEP, HALF, StreamingWindow
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
@@ -87,13 +87,26 @@ class EngineSettings(Settings):
         DEFAULT_N_KEEP, description="First tokens a streaming window never drops (attention sinks)."
     )
     n_discard: Annotated[int, Field(ge=HALF)] = Field(
-        HALF, description="Tokens a full streaming window drops at a time; -1 is half of those behind n_keep."
+        HALF,
+        validate_default=True,
+        description="Tokens a full streaming window drops at a time; -1 is half of those behind n_keep.",
     )
     scheduling_policy: SchedulingPolicy = Field(
         "fcfs",
         description="Who goes first. fcfs: who came first; a request with a priority is refused. priority: the lower a "
         "request's priority, the sooner, even in place of running ones.",
     )
+
+    @field_validator("n_discard")
+    @classmethod
+    def _window_fits_itself(cls, value: int, info: ValidationInfo) -> int:
+        ctx_size, n_keep = info.data.get("ctx_size"), info.data.get("n_keep")
+        if ctx_size is not None and n_keep is not None:
+            try:
+                StreamingWindow(ctx_size, n_keep, value)
+            except InvalidRequest as error:
+                raise ValueError(error.message) from None
+        return value
 
 
 class SpeculationSettings(Settings):

@@ -1,8 +1,8 @@
 """Whatever happens around a request, it gets the tokens it gets alone, and every account closes.
 
 A schedule is a list of events between steps: requests arrive (with shared prefixes, in sessions with follow-up
-turns, with priorities, some under a streaming window), some are cancelled, idle KV is evicted, sessions are dropped. KV is so small that running
-sequences are preempted.
+turns, with priorities, some under a streaming window), some are cancelled, idle KV is evicted, sessions are dropped.
+KV is so small that running sequences are preempted.
 """
 
 from __future__ import annotations
