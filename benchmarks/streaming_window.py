@@ -107,9 +107,8 @@ def speed(model: LoadedModel, window: StreamingWindow, tokens: int, seed: int) -
     """One stream, plain decoding: every step is a token."""
     engine, process = model.engine(), psutil.Process()
     prompt = tuple(_text(model, PROMPT_TOKENS))
-    params = SamplingParams(
-        max_tokens=tokens, temperature=0.8, top_p=0.95, seed=seed, ignore_eos=True, **asdict(window)
-    )
+    drawing: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": seed}
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True, **drawing, **asdict(window))
     engine.add(Request("endless", prompt, params))
     blocks, times, produced = [], [], 0
     with _bar("generating", tokens) as advance:
@@ -133,19 +132,19 @@ def perplexity(model: LoadedModel, window: StreamingWindow, tokens: int) -> dict
     """Negative log likelihood of every token of a long text but the first, by how it is read."""
     ids = _text(model, tokens)
     without = StreamingWindow(window.ctx_size, 0, window.n_discard)
-    ways = {
+    ways: dict[str, Callable[[], Iterator[list[float]]]] = {
         "streaming window": lambda: _streamed(model, ids, window),
         "recomputed at every shift": lambda: _recomputed(model, ids, window),
         "window without sinks": lambda: _streamed(model, ids, without),
     }
     found = {}
     for name, read in ways.items():
-        with _bar(name, len(ids)) as advance:
-            losses: list[float] = []
+        losses: list[float] = []
+        with _bar(name, len(ids) - 1) as advance:
             for some in read():
                 losses += some
                 advance(len(some))
-        found[name] = losses[: len(ids) - 1]
+        found[name] = losses
     return found
 
 
@@ -237,10 +236,12 @@ def _plot(found: dict[str, Any], path: Path) -> None:
     if "speed" in found:
         ends = [block["end"] for block in found["speed"]]
         left.plot(ends, [block["median_ms"] for block in found["speed"]], color="tab:blue")
-        left.set(xlabel="generated tokens", ylabel="ms a token (median of a thousand)", ylim=(0, None))
+        left.set(xlabel="generated tokens", ylabel="ms a token (median of a thousand)")
         memory = left.twinx()
         memory.plot(ends, [block["rss_mb"] for block in found["speed"]], color="tab:gray", linestyle="--")
-        memory.set(ylabel="RSS, MB (dashed)", ylim=(0, None))
+        memory.set(ylabel="RSS, MB (dashed)")
+        for axes in (left, memory):
+            axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
         left.set_title("time and memory")
     for name, losses in found.get("losses", {}).items():
         starts = range(0, len(losses), BLOCK // 2)

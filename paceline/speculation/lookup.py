@@ -30,7 +30,7 @@ class PromptLookup:
 
     A token costs four insertions when it is pushed; a match costs four look-ups at most. A text of more than twice
     `longest` tokens is forgotten but for its last `longest`: what a streaming window dropped is hardly said again, and
-    n-grams take some 700 bytes a token.
+    n-grams take 200 bytes a token and more.
     """
 
     __slots__ = ("_latest", "_longest", "tokens")
