@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, InvalidRequest
+from paceline.sessions.window import DEFAULT_N_KEEP, HALF, StreamingWindow
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
@@ -84,11 +85,36 @@ class EngineSettings(Settings):
         "auto is 64 on a CPU, max_batched_tokens on a GPU.",
     )
     max_queued_requests: Positive = Field(64, description="Waiting requests; one more is refused with 429.")
+    ctx_size: Positive | None = Field(
+        None,
+        description="Streaming window: of a text that may grow for ever the model sees so many tokens, the first "
+        "n_keep and the latest. null is none: a text ends with max_model_len. Requests may set their own; drafts "
+        "follow their target.",
+    )
+    n_keep: Annotated[int, Field(ge=0)] = Field(
+        DEFAULT_N_KEEP, description="First tokens a streaming window never drops (attention sinks)."
+    )
+    n_discard: Annotated[int, Field(ge=HALF)] = Field(
+        HALF,
+        validate_default=True,
+        description="Tokens a full streaming window drops at a time; -1 is half of those behind n_keep.",
+    )
     scheduling_policy: SchedulingPolicy = Field(
         "fcfs",
         description="Who goes first. fcfs: who came first; a request with a priority is refused. priority: the lower a "
         "request's priority, the sooner, even in place of running ones.",
     )
+
+    @field_validator("n_discard")
+    @classmethod
+    def _window_fits_itself(cls, value: int, info: ValidationInfo) -> int:
+        ctx_size, n_keep = info.data.get("ctx_size"), info.data.get("n_keep")
+        if ctx_size is not None and n_keep is not None:
+            try:
+                StreamingWindow(ctx_size, n_keep, value)
+            except InvalidRequest as error:
+                raise ValueError(error.message) from None
+        return value
 
 
 class SpeculationSettings(Settings):

@@ -54,7 +54,8 @@ class LLM:
         loaded = load_model(resolve(model).path, settings)
         drafter = None
         if draft is not None:
-            drafting = load_model(resolve(draft).path, settings)
+            # A draft's window is that of each request.
+            drafting = load_model(resolve(draft).path, settings.model_copy(update={"ctx_size": None}))
             if drafting.fingerprint != loaded.fingerprint:
                 raise ConfigError(f"draft: {draft!r} and {model!r} have different tokenizers", param="draft")
             drafter = LocalProposer(drafting.drafter())

@@ -15,6 +15,7 @@ from typing import Any
 
 from paceline.errors import InvalidRequest, PacelineError, by_code
 from paceline.seeds import choice_seed
+from paceline.sessions.window import DEFAULT_N_KEEP, HALF, StreamingWindow
 
 MAX_SEED = 2**64 - 1
 MAX_STOP_STRINGS = 16
@@ -23,6 +24,8 @@ MAX_CHOICES = 128
 MAX_BIAS = 100.0
 MAX_PRIORITY = 2**31 - 1
 """Either way from 0; what the wire holds."""
+MAX_TOKENS = 2**31 - 1
+"""Prompt and output of one request, where nothing else bounds them: positions are 32 bits on the wire."""
 GREEDY_BELOW = 1e-5
 """A lower temperature draws the likeliest token anyway, and dividing by it overflows."""
 
@@ -37,7 +40,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn, how many outputs there are, when each ends and what is told about it.
+    """How tokens are drawn and from how much of the text, how many outputs there are, when each ends, what is told.
 
     `temperature` 0, or below 1e-5, is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` fixes the output
     for all time; None draws a fresh one, reported with the result. `n` outputs of one prompt are drawn from
@@ -53,6 +56,10 @@ class SamplingParams:
     `include_stop_str_in_output`. `logprobs` reports that many likeliest tokens (0 to 20) beside each token of
     the output, from the model's own distribution before anything above; `prompt_logprobs` the same for the
     prompt, which is then computed anew.
+
+    With a `ctx_size` the text has no bound: the model sees its first `n_keep` tokens and the latest, `ctx_size` in
+    all at most, and drops `n_discard` of them at a time (`paceline.sessions.window`; -1 is half of those behind the
+    first). 0 is off. None is what the engine is set to.
     """
 
     max_tokens: int | None = 256
@@ -73,6 +80,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    ctx_size: int | None = None
+    n_keep: int | None = None
+    n_discard: int | None = None
 
     def __post_init__(self) -> None:
         stop = _tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
@@ -85,6 +95,10 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), low=0, high=MAX_LOGPROBS)
         _check_int("n", self.n, low=1, high=MAX_CHOICES)
+        for name, low in (("ctx_size", 0), ("n_keep", 0), ("n_discard", HALF)):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), low=low, high=MAX_TOKENS)
+        _ = self.window  # raises if the three do not fit each other
 
     def _check_drawing(self) -> None:
         _check_number("temperature", self.temperature, low=0.0, high=100.0)
@@ -119,6 +133,14 @@ class SamplingParams:
     def with_seed(self) -> SamplingParams:
         """These parameters with a seed: the given one, or a fresh 63-bit one."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(63))
+
+    @property
+    def window(self) -> StreamingWindow | None:
+        """The streaming window, if these parameters set one."""
+        if not self.ctx_size:
+            return None
+        n_keep = DEFAULT_N_KEEP if self.n_keep is None else self.n_keep
+        return StreamingWindow(self.ctx_size, n_keep, HALF if self.n_discard is None else self.n_discard)
 
     @property
     def adjusts(self) -> bool:

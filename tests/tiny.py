@@ -52,7 +52,7 @@ def ours(model: PreTrainedModel) -> ModelRunner:
 
 def kv_for(runner: Runner, capacity: int = 4096, *, quantized: bool = False) -> SlabKVCache:
     own = runner.kv_geometry()
-    return SlabKVCache(own.quantized() if quantized else own, capacity, runner.max_model_len)
+    return SlabKVCache(own.quantized() if quantized else own, capacity, runner.max_model_len, runner.key_shift())
 
 
 def flat_cost() -> VerifyCost:

@@ -24,6 +24,7 @@ from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.api.stream import Stream
 from paceline.config import SchedulingPolicy
 from paceline.errors import InvalidRequest, RequestTimeout, UnknownModel, UnknownSession
+from paceline.sessions.rules import WindowRules
 from paceline.types import Frame, Prompt, Request, SamplingParams
 
 CONTROL_TIMEOUT_S = 10.0
@@ -64,6 +65,7 @@ class Gateway:
         request_timeout_s: float,
         scheduling_policy: SchedulingPolicy = "fcfs",
         synthetic_acceptance: float | None = None,
+        windows: WindowRules | None = None,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
         """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
@@ -75,6 +77,7 @@ class Gateway:
         self._prompts = PromptEncoder(tokenizer)
         self._request_timeout_s = request_timeout_s
         self._scheduling_policy = scheduling_policy
+        self._windows = windows or WindowRules(max_model_len)
 
     async def prepare_chat(
         self,
@@ -114,8 +117,9 @@ class Gateway:
         self._check_priority(priority)
         session = None if session_id is None else check_session_id(session_id)
         token_ids = await self._prompts.prompt(prompt)
+        params = self._windows.resolve(params)
         if params.max_tokens is None and default_max_tokens is not None:
-            room = max(1, self.max_model_len - len(token_ids))
+            room = max(1, self._windows.longest(params) - len(token_ids))
             params = replace(params, max_tokens=min(default_max_tokens, room))
         fitted = self._fit("prompt", len(token_ids), params)
         return Request(f"cmpl-{uuid4().hex}", token_ids, fitted, session, speculate, priority=priority)
@@ -165,14 +169,14 @@ class Gateway:
             )
 
     def _fit(self, source: str, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        """The parameters with `max_tokens` and the seed resolved. Raises InvalidRequest if they name tokens the
-        model lacks, or if prompt and output exceed its context."""
+        """The parameters with the window, `max_tokens` and the seed resolved. Raises InvalidRequest if they name tokens
+        the model lacks, or if prompt and output exceed its context."""
         self._prompts.check_ids("stop_token_ids", params.stop_token_ids)
         self._prompts.check_ids("logit_bias", tuple(params.bias))
-        return self._within_context(source, prompt_tokens, params).with_seed()
+        return self._within_context(source, prompt_tokens, self._windows.resolve(params)).with_seed()
 
     def _within_context(self, source: str, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        context = self.max_model_len
+        context = self._windows.longest(params)
         room = context - prompt_tokens
         if room < 1:
             raise InvalidRequest(

@@ -43,6 +43,9 @@ _SAMPLING = (
     "min_tokens",
     "include_stop_str_in_output",
     "n",
+    "ctx_size",
+    "n_keep",
+    "n_discard",
 )
 """Fields of the body that are sampling parameters by the same name and meaning."""
 
@@ -173,6 +176,9 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     session_id: str | None = Field(None, description="The KV cache to reuse and to leave behind.")
     speculation: bool | None = Field(None, description="Off: no drafts. The tokens are the same either way.")
+    ctx_size: int | None = Field(None, description="Streaming window: the text may grow for ever. 0 is off.")
+    n_keep: int | None = Field(None, description="First tokens the window never drops.")
+    n_discard: int | None = Field(None, description="Tokens it drops at a time; -1 is half.")
     priority: Priority | None = Field(None, description="Lower goes first, if the server schedules by priority.")
     return_token_ids: bool | None = Field(None, description="Report token ids in the `paceline` object.")
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from paceline.engine.kv_cache import KVEntry
+from paceline.engine.kv_entry import KVEntry
 from paceline.errors import ModelError
 
 ATTENTION_NAME = "paceline_ragged"
@@ -28,8 +28,8 @@ _UNSUPPORTED = ("position_bias",)
 class Window:
     """Consecutive tokens of one sequence in one step: a prefill chunk, a decode step or a verification.
 
-    Their keys and values go to positions entry.length, entry.length + 1, … of `entry`. Logits are computed
-    for the last `sample` tokens.
+    Their keys and values go to positions entry.held, entry.held + 1, … of `entry`, which are the positions the model
+    sees. Logits are computed for the last `sample` tokens.
     """
 
     entry: KVEntry
@@ -38,7 +38,7 @@ class Window:
 
     @property
     def start(self) -> int:
-        return self.entry.length
+        return self.entry.held
 
     @property
     def end(self) -> int:

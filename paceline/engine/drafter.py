@@ -12,6 +12,7 @@ from paceline.engine.attention import Window
 from paceline.engine.kv_cache import KVCache, KVEntry
 from paceline.engine.runner import Runner
 from paceline.engine.scheduler import GROWTH
+from paceline.sessions.window import StreamingWindow
 from paceline.speculation import rejection, sampling
 from paceline.speculation.frames import MAX_AHEAD, MAX_DEPTH, DraftFailureReason, SparseRow
 from paceline.speculation.run import common_prefix
@@ -47,6 +48,9 @@ class _Draft:
 
     `depth` candidates are owed until they are `answered`, then up to `allowance` more, at most `ahead`, are drafted
     while the target is busy. `sent` of the drafted ones the caller has. A `parked` sequence gave its KV away.
+
+    `limit` is the longest text the model takes. Under a streaming `window` there is none, but no more is drafted than
+    the window has room for with what is agreed: what it drops then is gone, and a candidate may turn out wrong.
     """
 
     key: Hashable
@@ -54,6 +58,8 @@ class _Draft:
     params: SamplingParams
     depth: int
     prompt_length: int
+    limit: int
+    window: StreamingWindow | None = None
     ahead: int = 0
     allowance: int = 0
     rejection: bool = False
@@ -73,6 +79,20 @@ class _Draft:
     def pending(self) -> int:
         """Tokens whose KV is missing."""
         return self.length - (self.entry.length if self.entry is not None else 0)
+
+    @property
+    def end(self) -> int:
+        """The length it may be drafted to now: a token is drawn even where the next one has no room."""
+        return self.limit if self.window is None else self.window.edge(len(self.agreed)) + 1
+
+    @property
+    def ended(self) -> bool:
+        """Whether its context ends here for good."""
+        return self.window is None and self.length >= self.limit
+
+    def kv_room(self, tokens: int) -> int:
+        """Tokens held in KV, at most, while it grows to so many tokens."""
+        return min(tokens, self.limit if self.window is None else self.window.ctx_size)
 
     def rows(self) -> Rows:
         """The row that draws its next token, with the history the target will have there."""
@@ -166,18 +186,29 @@ class Drafter:
         """
         self.close(key)
         failure = None
-        if not tokens or not self._known(tokens):
+        window = params.window
+        if not tokens or not self._known(tokens) or (window is not None and self.kv.shift_refusal is not None):
             failure = DraftFailureReason.UNSUPPORTED
         elif len(self._drafts) >= self._max_sequences:
             failure = DraftFailureReason.BUSY
         if failure is not None:
             self._outbox.append(Drafted(key, len(tokens), failure=failure))
             return
-        prompt = len(tokens) if prompt_length is None else prompt_length
+        if window is not None and window.ctx_size > self._max_model_len:
+            window = None  # this model's own context ends before anything is dropped
         credit = min(ahead, MAX_AHEAD)
-        depth = min(depth, MAX_DEPTH)
         self._drafts[key] = _Draft(
-            key, list(tokens), params, depth, prompt, credit, credit, rejection=rejection, streaming=streaming
+            key,
+            list(tokens),
+            params,
+            min(depth, MAX_DEPTH),
+            len(tokens) if prompt_length is None else prompt_length,
+            self._max_model_len,
+            window,
+            ahead=credit,
+            allowance=credit,
+            rejection=rejection,
+            streaming=streaming,
         )
 
     def advance(self, key: Hashable, base: int, tokens: Sequence[int], depth: int) -> None:
@@ -240,7 +271,8 @@ class Drafter:
                 continue
             # A token is drawn from the logits of the one before it, so at least that one is computed.
             self.kv.truncate(entry, draft.length - 1)
-            chunk = draft.tokens_from(entry.length, limit)
+            self.kv.shift(entry)
+            chunk = draft.tokens_from(entry.length, min(limit, entry.left))
             complete = len(chunk) == draft.pending and len(draft.drafted) < self._goal(draft)
             batch.append((draft, Window(entry, chunk, sample=int(complete))))
             budget -= len(chunk)
@@ -269,18 +301,18 @@ class Drafter:
     def _goal(self, draft: _Draft) -> int:
         """Tokens to have drafted beyond the agreed ones, in the end."""
         wanted = draft.depth + draft.allowance if draft.depth else 0
-        return max(0, min(wanted, self._max_model_len - len(draft.agreed)))
+        return max(0, min(wanted, draft.end - len(draft.agreed)))
 
     def _full(self, draft: _Draft) -> bool:
-        """Whether it has the candidates owed, or the context ends."""
-        return len(draft.drafted) >= draft.depth or draft.length >= self._max_model_len
+        """Whether it has the candidates owed, or there is no room for them."""
+        return len(draft.drafted) >= draft.depth or draft.length >= draft.end
 
     def _owes(self, draft: _Draft) -> bool:
         return draft.depth > 0 and not draft.answered and not self._full(draft)
 
     def _behind(self, draft: _Draft) -> int:
         """Agreed tokens that could be computed now, so that drafting can begin at once."""
-        if draft.length >= self._max_model_len or draft.parked:
+        if draft.ended or draft.parked:
             return 0
         return len(draft.agreed) - 1 - (draft.entry.length if draft.entry is not None else 0)
 
@@ -307,7 +339,7 @@ class Drafter:
             end = draft.depth
             return Drafted(draft.key, len(draft.agreed), tuple(draft.drafted[:end]), probs=tuple(draft.probs[:end]))
         sent, end = draft.sent, len(draft.drafted) if draft.depth else draft.sent
-        final = len(draft.drafted) < draft.depth
+        final = draft.ended and len(draft.drafted) < draft.depth
         if sent == end and draft.depth and not (first and final):
             return None
         draft.sent = end
@@ -316,13 +348,13 @@ class Drafter:
 
     def _room(self, draft: _Draft, batch: list[_Draft]) -> KVEntry | None:
         """KV for it, if need be that of a sequence that is neither wanted nor in the step's batch already."""
-        room = min(self._max_model_len, draft.length + GROWTH)
+        room = draft.kv_room(draft.length + GROWTH)
         while True:
             if draft.entry is None:
-                draft.entry = self.kv.reserve(draft.tokens_from(0, draft.length), room)
+                draft.entry = self.kv.reserve(draft.tokens_from(0, draft.length), room, window=draft.window)
                 if draft.entry is not None:
                     return draft.entry
-            elif draft.length <= draft.entry.charged or self.kv.extend(draft.entry, room):
+            elif draft.kv_room(draft.length) <= draft.entry.charged or self.kv.extend(draft.entry, room):
                 return draft.entry
             if not self._park_one(draft, batch):
                 return None

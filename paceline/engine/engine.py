@@ -16,6 +16,8 @@ from paceline.engine.sampling import Draws
 from paceline.engine.scheduler import Scheduled, Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.errors import InvalidRequest, ModelError, Overloaded
+from paceline.sessions.rules import WindowRules
+from paceline.sessions.window import DEFAULT_N_KEEP, HALF
 from paceline.speculation.proposer import Proposal, Wanted
 from paceline.speculation.speculator import Outcome, Speculator
 from paceline.speculation.telemetry import SpeculationTally
@@ -34,6 +36,10 @@ class EngineLimits:
     max_queued_requests: int
     max_prefill_while_decoding: int | None = None
     """Prompt tokens in a step in which a stream runs; None is up to `max_batched_tokens`."""
+    ctx_size: int | None = None
+    """The streaming window of requests that name none, with `n_keep` and `n_discard`; None is none."""
+    n_keep: int = DEFAULT_N_KEEP
+    n_discard: int = HALF
 
 
 class Engine:
@@ -70,6 +76,13 @@ class Engine:
         )
         self._ids = itertools.count(1)
         self._by_request: dict[str, Sequence] = {}
+        self._windows = WindowRules(
+            largest=min(limits.max_model_len, kv.usage().total),
+            ctx_size=limits.ctx_size,
+            n_keep=limits.n_keep,
+            n_discard=limits.n_discard,
+            refusal=kv.shift_refusal,
+        )
         self.tally = SpeculationTally()
         """What became of candidates, of all sequences since the start."""
 
@@ -144,7 +157,7 @@ class Engine:
         if self.speculator is None:
             return {}
         decoding = [sequence for sequence in self._scheduler.running if sequence.decoding]
-        wanted = [Wanted(each.sequence_id, len(each.tokens), self._room_for_candidates(each)) for each in decoding]
+        wanted = [Wanted(each.sequence_id, len(each.tokens), _candidates_for(each)) for each in decoding]
         proposed = self.speculator.propose(wanted, self._scheduler.prefill_ahead())
         for sequence in decoding:
             sequence.tally.late += sequence.sequence_id in proposed.late
@@ -160,10 +173,6 @@ class Engine:
         known = sum(1 for _ in itertools.takewhile(lambda token: 0 <= token < vocab, proposal.tokens))
         return replace(proposal, tokens=proposal.tokens[:known], probs=proposal.probs[: known + 1])
 
-    def _room_for_candidates(self, sequence: Sequence) -> int:
-        """None for the last token, it is drawn anyway."""
-        return sequence.room - len(sequence.tokens) - 1 if sequence.request.speculate else 0
-
     def _commit(self, step: list[Scheduled], drawn: list[Draws]) -> list[Sequence]:
         """Accept the longest agreeing run, keep its KV, drop the rest; tell the speculator."""
         committed, outcomes, prefilled = [], [], 0
@@ -177,7 +186,7 @@ class Engine:
                 continue
             self._take(part, draws)
             committed.append(sequence)
-            room, new = self._room_for_candidates(sequence), tuple(sequence.tokens[base:])
+            room, new = _candidates_for(sequence), tuple(sequence.tokens[base:])
             outcomes.append(
                 Outcome(sequence.sequence_id, base, new, part.draws, max(0, room), decoding, sequence.finished)
             )
@@ -230,12 +239,12 @@ class Engine:
             raise Overloaded(f"{self.num_waiting} requests are waiting already; try again shortly", retry_after=1.0)
 
     def _resolve(self, request: Request) -> Request:
-        """Fill in `max_tokens`, the seed and the ids `min_tokens` masks; refuse what cannot fit."""
+        """Fill in the window, `max_tokens`, the seed and the ids `min_tokens` masks; refuse what cannot fit."""
         prompt = len(request.token_ids)
         self._check_ids("prompt", request.token_ids)
         self._check_ids("logit_bias", request.params.bias)
-        limit = min(self.limits.max_model_len, self.kv.usage().total)
-        max_tokens = request.params.max_tokens
+        params = self._windows.resolve(request.params)
+        limit, max_tokens = self._windows.longest(params), params.max_tokens
         if prompt >= limit:
             raise InvalidRequest(f"prompt: {prompt} tokens do not fit the context of {limit}", param="prompt")
         if max_tokens is not None and prompt + max_tokens > limit:
@@ -244,7 +253,7 @@ class Engine:
                 f"at most {limit - prompt} fit",
                 param="max_tokens",
             )
-        params = replace(request.params.with_seed(), max_tokens=max_tokens or limit - prompt)
+        params = replace(params.with_seed(), max_tokens=max_tokens or limit - prompt)
         if params.min_tokens and not params.ignore_eos:
             # The drafter masks the same ids, and its model's own EOS may differ.
             params = replace(params, stop_token_ids=tuple(sorted(self._eos.union(params.stop_token_ids))))
@@ -254,3 +263,7 @@ class Engine:
         vocab = self._runner.vocab_size
         if not all(0 <= token < vocab for token in token_ids):
             raise InvalidRequest(f"{name}: token ids must be in [0, {vocab})", param=name)
+
+
+def _candidates_for(sequence: Sequence) -> int:
+    return sequence.room_for_candidates if sequence.request.speculate else 0

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from paceline.engine.attention import AttentionStep, Scoring
 from paceline.engine.kv_cache import KVGeometry
 from paceline.errors import ModelError
+from paceline.models.positions import ROPE_BY_LENGTH
 
 DEFAULT_MAX_MODEL_LEN = 2048
 """For models that state no limit (ALiBi has none): what BLOOM and MPT were trained at."""
 
 _LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions", "n_ctx")
-_ROPE_BY_LENGTH = ("longrope", "dynamic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def max_model_len(model: PreTrainedModel) -> int:
     limit = next((int(found) for found in stated if found), DEFAULT_MAX_MODEL_LEN)
     rope = getattr(config, "rope_parameters", None) or {}
     for one in (rope, *(each for each in rope.values() if isinstance(each, dict))):
-        if one.get("rope_type") in _ROPE_BY_LENGTH:
+        if one.get("rope_type") in ROPE_BY_LENGTH:
             original = one.get("original_max_position_embeddings")
             limit = min(limit, int(original or getattr(config, "original_max_position_embeddings", None) or limit))
     return limit

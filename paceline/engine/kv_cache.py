@@ -4,7 +4,10 @@ History is truth, KV is a cache: an entry remembers the token ids its keys and v
 a prefix is reused only where the ids agree, and anything idle may be dropped at any time.
 
     reserve ──► running entry ── append / truncate ──► release ──► idle entry ──► reserved again, forked, evicted
-                                                       import ──►            ──► exported
+                                 └─ shift ─┘           import ──►            ──► exported
+
+Under a streaming window (`paceline.sessions.window`) an entry holds fewer tokens than it was computed from. Room is
+counted in tokens held, prefixes in tokens of the text.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ from functools import partial
 import numpy as np
 import torch
 
+from paceline.engine.key_shift import KeyShift
 from paceline.engine.kv_entry import SCALE_DTYPE, KVEntry, KVExport, KVGeometry, KVUsage
 from paceline.engine.kv_index import CHUNK, PrefixIndex
 from paceline.engine.kv_memory import lazy_empty
 from paceline.errors import EngineError
+from paceline.sessions.window import StreamingWindow
 
 __all__ = ["FORK_MIN_TOKENS", "KVCache", "KVEntry", "KVExport", "KVGeometry", "KVUsage", "SlabKVCache"]
 
@@ -32,16 +37,28 @@ FORK_MIN_TOKENS = CHUNK
 class KVCache(ABC):
     """What the engine and the drafter need of a KV cache, whatever the memory behind it."""
 
+    @property
     @abstractmethod
-    def reserve(self, tokens: Sequence[int], room: int, session_id: str | None = None) -> KVEntry | None:
+    def shift_refusal(self) -> str | None:
+        """Why no streaming window is possible here, or None."""
+
+    @abstractmethod
+    def reserve(
+        self,
+        tokens: Sequence[int],
+        room: int,
+        session_id: str | None = None,
+        window: StreamingWindow | None = None,
+    ) -> KVEntry | None:
         """An entry with room for `room` tokens, holding the longest stored prefix of `tokens[:-1]`.
 
-        The last token is never taken from the cache: its logits are needed. None if running entries leave
+        Under a `window` the prefix is one that was computed under the same, or that no shift has touched. The last
+        token is never taken from the cache: its logits are needed. None if running entries leave
         no room; idle ones are evicted for it: anonymous ones, then sessions, least recently used first.
         """
 
     @abstractmethod
-    def match(self, tokens: Sequence[int], session_id: str | None = None) -> int:
+    def match(self, tokens: Sequence[int], session_id: str | None = None, window: StreamingWindow | None = None) -> int:
         """How many of `tokens[:-1]` `reserve` would find. Changes nothing."""
 
     @abstractmethod
@@ -50,11 +67,15 @@ class KVCache(ABC):
 
     @abstractmethod
     def append(self, entry: KVEntry, tokens: Sequence[int]) -> None:
-        """Count `tokens` as computed: their keys and values were written behind the entry's length."""
+        """Count `tokens` as computed: their keys and values were written behind those held."""
+
+    @abstractmethod
+    def shift(self, entry: KVEntry) -> None:
+        """Call before a token is computed: if the entry's streaming window is full, drop what it drops then."""
 
     @abstractmethod
     def truncate(self, entry: KVEntry, length: int) -> None:
-        """Forget everything from position `length` on."""
+        """Forget every token from `length` on, and what cannot be kept without them (`KVEntry.keeps`)."""
 
     @abstractmethod
     def release(self, entry: KVEntry) -> None:
@@ -98,11 +119,18 @@ class SlabKVCache(KVCache):
 
     On a CPU a slab spans the longest sequence in address space and the kernel commits a page when it is first
     written, so a slab never moves and costs what it holds. On a GPU a slab has the room reserved and moves when
-    it is extended.
+    it is extended. `shift` is how keys follow a streaming window, or why they cannot.
     """
 
-    def __init__(self, geometry: KVGeometry, capacity: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        capacity: int,
+        max_model_len: int,
+        shift: KeyShift | str = "this cache was made without",
+    ) -> None:
         self.geometry, self.capacity = geometry, capacity
+        self._key_shift = shift
         self.max_model_len = min(max_model_len, capacity)
         self._running: dict[KVEntry, None] = {}
         # Least recently used first. Anonymous entries go before any session's.
@@ -112,24 +140,34 @@ class SlabKVCache(KVCache):
         self._index = PrefixIndex()
         self._in_use = self._cached = 0
 
-    def reserve(self, tokens: Sequence[int], room: int, session_id: str | None = None) -> KVEntry | None:
+    @property
+    def shift_refusal(self) -> str | None:
+        return self._key_shift if isinstance(self._key_shift, str) else None
+
+    def reserve(
+        self,
+        tokens: Sequence[int],
+        room: int,
+        session_id: str | None = None,
+        window: StreamingWindow | None = None,
+    ) -> KVEntry | None:
         if room > self.max_model_len:
             return None
-        source, shared = self._best_source(_ids(tokens)[:-1], session_id)
+        source, shared = self._best_source(_ids(tokens)[:-1], session_id, window)
         if source is not None and _may_take_over(source, shared, session_id):
-            return self._take_over(source, shared, room, session_id)
+            return self._take_over(source, shared, room, session_id, window)
         if not self._make_room(room, keep=source):
             # No room beside the source. An idle one is then worth more continued than kept.
             if source is None or source.running:
                 return None
-            return self._take_over(source, shared, room, session_id)
-        entry = self._new_entry(room, session_id)
+            return self._take_over(source, shared, room, session_id, window)
+        entry = self._new_entry(room, session_id, window)
         if source is not None:
             self._fork(source, entry, shared)
         return entry
 
-    def match(self, tokens: Sequence[int], session_id: str | None = None) -> int:
-        return self._best_source(_ids(tokens)[:-1], session_id)[1]
+    def match(self, tokens: Sequence[int], session_id: str | None = None, window: StreamingWindow | None = None) -> int:
+        return self._best_source(_ids(tokens)[:-1], session_id, window)[1]
 
     def extend(self, entry: KVEntry, room: int) -> bool:
         if room <= entry.charged:
@@ -142,15 +180,27 @@ class SlabKVCache(KVCache):
         return True
 
     def append(self, entry: KVEntry, tokens: Sequence[int]) -> None:
-        end = entry.length + len(tokens)
-        if end > entry.charged:
-            raise EngineError(f"KV append past its reservation: {end} > {entry.charged}")
+        end = entry.held + len(tokens)
+        limit = entry.charged if entry.window is None else min(entry.charged, entry.window.ctx_size)
+        if end > limit:
+            raise EngineError(f"KV append past its reservation: {end} > {limit}")
         entry.write_ids(tokens)
         self._index.update(entry)
 
+    def shift(self, entry: KVEntry) -> None:
+        window = entry.window
+        if window is None or not entry.full:
+            return
+        if isinstance(self._key_shift, str):
+            raise EngineError(f"KV shift: {self._key_shift}")
+        self._key_shift.move(entry, window.n_keep + window.n_discard, entry.held, window.n_discard)
+        entry.dropped += window.n_discard
+        self._index.update(entry, shifted=True)
+
     def truncate(self, entry: KVEntry, length: int) -> None:
-        entry.length = min(entry.length, length)
-        self._index.update(entry)
+        dropped = entry.dropped
+        entry.cut(length)
+        self._index.update(entry, shifted=entry.dropped != dropped)
 
     def release(self, entry: KVEntry) -> None:
         self._set_idle(entry)
@@ -165,7 +215,7 @@ class SlabKVCache(KVCache):
 
     def import_session(self, export: KVExport) -> bool:
         ours = replace(self.geometry, device=torch.device("cpu"))
-        length = len(export.token_ids)
+        length = export.keys.shape[2]
         if export.geometry != ours:
             raise EngineError(f"KV import: {export.geometry}, where this model has {ours}")
         if length > self.max_model_len:
@@ -176,8 +226,9 @@ class SlabKVCache(KVCache):
         for entry in replaced:
             self._drop(entry)
         self._make_room(length, keep=None)
-        entry = self._new_entry(length, export.session_id)
+        entry = self._new_entry(length, export.session_id, export.window)
         _copy(entry.tensors, export.tensors, length)
+        entry.dropped = export.dropped
         self.append(entry, export.token_ids.tolist())
         self._set_idle(entry)
         return True
@@ -206,35 +257,41 @@ class SlabKVCache(KVCache):
             raise EngineError(f"KV account does not close: {usage}, counted {counted}")
         for entry in (*self._running, *idle):
             room = min(each.shape[2] for each in entry.tensors)
-            if not 0 <= entry.length <= entry.charged <= room or entry.length > len(entry.ids):
-                raise EngineError(f"KV entry out of bounds: {entry.length}, {entry.charged}, {entry.keys.shape}")
+            if not 0 <= entry.held <= entry.charged <= room or entry.length > len(entry.ids):
+                raise EngineError(f"KV entry out of bounds: {entry.held}, {entry.charged}, {entry.keys.shape}")
+            if entry.dropped != (entry.window.dropped(entry.length) if entry.window is not None else 0):
+                raise EngineError(f"KV entry with {entry.length} tokens has dropped {entry.dropped}: {entry.window}")
             if len(entry.chain) != entry.length // CHUNK or entry.running != (entry in self._running):
                 raise EngineError(f"KV entry out of place: {entry.length}, {len(entry.chain)}, {entry.running}")
         named = {id(entry) for held in self._by_session.values() for entry in held}
         if named != {id(entry) for entry in (*self._running, *idle) if entry.session_id is not None}:
             raise EngineError("KV entries and sessions disagree")
 
-    def _best_source(self, ids: np.ndarray, session_id: str | None) -> tuple[KVEntry | None, int]:
-        """The entry with the longest common prefix; among equals the session's own, then an idle one."""
+    def _best_source(
+        self, ids: np.ndarray, session_id: str | None, window: StreamingWindow | None
+    ) -> tuple[KVEntry | None, int]:
+        """The entry with the longest common prefix of use; among equals the session's own, then an idle one."""
         best: KVEntry | None = None
         rank = (0, False, False)
         own = self._by_session.get(session_id, {}) if session_id is not None else {}
-        for entry in (*own, *self._index.find(ids)):
-            shared = entry.shared_prefix(ids)
+        for entry in (*own, *self._index.find(ids, window)):
+            shared = entry.serves(entry.shared_prefix(ids), window)
             enough = shared >= (1 if entry in own else FORK_MIN_TOKENS)
             if enough and (shared, entry in own, not entry.running) > rank:
                 best, rank = entry, (shared, entry in own, not entry.running)
         return best, rank[0]
 
-    def _take_over(self, entry: KVEntry, shared: int, room: int, session_id: str | None) -> KVEntry | None:
+    def _take_over(
+        self, entry: KVEntry, shared: int, room: int, session_id: str | None, window: StreamingWindow | None
+    ) -> KVEntry | None:
         """Continue an idle entry in place, under the new owner. None, and nothing changed, if there is no room."""
-        needed = max(room, shared)
+        needed = max(room, shared - entry.dropped_at(shared))
         if not self._make_room(needed - entry.charged, keep=entry):
             return None
         self.truncate(entry, shared)
         self._widen(entry, needed)
         self._leave(entry)
-        entry.running, entry.charged, entry.session_id = True, needed, session_id
+        entry.running, entry.charged, entry.session_id, entry.window = True, needed, session_id, window
         self._enter(entry)
         return entry
 
@@ -260,26 +317,30 @@ class SlabKVCache(KVCache):
         if not entry.length:
             return self._drop(entry)
         own = self._by_session.get(entry.session_id, {}) if entry.session_id is not None else {}
+        window = _shifted_by(entry)
         # A session's own entry may be found by the index as well: once is enough, it can be dropped only once.
-        for other in dict.fromkeys((*own, *self._index.find(entry.token_ids))):
+        for other in dict.fromkeys((*own, *self._index.find(entry.token_ids, window))):
             if other is entry:
                 continue
             shared = other.shared_prefix(entry.token_ids)
-            if shared == entry.length and entry.session_id in (None, other.session_id):
+            if other.serves(shared, window) == entry.length and entry.session_id in (None, other.session_id):
                 self._touch(other)
                 return self._drop(entry)
-            if shared == other.length and not other.running and other.session_id in (None, entry.session_id):
+            redundant = entry.serves(shared, _shifted_by(other)) == other.length
+            if redundant and not other.running and other.session_id in (None, entry.session_id):
                 self._drop(other)
         return None
 
-    def _new_entry(self, room: int, session_id: str | None) -> KVEntry:
-        entry = KVEntry(*self._allocate(room), np.zeros(room, dtype=np.int32), charged=room, session_id=session_id)
+    def _new_entry(self, room: int, session_id: str | None, window: StreamingWindow | None) -> KVEntry:
+        ids = np.zeros(room, dtype=np.int32)
+        entry = KVEntry(*self._allocate(room), ids, charged=room, session_id=session_id, window=window)
         self._enter(entry)
         return entry
 
     def _fork(self, source: KVEntry, entry: KVEntry, length: int) -> None:
-        """Copy the first `length` tokens."""
-        _copy(entry.tensors, source.tensors, length)
+        """Copy the first `length` tokens, as far as they are held."""
+        entry.dropped = source.dropped_at(length)
+        _copy(entry.tensors, source.tensors, length - entry.dropped)
         self.append(entry, source.ids[:length].tolist())
         self._touch(source)
 
@@ -288,7 +349,7 @@ class SlabKVCache(KVCache):
             return
         before = entry.tensors
         entry.keys, entry.values, entry.scales = self._allocate(room)
-        _copy(entry.tensors, before, entry.length)
+        _copy(entry.tensors, before, entry.held)
 
     def _allocate(self, room: int) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Keys, values and scales of a new entry."""
@@ -305,7 +366,7 @@ class SlabKVCache(KVCache):
 
     def _set_idle(self, entry: KVEntry) -> None:
         self._leave(entry)
-        entry.running, entry.charged = False, entry.length
+        entry.running, entry.charged = False, entry.held
         self._enter(entry)
 
     def _touch(self, entry: KVEntry) -> None:
@@ -353,11 +414,17 @@ def _may_take_over(entry: KVEntry, shared: int, session_id: str | None) -> bool:
 
     What is cut off keeps its pages while the entry lives, so at most half may be; else the entry is forked.
     """
+    held = shared - entry.dropped_at(shared)
     if entry.running:
         return False
     if entry.session_id is None:
         return shared == entry.length
-    return entry.session_id == session_id and 2 * shared >= entry.length
+    return entry.session_id == session_id and 2 * held >= entry.held
+
+
+def _shifted_by(entry: KVEntry) -> StreamingWindow | None:
+    """The window its keys and values are bound to; None while nothing is dropped, whatever its window."""
+    return entry.window if entry.dropped else None
 
 
 def _copy(to: Sequence[torch.Tensor], of: Sequence[torch.Tensor], length: int) -> None:

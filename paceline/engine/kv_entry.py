@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from paceline.errors import EngineError
+from paceline.sessions.window import StreamingWindow
 
 SCALE_DTYPE = torch.float32
 """Of a quantized key or value: 4 bytes beside 64 or 128. Half precision would save 2 of them and need a rounding of
@@ -58,8 +59,14 @@ class KVEntry:
 
     `keys` and `values` are [num_layers, num_kv_heads, room, head_dim]; if they are int8, `scales` has one number
     for each key and one for each value, both [num_layers, num_kv_heads, room], and a key is its scale times what
-    is stored. `length` tokens are valid; their ids are `ids[:length]`. `charged` is the room it takes from the
-    cache's account. `chain` belongs to the cache's index of prefixes.
+    is stored. `length` tokens were computed; their ids are `ids[:length]`. `charged` is the room it takes from the
+    cache's account. `chain` and `names` belong to the cache's index of prefixes.
+
+    Of the tokens computed the streaming `window` has `dropped` some behind the first; the `held` others lie at
+    positions 0, 1, … in their order.
+
+        ids     sinks │ dropped │ the latest
+        keys    sinks │ the latest
     """
 
     keys: torch.Tensor
@@ -70,7 +77,10 @@ class KVEntry:
     session_id: str | None
     length: int = 0
     running: bool = True
+    window: StreamingWindow | None = None
+    dropped: int = 0
     chain: list[int] = field(default_factory=list)
+    names: dict[int, int] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -80,6 +90,52 @@ class KVEntry:
     @property
     def room(self) -> int:
         return self.keys.shape[2]
+
+    @property
+    def held(self) -> int:
+        """Tokens whose keys and values are here; the position of the next."""
+        return self.length - self.dropped
+
+    @property
+    def left(self) -> int:
+        """Tokens that fit behind those held."""
+        return self.charged - self.held
+
+    @property
+    def full(self) -> bool:
+        """Whether the streaming window must shift before another token is computed."""
+        return self.window is not None and self.held >= self.window.ctx_size
+
+    def dropped_at(self, length: int) -> int:
+        """What its first `length` tokens lack, where it is as if no more had ever been computed: see `keeps`."""
+        return self.dropped if self.window is not None and self.window.dropped(length) == self.dropped else 0
+
+    def keeps(self, length: int) -> int:
+        """How many of its first `length` tokens it can be cut to.
+
+        What a window dropped since then is gone: then only the sinks are as they were.
+        """
+        length = min(length, self.length)
+        if self.window is None or self.window.dropped(length) == self.dropped:
+            return length
+        return min(length, self.window.n_keep)
+
+    def serves(self, shared: int, window: StreamingWindow | None) -> int:
+        """How many of its first `shared` tokens a sequence under `window` can go on from.
+
+        Before anything is dropped, keys and values are the same under any window and under none.
+        """
+        if window == self.window:
+            return self.keeps(shared)
+        plain = min(shared, self.length)
+        if self.dropped and self.window is not None:
+            plain = min(plain, self.window.n_keep)
+        return plain if window is None else min(plain, window.ctx_size)
+
+    def cut(self, length: int) -> None:
+        """Forget everything from the token at `length` on, and what cannot be kept without it."""
+        self.length = self.keeps(length)
+        self.dropped = self.dropped_at(self.length)
 
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put one layer's keys and values, each [num_kv_heads, tokens, head_dim], at positions from `start` on."""
@@ -122,7 +178,8 @@ class KVEntry:
 class KVExport:
     """What a session has computed, on its own: picklable, on the CPU, sharing no memory with a cache.
 
-    `token_ids` is int32 [tokens]; `keys`, `values` and `scales` are a KVEntry's, contiguous, with `tokens` as room.
+    `token_ids` is int32 [tokens]; `keys`, `values` and `scales` are a KVEntry's, contiguous, with those its `window`
+    has not dropped as room.
     """
 
     session_id: str
@@ -130,13 +187,14 @@ class KVExport:
     keys: torch.Tensor
     values: torch.Tensor
     scales: tuple[torch.Tensor, torch.Tensor] | None = None
+    window: StreamingWindow | None = None
 
     def __post_init__(self) -> None:
-        tokens = len(self.token_ids)
+        tokens = len(self.token_ids) - self.dropped
         alike = self.keys.shape == self.values.shape and self.keys.dtype == self.values.dtype
         if not alike or self.keys.shape[2] != tokens or not tokens:
             raise EngineError(
-                f"KV export: {tokens} token ids, keys {list(self.keys.shape)}, values {list(self.values.shape)}"
+                f"KV export: {tokens} tokens held, keys {list(self.keys.shape)}, values {list(self.values.shape)}"
             )
         shapes = [list(each.shape) for each in self.scales or ()]
         if shapes != ([list(self.keys.shape[:3])] * 2 if self.geometry.is_quantized else []):
@@ -146,10 +204,15 @@ class KVExport:
     def of(cls, entry: KVEntry) -> KVExport:
         """A copy of an entry's valid part. It must belong to a session."""
         assert entry.session_id is not None
-        n = entry.length
+        n = entry.held
         # A clone, because pickling a view writes the whole slab behind it.
         keys, values, *scales = (each[:, :, :n].to("cpu", copy=True).contiguous() for each in entry.tensors)
-        return cls(entry.session_id, entry.token_ids.copy(), keys, values, (scales[0], scales[1]) if scales else None)
+        by_token = (scales[0], scales[1]) if scales else None
+        return cls(entry.session_id, entry.token_ids.copy(), keys, values, by_token, entry.window)
+
+    @property
+    def dropped(self) -> int:
+        return self.window.dropped(len(self.token_ids)) if self.window is not None else 0
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

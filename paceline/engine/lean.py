@@ -22,12 +22,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from paceline.engine.attention import ATTENTION_NAME, Window
 from paceline.engine.geometry import text_config
+from paceline.engine.key_shift import KeyShift, Rotation
 from paceline.engine.kv_cache import KVGeometry, SlabKVCache
 from paceline.engine.native import HeadsStruct, Kernels, LayerStruct, WindowStruct
 from paceline.engine.packed import PackedWeight
 from paceline.engine.products import Pack, Product
 from paceline.engine.runner import ModelRunner, Runner
 from paceline.errors import ModelError
+from paceline.models.positions import shift_refusal
 
 PROBE_TOKENS = 24
 PROBE_TOLERANCE = 0.05
@@ -93,6 +95,9 @@ class LeanRunner(Runner):
         self._final_norm, self._eps = _norm(body.norm)
         self._layers = [_take_layer(layer, take) for layer in body.layers]
         self._stack = _layer_stack(self._layers)
+        rotation = Rotation(body.rotary_emb.inv_freq.detach().float().clone())
+        rotations = tuple(rotation if layer.rotates else None for layer in self._layers)
+        self._key_shift = shift_refusal(model.config) or KeyShift(rotations)
         config = model.config
         self._embedding_scale = float(getattr(config, "embedding_multiplier", 1.0) or 1.0)
         self._residual_scale = float(getattr(config, "residual_multiplier", 1.0) or 1.0)
@@ -112,6 +117,9 @@ class LeanRunner(Runner):
 
     def kv_geometry(self) -> KVGeometry:
         return self._geometry
+
+    def key_shift(self) -> KeyShift | str:
+        return self._key_shift
 
     @torch.inference_mode()
     def run(self, windows: Sequence[Window]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine, EngineLimits
 from paceline.engine.families import refuse_unservable, runner_for
 from paceline.engine.heap import compact_allocations
+from paceline.engine.key_shift import KeyShift
 from paceline.engine.kv_cache import KVGeometry, SlabKVCache
 from paceline.engine.lean import NotLeanError, lean_runner, refuse_other_structures
 from paceline.engine.native import Kernels
@@ -23,7 +24,7 @@ from paceline.engine.products import Packer, replace_linears
 from paceline.engine.reduced_vocab import ReducedVocabRunner
 from paceline.engine.runner import Runner
 from paceline.engine.verify_cost import measure_verify_cost
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, InvalidRequest
 from paceline.models import (
     draft_folder,
     eos_token_ids,
@@ -33,9 +34,11 @@ from paceline.models import (
     tokenizer_fingerprint,
 )
 from paceline.models.lazy import empty_causal_lm, with_weights_in_files
+from paceline.sessions.rules import WindowRules
 from paceline.speculation.cost import VerifyCost
 from paceline.speculation.proposer import Proposer
 from paceline.speculation.speculator import speculator_for
+from paceline.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ class LoadedModel:
     limits: EngineLimits
     kv_geometry: KVGeometry
     kv_tokens: int
+    key_shift: KeyShift | str
     fingerprint: str
     choices: tuple[Choice, ...]
 
@@ -90,7 +94,7 @@ class LoadedModel:
         )
 
     def _kv_cache(self) -> SlabKVCache:
-        return SlabKVCache(self.kv_geometry, self.kv_tokens, self.limits.max_model_len)
+        return SlabKVCache(self.kv_geometry, self.kv_tokens, self.limits.max_model_len, self.key_shift)
 
 
 def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
@@ -106,12 +110,14 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     limits = _limits(settings, runner)
     kv_geometry = _kv_geometry(settings, runner)
     kv_tokens = _kv_tokens(settings, kv_geometry, limits)
+    key_shift = runner.key_shift()
+    _check_window(limits, key_shift)
     logger.info("%s: %s; %d KV tokens", path.name, ", ".join(f"{c.name} {c.value}" for c in choices), kv_tokens)
     if draft_folder.is_draft(path):
         fingerprint, eos = draft_folder.read_card(path).fingerprint, frozenset[int]()
     else:
         fingerprint, eos = tokenizer_fingerprint(tokenizer), eos_token_ids(path, tokenizer=tokenizer)
-    return LoadedModel(runner, tokenizer, eos, limits, kv_geometry, kv_tokens, fingerprint, choices)
+    return LoadedModel(runner, tokenizer, eos, limits, kv_geometry, kv_tokens, key_shift, fingerprint, choices)
 
 
 def _load_runner(path: Path, backends: Backends) -> tuple[Runner, tuple[Choice, ...]]:
@@ -170,7 +176,20 @@ def _limits(settings: EngineSettings, runner: Runner) -> EngineLimits:
         max_batched_tokens=settings.max_batched_tokens,
         max_queued_requests=settings.max_queued_requests,
         max_prefill_while_decoding=_prefill_while_decoding(settings, runner.device),
+        ctx_size=settings.ctx_size,
+        n_keep=settings.n_keep,
+        n_discard=settings.n_discard,
     )
+
+
+def _check_window(limits: EngineLimits, key_shift: KeyShift | str) -> None:
+    """A window all requests would be refused for is refused here."""
+    refusal = key_shift if isinstance(key_shift, str) else None
+    rules = WindowRules(limits.max_model_len, limits.ctx_size, limits.n_keep, limits.n_discard, refusal)
+    try:
+        rules.resolve(SamplingParams())
+    except InvalidRequest as error:
+        raise ConfigError(f"engine.{error.message}", param=f"engine.{error.param}") from None
 
 
 def _prefill_while_decoding(settings: EngineSettings, device: torch.device) -> int | None:

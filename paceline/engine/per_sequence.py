@@ -7,7 +7,7 @@ and return views of it. So the scheduler, the prefix cache, truncation and specu
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -107,6 +107,14 @@ class PerSequenceRunner(TransformersRunner):
         output = self.model(input_ids=ids[None], past_key_values=cache, use_cache=True, **passed)
         logits: torch.Tensor = output.logits[0]
         return (logits if "logits_to_keep" in passed else logits[rows]).float()
+
+    @torch.inference_mode()
+    def _keys_at(self, position: int) -> Mapping[int, tuple[torch.Tensor, torch.Tensor]]:
+        ids, positions = self._probe_at(position)
+        cache = DynamicCache()
+        passed = {"position_ids": positions} if "position_ids" in self._accepted else {}
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True, **passed)
+        return {n: (layer.keys[0], layer.values[0]) for n, layer in enumerate(cache.layers)}
 
     @torch.inference_mode()
     def _observe(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from paceline.engine.attention import Window
+from paceline.engine.key_shift import KeyShift
 from paceline.engine.kv_cache import KVGeometry
 from paceline.engine.runner import Runner
 from paceline.speculation.sampling import Columns
@@ -44,6 +45,9 @@ class ReducedVocabRunner(Runner):
 
     def kv_geometry(self) -> KVGeometry:
         return self._runner.kv_geometry()
+
+    def key_shift(self) -> KeyShift | str:
+        return self._runner.key_shift()
 
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
         nearest = self._nearest

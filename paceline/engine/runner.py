@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from paceline.engine.attention import ATTENTION_NAME, RaggedBatch, Window
 from paceline.engine.geometry import Observer, Seen, kv_geometry, max_model_len, text_config
+from paceline.engine.key_shift import PROBE, KeyReader, KeyShift, found_key_shift
 from paceline.engine.kv_cache import KVGeometry
 from paceline.errors import ModelError
 from paceline.speculation.sampling import Columns
@@ -39,6 +40,10 @@ class Runner(ABC):
     @abstractmethod
     def kv_geometry(self) -> KVGeometry:
         """The shape of one token's keys and values in this model."""
+
+    @abstractmethod
+    def key_shift(self) -> KeyShift | str:
+        """How stored keys follow their tokens to other positions, or why they cannot."""
 
     @abstractmethod
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
@@ -81,6 +86,18 @@ class TransformersRunner(Runner):
     def kv_geometry(self) -> KVGeometry:
         return self._geometry
 
+    def key_shift(self) -> KeyShift | str:
+        return found_key_shift(self.model, self._geometry.num_layers, self.max_model_len - 1, self._keys_at)
+
+    @abstractmethod
+    def _keys_at(self, position: int) -> Mapping[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the PROBE tokens, all of them at one position, by layer."""
+
+    def _probe_at(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and positions, each int64 [1, tokens]."""
+        ids = torch.tensor([PROBE], device=self.device) % self.vocab_size
+        return ids, torch.full_like(ids, position)
+
 
 class ModelRunner(TransformersRunner):
     """Runs a Transformers causal language model whose attention is ours, all windows in one pass."""
@@ -109,6 +126,13 @@ class ModelRunner(TransformersRunner):
         )
         logits: torch.Tensor = output.logits[0]
         return logits.float()
+
+    @torch.inference_mode()
+    def _keys_at(self, position: int) -> Mapping[int, tuple[torch.Tensor, torch.Tensor]]:
+        ids, positions = self._probe_at(position)
+        reader = KeyReader()
+        self.model(input_ids=ids, position_ids=positions, use_cache=False, paceline_step=reader)
+        return reader.brought
 
     @torch.inference_mode()
     def _observe(self) -> dict[int, Seen]:

@@ -55,9 +55,11 @@ def note_prompt_logprobs(step: list[Scheduled], logits: torch.Tensor) -> None:
         sequence, window = part.sequence, part.window
         top = sequence.request.params.prompt_logprobs
         if top is not None and sequence.owes_prompt:
-            # The row of position p speaks of the token at p + 1.
-            tokens = sequence.tokens[window.start + 1 : min(window.end + 1, sequence.prompt_length)]
-            sequence.prompt_logprobs += sampling.logprobs(logits[start : start + len(tokens)], tokens, top)
+            # The row of position p speaks of the token at p + 1. Rows of a window computed anew may be known.
+            known, first = len(sequence.prompt_logprobs), sequence.kv.length
+            tokens = sequence.tokens[known + 1 : min(first + len(window.token_ids) + 1, sequence.prompt_length)]
+            row = start + known - first
+            sequence.prompt_logprobs += sampling.logprobs(logits[row : row + len(tokens)], tokens, top)
         start += window.sample
 
 

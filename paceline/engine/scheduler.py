@@ -109,11 +109,11 @@ class Scheduler:
         prompts = [sequence for sequence in ranked if sequence.pending > 1]
         budget = self.max_batched_tokens - len(ready)
         # Where tokens are scarce, candidates leave prompts a half.
-        step = _decode(ready, proposals, budget // 2 if prompts else budget)
+        step = self._decode(ready, proposals, budget // 2 if prompts else budget)
         budget -= sum(len(part.candidates) for part in step)
         if self.max_prefill_while_decoding is not None and any(sequence.decoding for sequence in ready):
             budget = min(budget, self.max_prefill_while_decoding)
-        return step + _prefill(prompts, budget)
+        return step + self._prefill(prompts, budget)
 
     def prefill_ahead(self) -> int:
         """Prompt tokens the next step has room for beside its decodes, as far as that is known now."""
@@ -161,7 +161,7 @@ class Scheduler:
         if sequence.owes_prompt:
             return None
         shared = {
-            leader: min(_common_prefix(leader.tokens, sequence.tokens), len(sequence.tokens) - 1)
+            leader: min(_shared(leader, sequence), len(sequence.tokens) - 1)
             for leader in self.running
             if leader.pending > 1 and rank(leader) < rank(sequence)
         }
@@ -171,7 +171,7 @@ class Scheduler:
         least = FORK_MIN_TOKENS if leader is sequence.leader else HOLD_MIN_TOKENS
         if shared[leader] - leader.kv.length < least:
             return None
-        stored = self.kv.match(sequence.tokens, sequence.request.session_id)
+        stored = self.kv.match(sequence.tokens, sequence.request.session_id, sequence.window)
         return _Hold(leader, shared[leader]) if shared[leader] - stored >= least else None
 
     def _place(self, sequence: Sequence) -> KVEntry | None:
@@ -183,7 +183,7 @@ class Scheduler:
             return None
         while True:
             if len(self.running) < self.max_num_seqs:
-                entry = self.kv.reserve(sequence.tokens, room, sequence.request.session_id)
+                entry = self.kv.reserve(sequence.tokens, room, sequence.request.session_id, sequence.window)
                 if entry is not None:
                     return entry
             if not yielding:
@@ -202,12 +202,44 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence) -> bool:
         """In stretches: on a GPU every extension moves the entry."""
-        enough = min(sequence.room, len(sequence.tokens) + GROWTH // 2)
+        enough = sequence.kv_room(len(sequence.tokens) + GROWTH // 2)
         return sequence.kv.charged >= enough or self.kv.extend(sequence.kv, _room_for(sequence))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.remove(sequence)
         self.add(sequence)
+
+    def _decode(self, sequences: list[Sequence], proposals: Mapping[int, Proposal], budget: int) -> list[Scheduled]:
+        """A token each, and candidates until the budget is spent."""
+        step = []
+        for sequence in sequences:
+            self.kv.shift(sequence.kv)
+            spare = max(0, min(budget, sequence.kv.left - 1))
+            proposal, unused = proposals.get(sequence.sequence_id), 0
+            if proposal is not None:
+                unused = max(0, len(proposal.tokens) - spare)
+                proposal = proposal.first(spare)
+            drafted = proposal.tokens if proposal is not None else ()
+            window = Window(sequence.kv, (sequence.tokens[-1], *drafted), sample=1 + len(drafted))
+            step.append(Scheduled(sequence, window, proposal, draws=window.sample, unused=unused))
+            budget -= len(drafted)
+        return step
+
+    def _prefill(self, sequences: list[Sequence], budget: int) -> list[Scheduled]:
+        """Chunks of what is missing, in the order given, until the budget is spent; none goes past a point where a
+        streaming window shifts."""
+        step = []
+        for sequence in sequences:
+            if budget <= 0:
+                break
+            self.kv.shift(sequence.kv)
+            start = sequence.kv.length
+            chunk = sequence.tokens[start : start + min(budget, sequence.kv.left)]
+            draws = int(len(chunk) == sequence.pending)
+            window = Window(sequence.kv, chunk, sample=len(chunk) if sequence.owes_prompt else draws)
+            step.append(Scheduled(sequence, window, draws=draws))
+            budget -= len(chunk)
+        return step
 
     def _dequeue(self, sequence: Sequence) -> None:
         self._holds.pop(sequence.sequence_id, None)
@@ -216,40 +248,17 @@ class Scheduler:
             del self.waiting[at]
 
 
-def _decode(sequences: list[Sequence], proposals: Mapping[int, Proposal], budget: int) -> list[Scheduled]:
-    """A token each, and candidates until the budget is spent."""
-    step = []
-    for sequence in sequences:
-        spare = min(budget, sequence.kv.charged - len(sequence.tokens))
-        proposal, unused = proposals.get(sequence.sequence_id), 0
-        if proposal is not None:
-            unused = max(0, len(proposal.tokens) - max(0, spare))
-            proposal = proposal.first(max(0, spare))
-        drafted = proposal.tokens if proposal is not None else ()
-        window = Window(sequence.kv, (sequence.tokens[-1], *drafted), sample=1 + len(drafted))
-        step.append(Scheduled(sequence, window, proposal, draws=window.sample, unused=unused))
-        budget -= len(drafted)
-    return step
-
-
-def _prefill(sequences: list[Sequence], budget: int) -> list[Scheduled]:
-    """Chunks of what is missing, in the order given, until the budget is spent."""
-    step = []
-    for sequence in sequences:
-        if budget <= 0:
-            break
-        start = sequence.kv.length
-        chunk = sequence.tokens[start : start + budget]
-        draws = int(len(chunk) == sequence.pending)
-        window = Window(sequence.kv, chunk, sample=len(chunk) if sequence.owes_prompt else draws)
-        step.append(Scheduled(sequence, window, draws=draws))
-        budget -= len(chunk)
-    return step
-
-
 def _room_for(sequence: Sequence) -> int:
     """KV room for what it has and a stretch of what may come, at most what it may ever need."""
-    return min(sequence.room, len(sequence.tokens) + GROWTH)
+    return sequence.kv_room(len(sequence.tokens) + GROWTH)
+
+
+def _shared(a: Sequence, b: Sequence) -> int:
+    """How many first tokens have the same keys and values in both."""
+    same = _common_prefix(a.tokens, b.tokens)
+    if a.window == b.window:
+        return same
+    return min(same, *(each.window.ctx_size for each in (a, b) if each.window is not None))
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from paceline.engine.detokenizer import Detokenizer
 from paceline.engine.kv_cache import KVEntry
 from paceline.errors import EngineError
+from paceline.sessions.window import StreamingWindow
 from paceline.speculation.telemetry import SpeculationTally
 from paceline.types import Delta, FinishReason, Metrics, Request, TokenLogprobs
 
@@ -34,6 +35,7 @@ class Sequence:
     tally: SpeculationTally = field(default_factory=SpeculationTally)
     steps: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    window: StreamingWindow | None = field(init=False)
     arrived: float = 0.0
     admitted: float = 0.0
     first_token: float = 0.0
@@ -44,6 +46,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
+        self.window = self.request.params.window
         self._emitted = len(self.tokens)
         self.arrived = self.clock()
 
@@ -81,6 +84,18 @@ class Sequence:
         """Tokens it may grow to: prompt and `max_tokens` (resolved when it entered)."""
         assert self.request.params.max_tokens is not None
         return self.prompt_length + self.request.params.max_tokens
+
+    def kv_room(self, tokens: int) -> int:
+        """Tokens held in KV, at most, while it grows to so many tokens."""
+        needed = min(self.room, tokens)
+        return needed if self.window is None else min(needed, self.window.ctx_size)
+
+    @property
+    def room_for_candidates(self) -> int:
+        """None for the last token, it is drawn anyway; and none that a shift of the streaming window would separate
+        from the tokens before them."""
+        ends = self.room - 1 if self.window is None else min(self.room - 1, self.window.edge(len(self.tokens)))
+        return ends - len(self.tokens)
 
     def extend(self, drawn: list[int], eos: frozenset[int]) -> int:
         """Append tokens in order until one of them ends the sequence. Returns how many were taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paceline.sessions.window import StreamingWindow
 from paceline.speculation.frames import (
     Advance,
     Candidates,
@@ -45,6 +46,7 @@ def frame_to_proto(frame: DraftFrame) -> pb.DraftRequest:
                 prompt_length=o.prompt_length,
                 ahead=o.ahead,
                 rejection=o.rejection,
+                window=_window_to_proto(o.params.window),
             )
             for o in frame.opens
         ],
@@ -60,7 +62,7 @@ def frame_from_proto(message: pb.DraftRequest) -> DraftFrame:
             Open(
                 o.sequence,
                 tuple(o.tokens),
-                _sampling_from_proto(o.sampling),
+                _params_from_proto(o),
                 o.depth,
                 o.prompt_length,
                 o.ahead,
@@ -138,8 +140,19 @@ def _sampling_to_proto(params: SamplingParams) -> pb.DraftSampling:
     )
 
 
-def _sampling_from_proto(message: pb.DraftSampling) -> SamplingParams:
+def _window_to_proto(window: StreamingWindow | None) -> pb.StreamingWindow | None:
+    if window is None:
+        return None
+    return pb.StreamingWindow(ctx_size=window.ctx_size, n_keep=window.n_keep, n_discard=window.n_discard)
+
+
+def _params_from_proto(opened: pb.Open) -> SamplingParams:
+    message = opened.sampling
+    window = opened.window if opened.HasField("window") else None
     return SamplingParams(
+        ctx_size=None if window is None else window.ctx_size,
+        n_keep=None if window is None else window.n_keep,
+        n_discard=None if window is None else window.n_discard,
         max_tokens=None,
         temperature=message.temperature,
         top_p=message.top_p,

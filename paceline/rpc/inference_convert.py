@@ -24,6 +24,9 @@ _OPTIONAL_PARAMS = (
     "logprobs",
     "prompt_logprobs",
     "n",
+    "ctx_size",
+    "n_keep",
+    "n_discard",
 )
 
 _REASONS = {

@@ -14,8 +14,10 @@ from paceline.api.gateway import Gateway
 from paceline.api.routes import create_app
 from paceline.config import AppSettings
 from paceline.models import load_config, load_tokenizer, resolve
+from paceline.models.positions import shift_refusal
 from paceline.rpc.inference_service import InferenceHandlers
 from paceline.serving.handles import ServeTargets
+from paceline.sessions.rules import WindowRules
 from paceline.v1 import inference_pb2 as pb
 
 
@@ -28,15 +30,16 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: AppSettings, target: DeploymentHandle, draft: DeploymentHandle | None = None
     ) -> None:
-        tokenizer, max_model_len = await asyncio.to_thread(_load, settings)
+        tokenizer, windows = await asyncio.to_thread(_load, settings)
         self._gateway = Gateway(
             ServeTargets(target, draft),
             tokenizer,
             settings.public_name,
-            max_model_len,
+            windows.largest,
             settings.request_timeout_s,
             settings.target.engine.scheduling_policy,
             settings.speculation.synthetic_acceptance,
+            windows,
         )
         self._rpc = InferenceHandlers(self._gateway)
 
@@ -69,9 +72,11 @@ class Router:
         return await self._rpc.CloseSession(request, grpc_context)
 
 
-def _load(settings: AppSettings) -> tuple[Any, int]:
-    """The tokenizer, and the longest prompt plus output a target takes."""
-    path = resolve(settings.model).path
-    own = int(getattr(load_config(path), "max_position_embeddings", 2048))
-    limit = settings.target.engine.max_model_len
-    return load_tokenizer(path), own if limit == "auto" else min(own, limit)
+def _load(settings: AppSettings) -> tuple[Any, WindowRules]:
+    """The tokenizer, and how long a text a target takes."""
+    path, engine = resolve(settings.model).path, settings.target.engine
+    config = load_config(path)
+    own = int(getattr(config, "max_position_embeddings", 2048))
+    limit = own if engine.max_model_len == "auto" else min(own, engine.max_model_len)
+    rules = WindowRules(limit, engine.ctx_size, engine.n_keep, engine.n_discard, shift_refusal(config))
+    return load_tokenizer(path), rules

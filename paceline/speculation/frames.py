@@ -41,7 +41,8 @@ class Open:
     The first `prompt_length` tokens are the prompt: penalties tell it from the output. `ahead` is a credit: so many
     tokens beyond `depth` may be drafted and sent before the target has said more. `rejection` asks for candidates
     drawn for rejection sampling, each with the distribution it came from. It is always answered: by candidates, by
-    none once the prompt is computed, or by a failure.
+    none once the prompt is computed, or by a failure. The parameters' streaming window is the target's own, and shifts
+    at the same positions in both.
     """
 
     sequence: int

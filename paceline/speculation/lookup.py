@@ -28,13 +28,16 @@ class Match:
 class PromptLookup:
     """The text of one sequence and where each of its n-grams occurred last, n from 1 to 4.
 
-    A token costs four insertions when it is pushed; a match costs four look-ups at most.
+    A token costs four insertions when it is pushed; a match costs four look-ups at most. A text of more than twice
+    `longest` tokens is forgotten but for its last `longest`: what a streaming window dropped is hardly said again, and
+    n-grams take 200 bytes a token and more.
     """
 
-    __slots__ = ("_latest", "tokens")
+    __slots__ = ("_latest", "_longest", "tokens")
 
-    def __init__(self, tokens: Iterable[int] = ()) -> None:
+    def __init__(self, tokens: Iterable[int] = (), longest: int | None = None) -> None:
         self.tokens: list[int] = []
+        self._longest = longest
         # Of each n: the n-gram, packed into one integer, to the position after its latest occurrence. The
         # text's own last n-gram is not in yet, so that it never finds itself.
         self._latest: tuple[dict[int, int], ...] = tuple({} for _ in range(LONGEST_NGRAM))
@@ -67,6 +70,15 @@ class PromptLookup:
             a, b, c, d = b, c, d, token
             text.append(token)
             position += 1
+        if self._longest is not None and position > 2 * self._longest:
+            self._forget(self._longest)
+
+    def _forget(self, kept: int) -> None:
+        """Everything but the last `kept` tokens."""
+        latest, self.tokens = self.tokens[-kept:], []
+        for ngrams in self._latest:
+            ngrams.clear()
+        self.extend(latest)
 
     def match(self) -> Match | None:
         """The latest earlier occurrence of the longest n-gram at the end of the text."""

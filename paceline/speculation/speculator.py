@@ -93,9 +93,9 @@ class Speculator:
 
     def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
         """A sequence begins; `tokens` is its prompt."""
-        lookup = PromptLookup(tokens) if self._lookup_tokens else None
-        own = lookup.tokens if lookup is not None else list(tokens)
-        state = self._states[sequence] = _State(own, len(own), params, lookup)
+        longest = params.window.ctx_size if params.window is not None else None
+        lookup = PromptLookup(tokens, longest) if self._lookup_tokens else None
+        state = self._states[sequence] = _State(list(tokens), len(tokens), params, lookup)
         if self._draft is not None and not self.policy.rests(Kind.DRAFT):
             self._introduce(sequence, state)
 
@@ -145,8 +145,8 @@ class Speculator:
             hits, missed = agreeing(state.guess, outcome.tokens)
             self.policy.note_run(outcome.sequence, Kind.LOOKUP, state.match.length, hits, missed)
         state.asked, state.drafted, state.match, state.guess = 0, (), None, ()
+        state.tokens += outcome.tokens
         if state.lookup is None:
-            state.tokens += outcome.tokens
             return
         state.lookup.extend(outcome.tokens)
         state.match = state.lookup.match()

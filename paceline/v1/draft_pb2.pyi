@@ -45,7 +45,7 @@ class Hello(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("sequence", "tokens", "sampling", "depth", "prompt_length", "ahead", "rejection")
+    __slots__ = ("sequence", "tokens", "sampling", "depth", "prompt_length", "ahead", "rejection", "window")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class Open(_message.Message):
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     AHEAD_FIELD_NUMBER: _ClassVar[int]
     REJECTION_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     sampling: DraftSampling
@@ -60,7 +61,18 @@ class Open(_message.Message):
     prompt_length: int
     ahead: int
     rejection: bool
-    def __init__(self, sequence: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., depth: _Optional[int] = ..., prompt_length: _Optional[int] = ..., ahead: _Optional[int] = ..., rejection: _Optional[bool] = ...) -> None: ...
+    window: StreamingWindow
+    def __init__(self, sequence: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., depth: _Optional[int] = ..., prompt_length: _Optional[int] = ..., ahead: _Optional[int] = ..., rejection: _Optional[bool] = ..., window: _Optional[_Union[StreamingWindow, _Mapping]] = ...) -> None: ...
+
+class StreamingWindow(_message.Message):
+    __slots__ = ("ctx_size", "n_keep", "n_discard")
+    CTX_SIZE_FIELD_NUMBER: _ClassVar[int]
+    N_KEEP_FIELD_NUMBER: _ClassVar[int]
+    N_DISCARD_FIELD_NUMBER: _ClassVar[int]
+    ctx_size: int
+    n_keep: int
+    n_discard: int
+    def __init__(self, ctx_size: _Optional[int] = ..., n_keep: _Optional[int] = ..., n_discard: _Optional[int] = ...) -> None: ...
 
 class DraftSampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "stop_token_ids")

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from paceline.api import ClusterStatus, Gateway, SessionInfo, Targets, create_app
 from paceline.config import SchedulingPolicy
+from paceline.sessions.rules import WindowRules
 from paceline.types import Accepted, Delta, FinishReason, Frame, Metrics, Request, SourceMetrics
 
 MODEL = "tiny"
@@ -126,9 +127,10 @@ def gateway(
     timeout_s: float = 30.0,
     scheduling_policy: SchedulingPolicy = "fcfs",
     synthetic_acceptance: float | None = None,
+    windows: WindowRules | None = None,
 ) -> Gateway:
     targets = targets or ScriptedTargets()
-    return Gateway(targets, tokenizer(), MODEL, CONTEXT, timeout_s, scheduling_policy, synthetic_acceptance)
+    return Gateway(targets, tokenizer(), MODEL, CONTEXT, timeout_s, scheduling_policy, synthetic_acceptance, windows)
 
 
 def http(targets: Targets | None = None, **options: Any) -> httpx.AsyncClient:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,9 @@ from paceline.api import Gateway
 from paceline.api import gateway as gateway_module
 from paceline.api.prompts import INLINE_CHARS, ChatMessage, PromptEncoder
 from paceline.errors import InvalidRequest, PacelineError, RequestTimeout, UnknownModel, UnknownSession
-from paceline.types import SamplingParams
+from paceline.sessions.rules import WindowRules
+from paceline.sessions.window import StreamingWindow
+from paceline.types import MAX_TOKENS, SamplingParams
 from tests.api.scripted import CONTEXT, MODEL, ScriptedTargets, gateway, tokenizer
 
 HI = [ChatMessage("user", "hi")]
@@ -120,6 +123,30 @@ async def test_no_limit_means_the_rest_of_the_context() -> None:
 async def test_the_default_limit_shrinks_to_the_rest_of_the_context() -> None:
     request = await gateway().prepare_completion([9] * 500, FREE, default_max_tokens=16)
     assert request.params.max_tokens == 12
+
+
+async def test_under_a_window_neither_prompt_nor_output_is_bounded_by_the_context() -> None:
+    params = SamplingParams(max_tokens=None, ctx_size=64)
+    request = await gateway().prepare_completion([9] * 1000, params)
+    assert (request.params.max_tokens, request.params.window) == (MAX_TOKENS - 1000, StreamingWindow(64))
+    request = await gateway().prepare_completion([9] * 1000, params, default_max_tokens=16)
+    assert request.params.max_tokens == 16
+    request = await gateway().prepare_completion([9] * 5, replace(params, max_tokens=20_000))
+    assert request.params.max_tokens == 20_000
+
+
+async def test_the_server_s_window_holds_for_requests_without_one() -> None:
+    windows = WindowRules(CONTEXT, 64, 2, 8)
+    request = await gateway(windows=windows).prepare_chat(HI, SamplingParams(n_discard=9))
+    assert request.params.window == StreamingWindow(64, 2, 9)
+
+
+async def test_a_model_that_cannot_shift_refuses_a_window_with_the_reason() -> None:
+    windows = WindowRules(CONTEXT, refusal="opt has learned positions")
+    with pytest.raises(InvalidRequest, match=r"ctx_size: no streaming window .*: opt has") as caught:
+        await gateway(windows=windows).prepare_chat(HI, SamplingParams(ctx_size=64))
+    assert caught.value.param == "ctx_size"
+    assert (await gateway(windows=windows).prepare_chat(HI, SamplingParams(max_tokens=5))).params.window is None
 
 
 async def test_the_largest_limit_that_fits_is_accepted() -> None:

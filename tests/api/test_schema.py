@@ -47,6 +47,15 @@ WRONG_IN_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"session_id": " a"}, "session_id"),
     ({"session_id": "x" * 257}, "session_id"),
     ({"speculation": "off"}, "speculation"),
+    ({"ctx_size": 5}, "ctx_size"),
+    ({"ctx_size": 100_000}, "ctx_size"),
+    ({"ctx_size": 64.0}, "ctx_size"),
+    ({"ctx_size": -1}, "ctx_size"),
+    ({"n_keep": 4}, "n_keep"),
+    ({"n_discard": -1}, "n_discard"),
+    ({"ctx_size": 64, "n_keep": -1}, "n_keep"),
+    ({"ctx_size": 64, "n_discard": 60}, "n_discard"),
+    ({"ctx_size": 64, "n_discard": 0}, "n_discard"),
     ({"priority": 1}, "priority"),
     ({"priority": -1}, "priority"),
     ({"priority": 0.0}, "priority"),
@@ -142,6 +151,7 @@ NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0.0,
     "logit_bias": {},
     "priority": 0,
+    "ctx_size": 0,
 }
 NEUTRAL_IN_CHAT: dict[str, Any] = {
     "logprobs": False,

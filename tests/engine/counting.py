@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from paceline.engine.attention import Window
+from paceline.engine.key_shift import KeyShift
 from paceline.engine.kv_cache import KVGeometry
 from paceline.engine.runner import Runner
 from tests import tiny
@@ -34,6 +35,9 @@ class CountingRunner(Runner):
 
     def kv_geometry(self) -> KVGeometry:
         return self._inner.kv_geometry()
+
+    def key_shift(self) -> KeyShift | str:
+        return self._inner.key_shift()
 
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
         self.steps.append([len(window.token_ids) for window in windows])

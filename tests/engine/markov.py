@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from paceline.engine.attention import Window
+from paceline.engine.key_shift import KeyShift
 from paceline.engine.kv_cache import KVGeometry
 from paceline.engine.runner import Runner
 from paceline.speculation import rejection, sampling
@@ -36,6 +37,9 @@ class MarkovRunner(Runner):
 
     def kv_geometry(self) -> KVGeometry:
         return KVGeometry(1, 1, 1, torch.float32, self.device)
+
+    def key_shift(self) -> KeyShift | str:
+        return KeyShift((None,))
 
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
         ids, _, rows = self.flatten(windows)

@@ -14,8 +14,9 @@ from paceline.config import EngineSettings
 from paceline.engine import load
 from paceline.engine.lean import LeanRunner
 from paceline.engine.load import LoadedModel, load_model
-from paceline.errors import ModelError
+from paceline.errors import ConfigError, ModelError
 from tests import tiny
+from tests.engine.families import model_of
 
 MODEL = tiny.tiny_llama()
 PROMPT = tiny.prompt(9)
@@ -29,8 +30,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def loaded(folder: Path) -> LoadedModel:
-    return load_model(folder, EngineSettings(device="cpu", threads=1, kv_tokens=512))
+def loaded(folder: Path, **options: Any) -> LoadedModel:
+    return load_model(folder, EngineSettings(device="cpu", threads=1, kv_tokens=512, **options))
 
 
 def refuse(*_: Any, **__: Any) -> Any:
@@ -61,3 +62,24 @@ def test_a_missing_weight_is_refused_by_name(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 weights missing \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
         loaded(folder)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_window_of_the_settings_holds_for_requests_without_one(folder: Path, backend: str) -> None:
+    engine = loaded(folder, ctx_size=40, n_keep=2, linear_backend=backend).engine()
+    plain = loaded(folder, linear_backend=backend).engine()
+    found = tiny.run(engine, tiny.request(PROMPT, max_tokens=600, ignore_eos=True))["r"]
+    assert found == tiny.run(plain, tiny.request(PROMPT, max_tokens=600, ignore_eos=True, ctx_size=40, n_keep=2))["r"]
+
+
+def test_a_window_beyond_the_model_s_context_is_refused_by_its_key(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.ctx_size: 513 is beyond the model's context of 512") as refused:
+        loaded(folder, ctx_size=513)
+    assert refused.value.param == "engine.ctx_size"
+
+
+def test_a_window_no_model_of_the_kind_can_have_is_refused_by_its_key(folder: Path) -> None:
+    model_of("GPT-2").save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"engine\.ctx_size: no streaming window .* learned positions") as refused:
+        loaded(folder, ctx_size=40)
+    assert refused.value.param == "engine.ctx_size"

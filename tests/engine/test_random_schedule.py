@@ -1,8 +1,8 @@
 """Whatever happens around a request, it gets the tokens it gets alone, and every account closes.
 
 A schedule is a list of events between steps: requests arrive (with shared prefixes, in sessions with follow-up
-turns, with priorities), some are cancelled, idle KV is evicted, sessions are dropped. KV is so small that running
-sequences are preempted.
+turns, with priorities, some under a streaming window), some are cancelled, idle KV is evicted, sessions are dropped.
+KV is so small that running sequences are preempted.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Arrival:
     max_tokens: int
     sampled: bool
     speculate: bool
+    ctx_size: int | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ arrivals = st.builds(
     max_tokens=st.integers(4, 48),
     sampled=st.booleans(),
     speculate=st.booleans(),
+    ctx_size=st.sampled_from((None, None, 48)),
 )
 events = (
     arrivals
@@ -122,12 +124,12 @@ class World:
     def _arrive(self, event: Arrival) -> None:
         before = self.last_turn.get(event.session, ()) if event.session is not None else ()
         prompt = (*(before or PREFIXES[event.prefix]), *TAILS[event.tail])
-        if len(prompt) + event.max_tokens > CAPACITY:
+        if len(prompt) + event.max_tokens > CAPACITY and event.ctx_size is None:
             return
         name = str(len(self.requests))
         params = {"temperature": 0.8, "top_k": 20, "seed": 3} if event.sampled else {}
         session = None if event.session is None else f"s{event.session}"
-        request = tiny.request(prompt, name, session, max_tokens=event.max_tokens, **params)
+        request = tiny.request(prompt, name, session, max_tokens=event.max_tokens, ctx_size=event.ctx_size, **params)
         self.requests[name] = replace(request, priority=event.priority, speculate=event.speculate)
         self.given[name] = []
         self.engine.add(self.requests[name])
@@ -139,13 +141,16 @@ class World:
 
 
 def alone(request: Request, quantized: bool) -> list[int]:
-    return list(_alone(request.token_ids, request.params.max_tokens or 0, request.params.greedy, quantized))
+    params = request.params
+    return list(_alone(request.token_ids, params.max_tokens or 0, params.greedy, params.ctx_size, quantized))
 
 
 @cache
-def _alone(tokens: tuple[int, ...], max_tokens: int, greedy: bool, quantized: bool) -> tuple[int, ...]:
+def _alone(
+    tokens: tuple[int, ...], max_tokens: int, greedy: bool, ctx_size: int | None, quantized: bool
+) -> tuple[int, ...]:
     params = {} if greedy else {"temperature": 0.8, "top_k": 20, "seed": 3}
-    request = tiny.request(tokens, max_tokens=max_tokens, **params)
+    request = tiny.request(tokens, max_tokens=max_tokens, ctx_size=ctx_size, **params)
     return tuple(tiny.run(_engine(128, None, quantized=quantized), request)["r"])
 
 

@@ -26,7 +26,10 @@ EVERYTHING = SamplingParams(
 )
 
 
-@pytest.mark.parametrize("params", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+IN_WINDOW = SamplingParams(max_tokens=None, seed=7, ctx_size=64, n_keep=0, n_discard=9)
+
+
+@pytest.mark.parametrize("params", [PLAIN, EVERYTHING, IN_WINDOW], ids=["plain", "everything", "window"])
 def test_a_frame_survives_the_wire(params: SamplingParams) -> None:
     frame = DraftFrame((Open(3, (1, 2, 3), params, 4, 2),), (Advance(5, 7, (8, 9), 2),), (6,))
     message = pb.DraftRequest.FromString(frame_to_proto(frame).SerializeToString())

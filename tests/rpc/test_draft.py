@@ -80,6 +80,15 @@ async def test_a_drafter_of_other_weights_changes_no_token(target: TargetReplica
     assert (tokens(deltas), metrics(deltas).drafted > 0) == (plain(**SEEDED), True)
 
 
+async def test_a_drafter_s_window_shifts_where_the_target_s_does(draft: DraftReplica, target: TargetReplica) -> None:
+    params = SEEDED | {"max_tokens": 90, "ctx_size": 24}
+    await target.connect(draft.address)
+    deltas = await target.generate(**params)
+    found = metrics(deltas)
+    assert tokens(deltas) == plain(**params)
+    assert found.drafted == found.accepted > 30
+
+
 async def test_several_requests_at_once_share_one_stream(draft: DraftReplica, target: TargetReplica) -> None:
     await target.connect(draft.address)
     seeds = range(4)

@@ -46,6 +46,9 @@ def test_every_parameter_is_carried() -> None:
         logprobs=2,
         prompt_logprobs=1,
         n=4,
+        ctx_size=64,
+        n_keep=0,
+        n_discard=-1,
     )
     assert params_from(message) == SamplingParams(
         5,
@@ -66,6 +69,9 @@ def test_every_parameter_is_carried() -> None:
         logprobs=2,
         prompt_logprobs=1,
         n=4,
+        ctx_size=64,
+        n_keep=0,
+        n_discard=-1,
     )
 
 

@@ -79,3 +79,15 @@ def test_the_index_grows_by_four_entries_a_token() -> None:
     lookup = PromptLookup(range(1000))
     assert sum(map(len, lookup._latest)) <= LONGEST_NGRAM * 1000
     assert sum(map(sys.getsizeof, lookup._latest)) < 1000 * 300
+
+
+def test_a_long_text_is_forgotten_but_for_its_end() -> None:
+    lookup = PromptLookup([1, 2, 3], longest=4)
+    lookup.extend([4, 5, 6, 7])
+    assert len(lookup) == 7
+    lookup.extend([8, 6])
+    assert lookup.tokens == [6, 7, 8, 6]
+    match = lookup.match()
+    assert match is not None and lookup.candidates(match, 2) == (7, 8)
+    lookup.extend([1])
+    assert lookup.match() is None
