@@ -161,6 +161,11 @@ class AppSettings(Settings):
     request_timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0, description="A request is ended with an error after this long."
     )
+    max_resumptions: Annotated[int, Field(ge=0)] = Field(
+        3,
+        description="How many losses of its target replica one request survives: its answer goes on at another "
+        "replica, with the same tokens. 0 ends it with an error.",
+    )
     target: TargetSettings = Field(default_factory=TargetSettings)
     draft: DraftSettings = Field(default_factory=DraftSettings)
     speculation: SpeculationSettings = Field(default_factory=SpeculationSettings)

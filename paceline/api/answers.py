@@ -33,6 +33,7 @@ class PacelineInfo(Answer):
     """Who made the answer and what it cost. A chunk that is not the last has `token_ids` alone.
 
     Of an answer with several choices the numbers are sums, and `seeds` and `choice_token_ids` have an entry for each.
+    `resumptions`, if any, counts the replicas that were lost on the way; `replica_id` is the first.
     `synthetic_acceptance` marks an answer whose text is nonsense, made for a benchmark.
     """
 
@@ -49,6 +50,7 @@ class PacelineInfo(Answer):
     cached_tokens: int | None = None
     ttft_s: float | None = None
     total_s: float | None = None
+    resumptions: int | None = None
     token_ids: list[int] | None = None
     seeds: list[int] | None = None
     choice_token_ids: list[list[int]] | None = None

@@ -20,6 +20,7 @@ from paceline.api.prompts import (
     derive_session_id,
     shown,
 )
+from paceline.api.resume import resuming
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.api.stream import Stream
 from paceline.config import SchedulingPolicy
@@ -64,6 +65,8 @@ class Gateway:
         request_timeout_s: float,
         scheduling_policy: SchedulingPolicy = "fcfs",
         synthetic_acceptance: float | None = None,
+        *,
+        max_resumptions: int = 0,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
         """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
@@ -75,6 +78,7 @@ class Gateway:
         self._prompts = PromptEncoder(tokenizer)
         self._request_timeout_s = request_timeout_s
         self._scheduling_policy = scheduling_policy
+        self._max_resumptions = max_resumptions
 
     async def prepare_chat(
         self,
@@ -122,7 +126,8 @@ class Gateway:
 
     async def open(self, request: Request) -> Stream:
         """Start a request. Raises its error if no replica takes it; otherwise the caller closes the stream."""
-        return await Stream.open(self._targets.generate(request), self._request_timeout_s, request.params.n)
+        frames = resuming(self._targets.generate, request, self._max_resumptions)
+        return await Stream.open(frames, self._request_timeout_s, request.params.n)
 
     async def tokenize(self, content: str | Sequence[ChatMessage], *, model: str | None = None) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation as `prepare_chat` renders it."""

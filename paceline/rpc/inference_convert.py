@@ -131,6 +131,7 @@ def usage_message(metrics: Metrics) -> pb.Usage:
         ttft_seconds=metrics.ttft_s,
         total_seconds=metrics.total_s,
         wasted_drafts=metrics.wasted,
+        resumptions=metrics.resumptions,
         sources=[
             pb.SourceUsage(source=each.source, drafted=each.drafted, accepted=each.accepted) for each in metrics.sources
         ],

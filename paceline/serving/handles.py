@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -38,7 +39,7 @@ class ServeTargets(Targets):
             async for frame in response:
                 yield frame
             complete = True
-        except (RayError, RayServeException) as error:
+        except (RayError, RayServeException, grpc.aio.AioRpcError) as error:
             complete = True
             raise _translate(error) from error
         finally:
@@ -85,7 +86,8 @@ def _translate(error: Exception) -> PacelineError:
     """What a client may know of an error of Ray's."""
     if isinstance(error, BackPressureError):
         return Overloaded("too many requests are waiting; try again shortly", retry_after=1.0)
-    if isinstance(error, RayActorError | DeploymentUnavailableError):
+    # A replica that leaves while it streams ends the call between the processes with a code of gRPC's own.
+    if isinstance(error, RayActorError | DeploymentUnavailableError | grpc.aio.AioRpcError):
         return Unavailable("the replica serving this request was lost; send it again")
     logger.error("a target replica failed", exc_info=error)
     return EngineError("internal error")

@@ -37,6 +37,7 @@ class Router:
             settings.request_timeout_s,
             settings.target.engine.scheduling_policy,
             settings.speculation.synthetic_acceptance,
+            max_resumptions=settings.max_resumptions,
         )
         self._rpc = InferenceHandlers(self._gateway)
 

@@ -64,7 +64,7 @@ class Target:
         request = replace(request, params=request.params.with_seed())
         frames: asyncio.Queue[Delta | Failure] = asyncio.Queue()
         events = asyncio.get_running_loop()
-        left = request.params.n
+        left = len(request.choices())
         try:
             await asyncio.wrap_future(
                 self._loop.submit(request, lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
@@ -77,7 +77,7 @@ class Target:
                 yield frame
         except PacelineError as error:
             left = 0
-            yield Failure.of(error)
+            yield Failure.of(error, self.replica_id)
         finally:
             if left:
                 self._loop.abort(request.request_id, request.params.n)

@@ -91,11 +91,14 @@ class Speculator:
         self._used: frozenset[Kind] = frozenset()
         self._proposed_at = self._own_s = 0.0
 
-    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
-        """A sequence begins; `tokens` is its prompt."""
+    def open(
+        self, sequence: int, tokens: Sequence[int], params: SamplingParams, prompt_length: int | None = None
+    ) -> None:
+        """A sequence begins. The first `prompt_length` of its tokens are the prompt, None means all."""
         lookup = PromptLookup(tokens) if self._lookup_tokens else None
         own = lookup.tokens if lookup is not None else list(tokens)
-        state = self._states[sequence] = _State(own, len(own), params, lookup)
+        prompt = len(own) if prompt_length is None else prompt_length
+        state = self._states[sequence] = _State(own, prompt, params, lookup)
         if self._draft is not None and not self.policy.rests(Kind.DRAFT):
             self._introduce(sequence, state)
 

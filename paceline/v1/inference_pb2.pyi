@@ -184,7 +184,7 @@ class Finished(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., index: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "cached_tokens", "completion_tokens", "drafted_tokens", "accepted_tokens", "late_drafts", "steps", "queue_seconds", "ttft_seconds", "total_seconds", "wasted_drafts", "sources")
+    __slots__ = ("prompt_tokens", "cached_tokens", "completion_tokens", "drafted_tokens", "accepted_tokens", "late_drafts", "steps", "queue_seconds", "ttft_seconds", "total_seconds", "wasted_drafts", "sources", "resumptions")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +197,7 @@ class Usage(_message.Message):
     TOTAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     WASTED_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
+    RESUMPTIONS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
@@ -209,7 +210,8 @@ class Usage(_message.Message):
     total_seconds: float
     wasted_drafts: int
     sources: _containers.RepeatedCompositeFieldContainer[SourceUsage]
-    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., late_drafts: _Optional[int] = ..., steps: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., ttft_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., wasted_drafts: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceUsage, _Mapping]]] = ...) -> None: ...
+    resumptions: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., late_drafts: _Optional[int] = ..., steps: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., ttft_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., wasted_drafts: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceUsage, _Mapping]]] = ..., resumptions: _Optional[int] = ...) -> None: ...
 
 class SourceUsage(_message.Message):
     __slots__ = ("source", "drafted", "accepted")
