@@ -149,6 +149,19 @@ class DraftSettings(Settings):
     engine: EngineSettings = Field(default_factory=EngineSettings, description="Its engine.")
 
 
+class SessionSettings(Settings):
+    """Conversations: where they go."""
+
+    routing: Literal["soft", "hard"] = Field(
+        "soft",
+        description="soft: a session goes to the replica that holds it, unless that is overloaded; hard: it never "
+        "leaves that replica while it lives, and waits.",
+    )
+    load_bound: Annotated[float, Field(ge=1)] = Field(
+        1.5, description="A replica with more requests than this times the mean is overloaded; never one below 4."
+    )
+
+
 class AppSettings(Settings):
     """Everything `paceline.serving.app:build` needs: the `args:` of the Serve application."""
 
@@ -169,6 +182,7 @@ class AppSettings(Settings):
     target: TargetSettings = Field(default_factory=TargetSettings)
     draft: DraftSettings = Field(default_factory=DraftSettings)
     speculation: SpeculationSettings = Field(default_factory=SpeculationSettings)
+    sessions: SessionSettings = Field(default_factory=SessionSettings)
 
     @property
     def public_name(self) -> str:

@@ -296,11 +296,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """First frame of a stream that will produce deltas: the request was admitted by `replica_id`."""
+    """First frame of a stream that will produce deltas: the request was admitted by `replica_id`.
+
+    `route` is a word for why it went there (`paceline.sessions.placement.Reason`), "" if nobody chose.
+    """
 
     replica_id: str
     seed: int
     prompt_tokens: int
+    route: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -230,6 +230,13 @@ class Health(Answer):
     model: str
 
 
+class RouterStatus(Answer):
+    """What the router that answers has seen: requests by the reason for their place, replicas lost in an answer."""
+
+    routes: dict[str, int]
+    resumptions: int
+
+
 class Status(Answer):
     """Model and replicas, each replica as it reports itself."""
 
@@ -237,3 +244,4 @@ class Status(Answer):
     max_model_len: int
     targets: list[dict[str, Any]]
     drafts: list[dict[str, Any]]
+    router: RouterStatus

@@ -20,7 +20,7 @@ from paceline.api.prompts import (
     derive_session_id,
     shown,
 )
-from paceline.api.resume import resuming
+from paceline.api.resume import RouterCounts, resuming
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.api.stream import Stream
 from paceline.config import SchedulingPolicy
@@ -79,6 +79,7 @@ class Gateway:
         self._request_timeout_s = request_timeout_s
         self._scheduling_policy = scheduling_policy
         self._max_resumptions = max_resumptions
+        self._seen = RouterCounts()
 
     async def prepare_chat(
         self,
@@ -126,7 +127,7 @@ class Gateway:
 
     async def open(self, request: Request) -> Stream:
         """Start a request. Raises its error if no replica takes it; otherwise the caller closes the stream."""
-        frames = resuming(self._targets.generate, request, self._max_resumptions)
+        frames = resuming(self._targets.generate, request, self._max_resumptions, seen=self._seen)
         return await Stream.open(frames, self._request_timeout_s, request.params.n)
 
     async def tokenize(self, content: str | Sequence[ChatMessage], *, model: str | None = None) -> tuple[int, ...]:
@@ -153,8 +154,9 @@ class Gateway:
             raise _unknown_session(session_id)
 
     async def status(self) -> ClusterStatus:
-        """What the replicas report about themselves."""
-        return await _bounded(self._targets.status())
+        """What the replicas report about themselves, and what this router has seen."""
+        cluster = await _bounded(self._targets.status())
+        return replace(cluster, routes=dict(self._seen.routes), resumptions=self._seen.resumptions)
 
     def check_model(self, name: str | None) -> None:
         """Raise UnknownModel unless `name` is the model served. None and "" stand for it."""

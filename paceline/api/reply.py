@@ -82,6 +82,8 @@ class Reply(Response):
 
     def _head(self, stream: Stream, media_type: str) -> MutableHeaders:
         headers = MutableHeaders({"content-type": media_type, "x-paceline-replica": stream.accepted.replica_id})
+        if stream.accepted.route:
+            headers["x-paceline-route"] = stream.accepted.route
         if self._streaming:
             headers["cache-control"] = "no-cache"
             headers["x-accel-buffering"] = "no"  # a reverse proxy passes each event on at once

@@ -15,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from paceline.errors import EngineError, Overloaded, PacelineError, Unavailable
@@ -37,13 +38,15 @@ async def resuming(
     request: Request,
     limit: int,
     *,
+    seen: RouterCounts | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> AsyncGenerator[Frame, None]:
     """The frames of a request, from as many replicas as it takes; at most `limit` losses are made good.
 
     A failure is raised. A replica too busy to go on is asked again, which is no loss: the caller's deadline ends it.
+    `seen` counts what happens.
     """
-    answer = _Answer(request, clock)
+    answer = _Answer(request, seen or RouterCounts(), clock)
     while not answer.complete:
         try:
             frames = cast(AsyncGenerator[Frame, None], generate(answer.attempt()))
@@ -62,11 +65,20 @@ async def resuming(
             await asyncio.sleep(pause)
 
 
+@dataclass(slots=True)
+class RouterCounts:
+    """Of all requests of one router: acceptances by the reason for their place, and losses made good."""
+
+    routes: Counter[str] = field(default_factory=Counter)
+    resumptions: int = 0
+
+
 class _Answer:
     """What the client has been given, and how often it took another replica."""
 
-    def __init__(self, request: Request, clock: Callable[[], float]) -> None:
+    def __init__(self, request: Request, seen: RouterCounts, clock: Callable[[], float]) -> None:
         self._request = request
+        self._seen = seen
         self._clock = clock
         self._began = self._attempt_began = clock()
         self._outputs: list[list[int] | None] = [[] for _ in range(request.params.n)]
@@ -97,6 +109,7 @@ class _Answer:
             self._replica = frame.replica_id or self._replica
             raise frame.error()
         if isinstance(frame, Accepted):
+            self._seen.routes[frame.route] += bool(frame.route)
             repeated = self._accepted and self._replica is None
             self._replica, self._accepted = frame.replica_id, True
             return None if repeated else frame
@@ -113,6 +126,7 @@ class _Answer:
         if self._replica is not None:
             self._avoid.append(self._replica)
         self._losses += 1
+        self._seen.resumptions += 1
         return FIRST_PAUSE_S * 2 ** (self._losses - 2) if self._losses > 1 else 0.0
 
     def _note_delta(self, delta: Delta) -> Delta:

@@ -18,6 +18,7 @@ from paceline.api.answers import (
     Health,
     ModelCard,
     ModelList,
+    RouterStatus,
     SessionCard,
     SessionDeleted,
     SessionList,
@@ -139,6 +140,7 @@ async def status(gateway: TheGateway) -> Response:
             max_model_len=gateway.max_model_len,
             targets=[dict(replica) for replica in cluster.targets],
             drafts=[dict(replica) for replica in cluster.drafts],
+            router=RouterStatus(routes=dict(cluster.routes), resumptions=cluster.resumptions),
         )
     )
 

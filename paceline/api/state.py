@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 ReplicaStatus = Mapping[str, Any]
@@ -23,7 +23,13 @@ class SessionInfo:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """One mapping for each target and each draft replica that answered."""
+    """One mapping for each target and each draft replica that answered.
+
+    `routes` and `resumptions` count what the router that was asked has seen: accepted requests by the reason for
+    their place, and replicas lost in the middle of an answer.
+    """
 
     targets: tuple[ReplicaStatus, ...] = ()
     drafts: tuple[ReplicaStatus, ...] = ()
+    routes: Mapping[str, int] = field(default_factory=dict)
+    resumptions: int = 0

@@ -85,6 +85,10 @@ class KVCache(ABC):
         """Session id to (tokens held, running), over all entries that belong to one."""
 
     @abstractmethod
+    def recent(self, limit: int) -> list[np.ndarray]:
+        """Copies of the token ids, int32 [tokens], of the entries that would be evicted last, those first."""
+
+    @abstractmethod
     def usage(self) -> KVUsage:
         """The account."""
 
@@ -194,6 +198,10 @@ class SlabKVCache(KVCache):
             session_id: (max(entry.length for entry in held), any(entry.running for entry in held))
             for session_id, held in self._by_session.items()
         }
+
+    def recent(self, limit: int) -> list[np.ndarray]:
+        latest = itertools.chain(self._running, reversed(self._of_sessions), reversed(self._anonymous))
+        return [entry.token_ids.copy() for entry in itertools.islice(latest, limit)]
 
     def usage(self) -> KVUsage:
         return KVUsage(self.capacity - self._in_use - self._cached, self._cached, self._in_use, self.capacity)

@@ -86,6 +86,7 @@ def started_event(request: Request, accepted: Accepted, synthetic_acceptance: fl
             seed=accepted.seed,
             prompt_tokens=len(request.token_ids),
             synthetic_acceptance=synthetic_acceptance,
+            route=accepted.route,
         )
     )
 

@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from paceline.api.gateway import Targets
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.errors import EngineError, Overloaded, PacelineError, Unavailable
+from paceline.sessions.placement import Route
 from paceline.types import Frame, Request
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class ServeTargets(Targets):
 
     async def generate(self, request: Request) -> AsyncIterator[Frame]:
         handle = self._generate.options(session_id=request.session_id) if request.session_id else self._generate
-        response = handle.remote(request)
+        response = handle.remote(request, Route())
         complete = False
         try:
             async for frame in response:
@@ -57,9 +58,9 @@ class ServeTargets(Targets):
         return any(await _ask_all(self._target, "close_session", session_id))
 
     async def status(self) -> ClusterStatus:
-        targets = _ask_all(self._target, "status")
-        drafts = _ask_all(self._draft, "status")
-        return ClusterStatus(*(tuple(found) for found in await asyncio.gather(targets, drafts)))
+        asked = _ask_all(self._target, "status"), _ask_all(self._draft, "status")
+        targets, drafts = await asyncio.gather(*asked)
+        return ClusterStatus(tuple(targets), tuple(drafts))
 
 
 async def _ask_all(handle: DeploymentHandle | None, method: str, *args: Any) -> list[Any]:

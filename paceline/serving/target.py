@@ -16,6 +16,8 @@ from paceline.errors import PacelineError
 from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
 from paceline.serving.discovery import ReplicaWatch
+from paceline.sessions.placement import Route
+from paceline.sessions.prefixes import sketch
 from paceline.speculation.acceptance import Kind
 from paceline.speculation.frames import Hello
 from paceline.speculation.idle import Facts, IdleWatch
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_ADVERTISED_SESSIONS = 512
+MAX_ADVERTISED_ENTRIES = 128
 
 
 class Target:
@@ -59,8 +62,11 @@ class Target:
         self._pool = DraftPool(self._proposer, hello)
         self._watch = ReplicaWatch(self._context.app_name, deployment, "address", self._pool.set_members)
 
-    async def generate(self, request: Request) -> AsyncIterator[Frame]:
-        """Accepted, then a delta per step; or a Failure. Closing the generator frees everything at once."""
+    async def generate(self, request: Request, route: Route | None = None) -> AsyncIterator[Frame]:
+        """Accepted, then a delta per step; or a Failure. Closing the generator frees everything at once.
+
+        `route` says why the request came here, as whoever routed it filled it in.
+        """
         request = replace(request, params=request.params.with_seed())
         frames: asyncio.Queue[Delta | Failure] = asyncio.Queue()
         events = asyncio.get_running_loop()
@@ -70,7 +76,8 @@ class Target:
                 self._loop.submit(request, lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
             )
             assert request.params.seed is not None
-            yield Accepted(self.replica_id, request.params.seed, len(request.token_ids))
+            reason = route.told_by(self.replica_id) if route is not None else ""
+            yield Accepted(self.replica_id, request.params.seed, len(request.token_ids), reason)
             while left:
                 frame = await frames.get()
                 left = 0 if isinstance(frame, Failure) else left - frame.finished
@@ -155,7 +162,10 @@ class Target:
     async def record_routing_stats(self) -> dict[str, Any]:
         """Polled by the controller, pushed to every SessionRouter. No timestamps: a change is a broadcast."""
         self._warnings()  # so that what is wrong is logged without anybody asking
-        return {"sessions": sorted(await self._sessions())[:MAX_ADVERTISED_SESSIONS]}
+        kv = self._loop.engine.kv
+        sessions = list(await self._sessions())[-MAX_ADVERTISED_SESSIONS:]
+        recent = await asyncio.wrap_future(self._loop.call(lambda: kv.recent(MAX_ADVERTISED_ENTRIES)))
+        return {"sessions": sorted(sessions), "prefixes": await asyncio.to_thread(sketch, recent)}
 
     def check_health(self) -> None:
         if not self._loop.healthy:

@@ -124,20 +124,22 @@ class GenerateEvent(_message.Message):
     def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("request_id", "session_id", "replica_id", "seed", "prompt_tokens", "synthetic_acceptance")
+    __slots__ = ("request_id", "session_id", "replica_id", "seed", "prompt_tokens", "synthetic_acceptance", "route")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SYNTHETIC_ACCEPTANCE_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     session_id: str
     replica_id: str
     seed: int
     prompt_tokens: int
     synthetic_acceptance: float
-    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., replica_id: _Optional[str] = ..., seed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., synthetic_acceptance: _Optional[float] = ...) -> None: ...
+    route: str
+    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., replica_id: _Optional[str] = ..., seed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., synthetic_acceptance: _Optional[float] = ..., route: _Optional[str] = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("token_ids", "text", "index", "logprobs", "prompt_logprobs")

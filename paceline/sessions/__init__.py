@@ -1,0 +1,1 @@
+"""Sessions: who holds what, and where a request goes. Imports neither Ray nor gRPC."""
