@@ -1,1 +1,1 @@
-"""Sessions: who holds what, and where a request goes. Imports neither Ray nor gRPC."""
+"""Sessions: what was said, who holds its KV, where its next turn goes. Imports neither Ray nor gRPC."""
