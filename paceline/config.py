@@ -150,8 +150,14 @@ class DraftSettings(Settings):
 
 
 class SessionSettings(Settings):
-    """Conversations: where they go."""
+    """Conversations: where their histories are kept, and where they go."""
 
+    store: Annotated[str, Field(pattern=r"^(memory|sqlite:///.+|rediss?://.+)$")] = Field(
+        "memory",
+        description="Where histories are kept: memory, one for each router; sqlite:///path, a file that outlives it; "
+        "redis://host:port/0, shared by routers of any machine (`pip install paceline[redis]`).",
+    )
+    ttl_s: Annotated[float, Field(gt=0)] = Field(86_400.0, description="A history is kept so long after its last turn.")
     routing: Literal["soft", "hard"] = Field(
         "soft",
         description="soft: a session goes to the replica that holds it, unless that is overloaded; hard: it never "

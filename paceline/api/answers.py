@@ -205,13 +205,22 @@ class ModelList(Answer):
 
 
 class SessionCard(Answer):
-    """A session whose KV cache a target replica holds."""
+    """A session: where its KV cache is and how large, and what is stored of its history (seconds since 1970).
+
+    Without a `replica_id` no target replica holds its KV, without `turns` no history is stored.
+    """
 
     object: Literal["session"] = "session"
     session_id: str
-    replica_id: str
+    replica_id: str | None = None
     cached_tokens: int
+    kv_bytes: int | None = None
     running: bool
+    history_tokens: int | None = None
+    turns: int | None = None
+    parent: str | None = None
+    created: float | None = None
+    updated: float | None = None
 
 
 class SessionList(Answer):

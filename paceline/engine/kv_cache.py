@@ -84,6 +84,11 @@ class KVCache(ABC):
     def sessions(self) -> dict[str, tuple[int, bool]]:
         """Session id to (tokens held, running), over all entries that belong to one."""
 
+    @property
+    @abstractmethod
+    def bytes_per_token(self) -> int:
+        """What the keys and values of one token take."""
+
     @abstractmethod
     def recent(self, limit: int) -> list[np.ndarray]:
         """Copies of the token ids, int32 [tokens], of the entries that would be evicted last, those first."""
@@ -198,6 +203,10 @@ class SlabKVCache(KVCache):
             session_id: (max(entry.length for entry in held), any(entry.running for entry in held))
             for session_id, held in self._by_session.items()
         }
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.geometry.bytes_per_token
 
     def recent(self, limit: int) -> list[np.ndarray]:
         latest = itertools.chain(self._running, reversed(self._of_sessions), reversed(self._anonymous))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from paceline.api.prompts import ChatMessage
@@ -140,9 +141,5 @@ def usage_message(metrics: Metrics) -> pb.Usage:
 
 
 def session_message(session: SessionInfo) -> pb.Session:
-    return pb.Session(
-        session_id=session.session_id,
-        replica_id=session.replica_id,
-        cached_tokens=session.cached_tokens,
-        running=session.running,
-    )
+    told = {name: value for name, value in asdict(session).items() if value is not None}
+    return pb.Session(**told)

@@ -89,10 +89,10 @@ class Target:
             if left:
                 self._loop.abort(request.request_id, request.params.n)
 
-    async def sessions(self) -> list[tuple[str, str, int, bool]]:
-        """(session, replica, tokens held, running) of every session held here."""
-        held = await self._sessions()
-        return [(name, self.replica_id, tokens, running) for name, (tokens, running) in held.items()]
+    async def sessions(self) -> list[tuple[str, str, int, bool, int]]:
+        """(session, replica, tokens held, running, their bytes) of every session held here."""
+        held, size = await self._sessions(), self._loop.engine.kv.bytes_per_token
+        return [(name, self.replica_id, tokens, running, size * tokens) for name, (tokens, running) in held.items()]
 
     async def close_session(self, session_id: str) -> bool:
         """Drop a session's idle KV; whether there was any."""

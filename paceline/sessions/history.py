@@ -40,6 +40,7 @@ class SessionSummary:
     session_id: str
     tokens: int = 0
     turns: int = 0
+    seed: int | None = None
     parent: str | None = None
     created: float = 0.0
     updated: float = 0.0
@@ -74,7 +75,8 @@ class Session:
 
     @property
     def summary(self) -> SessionSummary:
-        return SessionSummary(self.session_id, len(self.token_ids), self.turns, self.parent, self.created, self.updated)
+        tokens = len(self.token_ids)
+        return SessionSummary(self.session_id, tokens, self.turns, self.seed, self.parent, self.created, self.updated)
 
     def to_json(self) -> str:
         """Token ids as base64 of little-endian int32: a third of their decimal digits."""

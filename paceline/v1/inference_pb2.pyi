@@ -74,20 +74,22 @@ class Message(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class ChatRequest(_message.Message):
-    __slots__ = ("model", "messages", "sampling", "session_id", "speculation", "priority")
+    __slots__ = ("model", "messages", "sampling", "session_id", "speculation", "priority", "append")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    APPEND_FIELD_NUMBER: _ClassVar[int]
     model: str
     messages: _containers.RepeatedCompositeFieldContainer[Message]
     sampling: SamplingParams
     session_id: str
     speculation: bool
     priority: int
-    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., session_id: _Optional[str] = ..., speculation: _Optional[bool] = ..., priority: _Optional[int] = ...) -> None: ...
+    append: bool
+    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., session_id: _Optional[str] = ..., speculation: _Optional[bool] = ..., priority: _Optional[int] = ..., append: _Optional[bool] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "text", "token_ids", "sampling", "session_id", "speculation", "priority")
@@ -265,6 +267,24 @@ class Model(_message.Message):
     max_model_len: int
     def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
+class CreateSessionRequest(_message.Message):
+    __slots__ = ("session_id", "messages", "seed")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    messages: _containers.RepeatedCompositeFieldContainer[Message]
+    seed: int
+    def __init__(self, session_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class ForkSessionRequest(_message.Message):
+    __slots__ = ("session_id", "fork_id")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    FORK_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    fork_id: str
+    def __init__(self, session_id: _Optional[str] = ..., fork_id: _Optional[str] = ...) -> None: ...
+
 class ListSessionsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -292,13 +312,25 @@ class CloseSessionResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "replica_id", "cached_tokens", "running")
+    __slots__ = ("session_id", "replica_id", "cached_tokens", "running", "kv_bytes", "history_tokens", "turns", "parent", "created", "updated")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     replica_id: str
     cached_tokens: int
     running: bool
-    def __init__(self, session_id: _Optional[str] = ..., replica_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., running: _Optional[bool] = ...) -> None: ...
+    kv_bytes: int
+    history_tokens: int
+    turns: int
+    parent: str
+    created: float
+    updated: float
+    def __init__(self, session_id: _Optional[str] = ..., replica_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., running: _Optional[bool] = ..., kv_bytes: _Optional[int] = ..., history_tokens: _Optional[int] = ..., turns: _Optional[int] = ..., parent: _Optional[str] = ..., created: _Optional[float] = ..., updated: _Optional[float] = ...) -> None: ...
