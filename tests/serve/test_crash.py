@@ -17,7 +17,7 @@ pytestmark = pytest.mark.serve
 FULL: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}
 SEEDED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 42, **FULL}
 CHATS: list[tuple[str, dict[str, Any]]] = [
-    ("What is the capital of France?", {"temperature": 0, **FULL}),
+    ("What is the capital of Portugal?", {"temperature": 0, **FULL}),
     ("Explain how a bicycle stays upright.", {"temperature": 0, **FULL}),
     ("Write a haiku about the sea.", SEEDED),
     ("List three uses of copper.", {"frequency_penalty": 1.0, **SEEDED}),
@@ -53,3 +53,16 @@ async def test_every_stream_of_a_killed_target_completes_with_the_same_tokens(se
 async def _answers(server: Server, count: Any = lambda _: None) -> list[tuple[list[int], dict[str, Any]]]:
     async with httpx.AsyncClient(base_url=server.endpoints.http, timeout=120) as client:
         return await asyncio.gather(*(chat_tokens(client, content, count, **options) for content, options in CHATS))
+
+
+async def test_a_session_outlives_its_replica(server: Server) -> None:
+    turn = {"messages": [{"role": "user", "content": "What is the capital of Portugal?"}], "max_tokens": 8}
+    server.post("/v1/sessions", {"session_id": "doomed"}).raise_for_status()
+    before = server.post("/v1/sessions/doomed/turns", turn)
+    victim = before.raise_for_status().headers["x-paceline-replica"]
+    pids = {target["replica_id"]: target["pid"] for target in server.status()["targets"]}
+    os.kill(pids[victim], signal.SIGKILL)
+    server.wait_for(lambda status: victim not in {target["replica_id"] for target in status["targets"]})
+    after = server.post("/v1/sessions/doomed/turns", turn)
+    assert (after.status_code, after.headers["x-paceline-route"]) == (200, "holder_gone")
+    assert after.json()["usage"]["prompt_tokens"] > before.json()["usage"]["total_tokens"]
