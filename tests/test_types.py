@@ -155,6 +155,6 @@ def test_a_resumed_request_is_one_for_each_output_that_had_not_ended() -> None:
 
 
 def test_a_resumed_request_tells_of_every_output() -> None:
-    with pytest.raises(InvalidRequest, match="^resumed: 1 outputs of 2") as caught:
+    with pytest.raises(InvalidRequest, match=r"^resumed: 1 outputs of 2") as caught:
         Request("r", (1,), SamplingParams(n=2, seed=1), resumed=((5,),))
     assert caught.value.param == "resumed"
