@@ -183,6 +183,25 @@ class DraftSettings(Settings):
     engine: EngineSettings = Field(default_factory=EngineSettings, description="Its engine.")
 
 
+class SessionSettings(Settings):
+    """Conversations: where their histories are kept, and where they go."""
+
+    store: Annotated[str, Field(pattern=r"^(memory|sqlite:///.+|rediss?://.+)$")] = Field(
+        "memory",
+        description="Where histories are kept: memory, one for each router; sqlite:///path, a file that outlives it; "
+        "redis://host:port/0, shared by routers of any machine (`pip install paceline[redis]`).",
+    )
+    ttl_s: Annotated[float, Field(gt=0)] = Field(86_400.0, description="A history is kept so long after its last turn.")
+    routing: Literal["soft", "hard"] = Field(
+        "soft",
+        description="soft: a session goes to the replica that holds it, unless that is overloaded; hard: it never "
+        "leaves that replica while it lives, and waits.",
+    )
+    load_bound: Annotated[float, Field(ge=1)] = Field(
+        1.5, description="A replica with more requests than this times the mean is overloaded; never one below 4."
+    )
+
+
 class AppSettings(Settings):
     """Everything `paceline.serving.app:build` needs: the `args:` of the Serve application."""
 
@@ -195,9 +214,15 @@ class AppSettings(Settings):
     request_timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0, description="A request is ended with an error after this long."
     )
+    max_resumptions: Annotated[int, Field(ge=0)] = Field(
+        3,
+        description="How many losses of its target replica one request survives: its answer goes on at another "
+        "replica, with the same tokens. 0 ends it with an error.",
+    )
     target: TargetSettings = Field(default_factory=TargetSettings)
     draft: DraftSettings = Field(default_factory=DraftSettings)
     speculation: SpeculationSettings = Field(default_factory=SpeculationSettings)
+    sessions: SessionSettings = Field(default_factory=SessionSettings)
 
     @property
     def public_name(self) -> str:

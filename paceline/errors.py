@@ -3,7 +3,8 @@
     PacelineError
     ├── InvalidRequest          400  INVALID_ARGUMENT      the client sent something wrong; names the field
     │   ├── UnknownModel        404  NOT_FOUND
-    │   └── UnknownSession      404  NOT_FOUND
+    │   ├── UnknownSession      404  NOT_FOUND
+    │   └── SessionConflict     409  ABORTED               the session exists already, or has a turn under way
     ├── Overloaded              429  RESOURCE_EXHAUSTED    refused before it queued; carries Retry-After
     ├── RequestTimeout          504  DEADLINE_EXCEEDED
     ├── Unavailable             503  UNAVAILABLE           no replica, a replica died, shutting down
@@ -63,6 +64,12 @@ class UnknownSession(InvalidRequest):
     code = "session_not_found"
     http_status = 404
     grpc_code = "NOT_FOUND"
+
+
+class SessionConflict(InvalidRequest):
+    code = "session_conflict"
+    http_status = 409
+    grpc_code = "ABORTED"
 
 
 class Overloaded(PacelineError):

@@ -172,6 +172,11 @@ class Request:
     `index` is the output's place among them; `follows` names the request whose prompt is the same and is
     computed first. A lower `priority` goes first and may take the place of running requests of a higher one;
     equals go in the order of arrival.
+
+    A request whose replica was lost goes on at another: `resumed` has, for each of the n outputs, the tokens the
+    client was given already, or None if it had ended; it is empty for a request that begins. The engine takes
+    them for output of its own: seeds, penalties, stop strings and limits come out as if nothing had happened.
+    `avoid` names the replicas that were lost or failed, so that routing looks elsewhere.
     """
 
     request_id: str
@@ -182,6 +187,8 @@ class Request:
     index: int = 0
     follows: str | None = None
     priority: int = 0
+    resumed: tuple[tuple[int, ...] | None, ...] = ()
+    avoid: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -190,10 +197,18 @@ class Request:
             raise InvalidRequest("prompt: token ids must be integers", param="prompt") from None
         if not self.token_ids:
             raise InvalidRequest("prompt: must hold at least one token", param="prompt")
+        if len(self.resumed) not in (0, self.params.n):
+            raise InvalidRequest(f"resumed: {len(self.resumed)} outputs of {self.params.n}", param="resumed")
         _check_int("priority", self.priority, low=-MAX_PRIORITY, high=MAX_PRIORITY)
 
+    @property
+    def output(self) -> tuple[int, ...]:
+        """What this output consists of already; nothing unless it is resumed."""
+        return (self.resumed[self.index] or ()) if self.resumed else ()
+
     def choices(self) -> tuple[Request, ...]:
-        """One request for each output: the first under this id and session, the others beside it, without one.
+        """One request for each output that has not ended: the first under this id and session, the others beside
+        it, without one.
 
         The seed must be fixed if there are several.
         """
@@ -203,7 +218,8 @@ class Request:
             replace(self, request_id=name, params=params.choice(index), session_id=None, index=index, follows=first)
             for index, name in enumerate(others, start=1)
         )
-        return (self, *rest)
+        ended = {index for index, output in enumerate(self.resumed) if output is None}
+        return tuple(each for each in (self, *rest) if each.index not in ended)
 
 
 def choice_ids(request_id: str, n: int) -> list[str]:
@@ -248,6 +264,9 @@ class Metrics:
     `drafted` candidates were verified, `accepted` became output; `sources` says whose they were and where. `wasted`
     ones came in time and were not verified, because the step had no room. `late` counts the steps that wanted
     candidates and found none in time. `steps` counts the forward passes after the prompt was computed.
+
+    `resumptions` counts the replicas that were lost on the way. Tokens and seconds are those of the whole request
+    then; candidates, steps and `cached_tokens` those of the last replica, the others took theirs with them.
     """
 
     prompt_tokens: int = 0
@@ -262,6 +281,7 @@ class Metrics:
     total_s: float = 0.0
     wasted: int = 0
     sources: tuple[SourceMetrics, ...] = ()
+    resumptions: int = 0
 
     @property
     def rolled_back(self) -> int:
@@ -298,11 +318,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """First frame of a stream that will produce deltas: the request was admitted by `replica_id`."""
+    """First frame of a stream that will produce deltas: the request was admitted by `replica_id`.
+
+    `route` is a word for why it went there (`paceline.sessions.placement.Reason`), "" if nobody chose.
+    """
 
     replica_id: str
     seed: int
     prompt_tokens: int
+    route: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,10 +337,11 @@ class Failure:
     message: str
     param: str | None = None
     retry_after: float | None = None
+    replica_id: str | None = None
 
     @classmethod
-    def of(cls, error: PacelineError) -> Failure:
-        return cls(error.code, error.message, error.param, error.retry_after)
+    def of(cls, error: PacelineError, replica_id: str | None = None) -> Failure:
+        return cls(error.code, error.message, error.param, error.retry_after, replica_id)
 
     def error(self) -> PacelineError:
         return by_code(self.code)(self.message, param=self.param, retry_after=self.retry_after)

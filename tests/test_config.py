@@ -187,3 +187,15 @@ def test_certificates_are_looked_for_in_pips_order() -> None:
         found.append(ca_bundle(environ))
         del environ[name]
     assert [*found, ca_bundle(environ)] == ["a", "b", "c", "d", None]
+
+
+@pytest.mark.parametrize(
+    "where", ["memory", "sqlite:///sessions.db", "sqlite:////var/s.db", "redis://h:6379/0", "rediss://h"]
+)
+def test_a_session_store_is_taken(where: str) -> None:
+    assert parse_settings({"sessions": {"store": where}}).sessions.store == where
+
+
+@pytest.mark.parametrize("where", ["disk", "sqlite:///", "sqlite://x", "redis://", "memory ", ""])
+def test_an_unknown_session_store_is_refused(where: str) -> None:
+    assert refused({"sessions": {"store": where}}).param == "sessions.store"

@@ -21,6 +21,7 @@ SHOWN = {
     "InvalidRequest": (400, "INVALID_ARGUMENT"),
     "UnknownModel": (404, "NOT_FOUND"),
     "UnknownSession": (404, "NOT_FOUND"),
+    "SessionConflict": (409, "ABORTED"),
     "Overloaded": (429, "RESOURCE_EXHAUSTED"),
     "RequestTimeout": (504, "DEADLINE_EXCEEDED"),
     "Unavailable": (503, "UNAVAILABLE"),

@@ -137,3 +137,24 @@ def test_decode_speed_counts_what_follows_the_first_token() -> None:
 )
 def test_without_a_second_token_there_is_no_decode_speed(metrics: Metrics) -> None:
     assert metrics.decode_tokens_per_s == 0.0
+
+
+def test_a_request_that_begins_has_no_output() -> None:
+    request = Request("r", (1,), SamplingParams(n=2, seed=1))
+    assert [choice.output for choice in request.choices()] == [(), ()]
+
+
+def test_a_resumed_request_is_one_for_each_output_that_had_not_ended() -> None:
+    request = Request("r", (1,), SamplingParams(n=4, seed=1), "s", resumed=((5, 6), None, (), (7,)))
+    choices = request.choices()
+    assert [(choice.request_id, choice.index, choice.output) for choice in choices] == [
+        ("r", 0, (5, 6)),
+        ("r/2", 2, ()),
+        ("r/3", 3, (7,)),
+    ]
+
+
+def test_a_resumed_request_tells_of_every_output() -> None:
+    with pytest.raises(InvalidRequest, match=r"^resumed: 1 outputs of 2") as caught:
+        Request("r", (1,), SamplingParams(n=2, seed=1), resumed=((5,),))
+    assert caught.value.param == "resumed"

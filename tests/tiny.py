@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from paceline.config import SpeculationSettings
 from paceline.engine.attention import ATTENTION_NAME
+from paceline.engine.detokenizer import Decoder
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine, EngineLimits
 from paceline.engine.kv_cache import SlabKVCache
@@ -74,6 +75,7 @@ def engine_for(
     eos: frozenset[int] = frozenset(),
     runner: Runner | None = None,
     quantized: bool = False,
+    decoder: Decoder | None = None,
     **settings: Any,
 ) -> Engine:
     """`lookup` is `prompt_lookup_num_tokens`, `settings` are others of SpeculationSettings."""
@@ -84,7 +86,7 @@ def engine_for(
     speculation = SpeculationSettings(depth=depth, prompt_lookup_num_tokens=lookup, **settings)
     speculator = speculator_for(speculation, proposer, flat_cost)
     kv = kv_for(runner, capacity, quantized=quantized)
-    return Engine(runner, kv, limits, eos=eos, speculator=speculator, speculation=speculation)
+    return Engine(runner, kv, limits, eos=eos, decoder=decoder, speculator=speculator, speculation=speculation)
 
 
 def drafter_for(model: PreTrainedModel, capacity: int = 4096) -> Drafter:

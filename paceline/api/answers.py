@@ -33,6 +33,7 @@ class PacelineInfo(Answer):
     """Who made the answer and what it cost. A chunk that is not the last has `token_ids` alone.
 
     Of an answer with several choices the numbers are sums, and `seeds` and `choice_token_ids` have an entry for each.
+    `resumptions`, if any, counts the replicas that were lost on the way; `replica_id` is the first.
     `synthetic_acceptance` marks an answer whose text is nonsense, made for a benchmark.
     """
 
@@ -49,6 +50,7 @@ class PacelineInfo(Answer):
     cached_tokens: int | None = None
     ttft_s: float | None = None
     total_s: float | None = None
+    resumptions: int | None = None
     token_ids: list[int] | None = None
     seeds: list[int] | None = None
     choice_token_ids: list[list[int]] | None = None
@@ -203,13 +205,22 @@ class ModelList(Answer):
 
 
 class SessionCard(Answer):
-    """A session whose KV cache a target replica holds."""
+    """A session: where its KV cache is and how large, and what is stored of its history (seconds since 1970).
+
+    Without a `replica_id` no target replica holds its KV, without `turns` no history is stored.
+    """
 
     object: Literal["session"] = "session"
     session_id: str
-    replica_id: str
+    replica_id: str | None = None
     cached_tokens: int
+    kv_bytes: int | None = None
     running: bool
+    history_tokens: int | None = None
+    turns: int | None = None
+    parent: str | None = None
+    created: float | None = None
+    updated: float | None = None
 
 
 class SessionList(Answer):
@@ -228,6 +239,13 @@ class Health(Answer):
     model: str
 
 
+class RouterStatus(Answer):
+    """What the router that answers has seen: requests by the reason for their place, replicas lost in an answer."""
+
+    routes: dict[str, int]
+    resumptions: int
+
+
 class Status(Answer):
     """Model and replicas, each replica as it reports itself."""
 
@@ -235,3 +253,4 @@ class Status(Answer):
     max_model_len: int
     targets: list[dict[str, Any]]
     drafts: list[dict[str, Any]]
+    router: RouterStatus

@@ -6,10 +6,11 @@ import asyncio
 import time
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 from uuid import uuid4
 
+from paceline.api.conversations import Conversations, Turn, unknown_session
 from paceline.api.logprobs import TokenTexts
 from paceline.api.prompts import (
     ChatMessage,
@@ -17,18 +18,20 @@ from paceline.api.prompts import (
     Tokenizer,
     check_messages,
     check_session_id,
-    derive_session_id,
     shown,
 )
-from paceline.api.state import ClusterStatus, SessionInfo
+from paceline.api.resume import RouterCounts, resuming
+from paceline.api.state import ClusterStatus, SessionInfo, with_histories
 from paceline.api.stream import Stream
 from paceline.config import SchedulingPolicy
-from paceline.errors import InvalidRequest, RequestTimeout, UnknownModel, UnknownSession
+from paceline.errors import InvalidRequest, RequestTimeout, UnknownModel
 from paceline.sessions.rules import WindowRules
+from paceline.sessions.store import MemoryStore, SessionStore
 from paceline.types import Frame, Prompt, Request, SamplingParams
 
 CONTROL_TIMEOUT_S = 10.0
 """How long a question about sessions or status may take."""
+SESSION_TTL_S = 3600.0
 
 T = TypeVar("T")
 
@@ -53,6 +56,14 @@ class Targets(Protocol):
         """What the replicas report about themselves."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request ready to be opened, and the turn of a session that it is, if any."""
+
+    request: Request
+    turn: Turn | None = None
+
+
 class Gateway:
     """Checks, tokenizes and names requests, and opens their streams."""
 
@@ -66,6 +77,9 @@ class Gateway:
         scheduling_policy: SchedulingPolicy = "fcfs",
         synthetic_acceptance: float | None = None,
         windows: WindowRules | None = None,
+        *,
+        max_resumptions: int = 0,
+        store: SessionStore | None = None,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
         """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
@@ -78,6 +92,9 @@ class Gateway:
         self._request_timeout_s = request_timeout_s
         self._scheduling_policy = scheduling_policy
         self._windows = windows or WindowRules(max_model_len)
+        self._max_resumptions = max_resumptions
+        self._seen = RouterCounts()
+        self._conversations = Conversations(store or MemoryStore(SESSION_TTL_S), model_name)
 
     async def prepare_chat(
         self,
@@ -88,15 +105,47 @@ class Gateway:
         session_id: str | None = None,
         speculate: bool = True,
         priority: int = 0,
-    ) -> Request:
-        """One turn of a conversation as a request. Raises InvalidRequest naming the field."""
+    ) -> Prepared:
+        """One turn of a conversation, all of whose messages are given. Raises InvalidRequest naming the field."""
         self.check_model(model)
         self._check_priority(priority)
         known = check_messages(messages)
-        session = derive_session_id(self.model_name, known) if session_id is None else check_session_id(session_id)
+        if session_id is not None:
+            check_session_id(session_id)
         token_ids = await self._prompts.chat(known)
         fitted = self._fit("messages", len(token_ids), params)
-        return Request(f"chatcmpl-{uuid4().hex}", token_ids, fitted, session, speculate, priority=priority)
+        names = self._conversations
+        turn = await (names.recognize(known) if session_id is None else names.named(session_id, known))
+        return Prepared(self._chat_request(token_ids, fitted, turn, speculate, priority), turn)
+
+    async def prepare_turn(
+        self,
+        session_id: str,
+        messages: Sequence[ChatMessage],
+        params: SamplingParams,
+        *,
+        model: str | None = None,
+        speculate: bool = True,
+        priority: int = 0,
+    ) -> Prepared:
+        """The next turn of a stored session: `messages` are only what is new. Without a seed it has the session's.
+
+        Raises UnknownSession, and InvalidRequest naming the field.
+        """
+        self.check_model(model)
+        self._check_priority(priority)
+        known = check_messages(messages)
+        session = await self._conversations.history(check_session_id(session_id))
+        if session.token_ids and not session.messages:
+            raise InvalidRequest(
+                "session_id: a session of plain completions has no messages to go on from", param="session_id"
+            )
+        token_ids = await self._prompts.turn(session.token_ids, session.messages, known)
+        if params.seed is None:
+            params = replace(params, seed=session.seed)
+        fitted = self._fit("messages", len(token_ids), params)
+        turn = Turn(session_id, (*session.messages, *known), appends=True)
+        return Prepared(self._chat_request(token_ids, fitted, turn, speculate, priority), turn)
 
     async def prepare_completion(
         self,
@@ -108,7 +157,7 @@ class Gateway:
         speculate: bool = True,
         priority: int = 0,
         default_max_tokens: int | None = None,
-    ) -> Request:
+    ) -> Prepared:
         """A plain prompt as a request; without a session unless the client names one.
 
         `default_max_tokens` stands in for `params.max_tokens` None, and shrinks to what the context leaves.
@@ -122,11 +171,16 @@ class Gateway:
             room = max(1, self._windows.longest(params) - len(token_ids))
             params = replace(params, max_tokens=min(default_max_tokens, room))
         fitted = self._fit("prompt", len(token_ids), params)
-        return Request(f"cmpl-{uuid4().hex}", token_ids, fitted, session, speculate, priority=priority)
+        request = Request(f"cmpl-{uuid4().hex}", token_ids, fitted, session, speculate, priority=priority)
+        return Prepared(request, None if session is None else Turn(session))
 
-    async def open(self, request: Request) -> Stream:
+    async def open(self, prepared: Prepared) -> Stream:
         """Start a request. Raises its error if no replica takes it; otherwise the caller closes the stream."""
-        return await Stream.open(self._targets.generate(request), self._request_timeout_s, request.params.n)
+        request, turn = prepared.request, prepared.turn
+        frames = resuming(self._targets.generate, request, self._max_resumptions, seen=self._seen)
+        if turn is not None:
+            frames = self._conversations.recorded(frames, request, turn)
+        return await Stream.open(frames, self._request_timeout_s, request.params.n)
 
     async def tokenize(self, content: str | Sequence[ChatMessage], *, model: str | None = None) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation as `prepare_chat` renders it."""
@@ -135,30 +189,63 @@ class Gateway:
             return await self._prompts.text("text", content)
         return await self._prompts.chat(check_messages(content))
 
+    async def create_session(
+        self, session_id: str | None = None, messages: Sequence[ChatMessage] = (), seed: int | None = None
+    ) -> SessionInfo:
+        """A session that begins with these messages. Raises SessionConflict if it exists."""
+        known = check_messages(messages) if messages else []
+        SamplingParams(seed=seed)  # for its check
+        name = None if session_id is None else check_session_id(session_id)
+        created = await self._conversations.create(name, known, seed)
+        return SessionInfo(created.session_id, None, 0, False).with_history(created.summary)
+
+    async def fork_session(self, session_id: str, fork_id: str | None = None) -> SessionInfo:
+        """Another session with the history of this one. Raises UnknownSession, SessionConflict if it exists."""
+        name = None if fork_id is None else check_session_id(fork_id)
+        fork = await self._conversations.fork(session_id, name)
+        return SessionInfo(fork.session_id, None, 0, False).with_history(fork.summary)
+
     async def sessions(self) -> list[SessionInfo]:
-        """Every session whose KV cache a replica holds."""
-        return await _bounded(self._targets.sessions())
+        """Every session whose KV cache a replica holds, and the latest of those of which only the history is kept."""
+        held, stored = await asyncio.gather(_bounded(self._targets.sessions()), self._conversations.summaries())
+        return with_histories(held, stored)
 
     async def session(self, session_id: str) -> SessionInfo:
         """One of them. Raises UnknownSession."""
-        for session in await self.sessions():
-            if session.session_id == session_id:
-                return session
-        raise _unknown_session(session_id)
+        held, stored = await asyncio.gather(_bounded(self._targets.sessions()), self._conversations.summary(session_id))
+        mine = [info for info in held if info.session_id == session_id]
+        found = with_histories(mine, [] if stored is None else [stored])
+        if not found:
+            raise unknown_session(session_id)
+        return found[0]
 
     async def close_session(self, session_id: str) -> None:
-        """Drop a session's KV cache. Raises UnknownSession if nobody holds it."""
-        if not await _bounded(self._targets.close_session(session_id)):
-            raise _unknown_session(session_id)
+        """Drop a session's KV cache and its history. Raises UnknownSession if there is neither."""
+        dropped, deleted = await asyncio.gather(
+            _bounded(self._targets.close_session(session_id)), self._conversations.delete(session_id)
+        )
+        if not (dropped or deleted):
+            raise unknown_session(session_id)
+
+    async def close(self) -> None:
+        """Release the session store."""
+        await self._conversations.close()
 
     async def status(self) -> ClusterStatus:
-        """What the replicas report about themselves."""
-        return await _bounded(self._targets.status())
+        """What the replicas report about themselves, and what this router has seen."""
+        cluster = await _bounded(self._targets.status())
+        return replace(cluster, routes=dict(self._seen.routes), resumptions=self._seen.resumptions)
 
     def check_model(self, name: str | None) -> None:
         """Raise UnknownModel unless `name` is the model served. None and "" stand for it."""
         if name and name != self.model_name:
             raise UnknownModel(f"model: no model {shown(name)} here; {self.model_name!r} is served", param="model")
+
+    def _chat_request(
+        self, token_ids: tuple[int, ...], params: SamplingParams, turn: Turn, speculate: bool, priority: int
+    ) -> Request:
+        name = f"chatcmpl-{uuid4().hex}"
+        return Request(name, token_ids, params, turn.session_id, speculate, priority=priority)
 
     def _check_priority(self, priority: int) -> None:
         if priority and self._scheduling_policy == "fcfs":
@@ -203,7 +290,3 @@ async def _bounded(answer: Awaitable[T]) -> T:
         if not scope.expired():
             raise
         raise RequestTimeout(f"the replicas did not answer within {CONTROL_TIMEOUT_S:g} s") from None
-
-
-def _unknown_session(session_id: str) -> UnknownSession:
-    return UnknownSession(f"session_id: nobody holds a session {shown(session_id)}", param="session_id")

@@ -1,7 +1,8 @@
 """GET /metrics: what the replicas report about themselves, as Prometheus text.
 
 Collected when it is asked for, from the same numbers as /status. A replica that does not answer is missing, and its
-series with it; counters begin anew with a replica, which has a new name then. Names are vLLM's where the meaning is
+series with it; counters begin anew with a replica, which has a new name then. What is counted per router is that of
+the one that answers. Names are vLLM's where the meaning is
 the same, so that its dashboards work; ours begin with `paceline_`.
 """
 
@@ -41,6 +42,7 @@ class _Cluster(Collector):
         yield from self._speculation(targets)
         yield from self._links(targets)
         yield from self._drafters(drafts)
+        yield from self._router()
 
     def _load(self, targets: Sequence[ReplicaStatus]) -> Iterator[Metric]:
         yield self._gauge("vllm:num_requests_running", "Sequences in the engine's steps.", targets, "running")
@@ -124,6 +126,18 @@ class _Cluster(Collector):
         yield self._counter("paceline_drafter_tokens", "Tokens a draft replica drew.", drafts, "drafted_tokens")
         yield self._gauge("paceline_drafter_streams", "Targets connected to a draft replica.", drafts, "streams")
         yield self._gauge("paceline_drafter_sequences", "Sequences a draft replica follows.", drafts, "sequences")
+
+    def _router(self) -> Iterator[Metric]:
+        routes = CounterMetricFamily(
+            "paceline_routed_requests", "Requests by why they went where they went.", labels=["model_name", "reason"]
+        )
+        for reason, count in sorted(self._cluster.routes.items()):
+            routes.add_metric([self._model, reason], count)
+        resumptions = CounterMetricFamily(
+            "paceline_resumptions", "Target replicas lost in the middle of an answer.", labels=["model_name"]
+        )
+        resumptions.add_metric([self._model], self._cluster.resumptions)
+        yield from (routes, resumptions)
 
     def _gauge(self, name: str, text: str, replicas: Sequence[ReplicaStatus], key: str) -> Metric:
         return self._plain(GaugeMetricFamily, name, text, replicas, key)

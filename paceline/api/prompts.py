@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
 from paceline.errors import InvalidRequest
+from paceline.sessions.history import ChatMessage as ChatMessage
 from paceline.types import Prompt
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -22,14 +21,8 @@ INLINE_CHARS = 8192
 
 MAX_SESSION_ID_CHARS = 256
 
-
-@dataclass(frozen=True, slots=True)
-class ChatMessage:
-    """One message of a conversation; content parts are already joined."""
-
-    role: str
-    content: str
-    name: str | None = None
+ANSWER_MARK = "\ue000answer\ue001"
+"""Stands for an answer while the template renders what comes after it: private characters, that nobody writes."""
 
 
 class Tokenizer(Protocol):
@@ -39,14 +32,14 @@ class Tokenizer(Protocol):
 
     def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
 
     def get_vocab(self) -> dict[str, int]: ...
 
-    # Only for log probabilities.
-
     @property
     def all_special_ids(self) -> list[int]: ...
+
+    # Only for log probabilities.
 
     def get_added_vocab(self) -> dict[str, int]: ...
 
@@ -70,6 +63,25 @@ class PromptEncoder:
         size = sum(len(message.content) for message in messages)
         return await _off_loop(lambda: self._render(messages), size)
 
+    async def turn(
+        self, history: Sequence[int], before: Sequence[ChatMessage], new: Sequence[ChatMessage]
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation that goes on: `history` as it was computed, and what the template puts behind
+        its last answer. `before` says the same in words; without an answer at its end all of it is rendered anew.
+
+        An answer's text, tokenized, is not always the tokens it came from: then a KV cache of it would be useless.
+        """
+        if not history or not before or before[-1].role != "assistant":
+            return await self.chat([*before, *new])
+        marked = [*before[:-1], replace(before[-1], content=ANSWER_MARK), *new]
+        size = sum(len(message.content) for message in marked)
+        behind = await _off_loop(lambda: self._behind_answer(marked), size)
+        if not behind:
+            return await self.chat([*before, *new])
+        # The model ended its answer itself, with the token that the template puts there.
+        ended = behind[0] == history[-1] and behind[0] in self._tokenizer.all_special_ids
+        return (*history, *behind[ended:])
+
     async def prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a text, with the special tokens this tokenizer adds, or the ids themselves, checked."""
         if not prompt:
@@ -92,13 +104,23 @@ class PromptEncoder:
                     f"{param}: token id {token} is not in the vocabulary of {self._vocabulary}", param=param
                 )
 
-    def _render(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    def _behind_answer(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        """Token ids of what is rendered behind the marked answer; none if the template moved or changed the mark."""
+        text = self._apply(messages, tokenize=False)
+        if text.count(ANSWER_MARK) != 1:
+            return ()
+        return tuple(self._tokenizer.encode(text.partition(ANSWER_MARK)[2], add_special_tokens=False))
+
+    def _apply(self, messages: Sequence[ChatMessage], *, tokenize: bool) -> Any:
         conversation = [_template_message(message) for message in messages]
         try:
-            encoded = self._tokenizer.apply_chat_template(conversation, tokenize=True, add_generation_prompt=True)
+            return self._tokenizer.apply_chat_template(conversation, tokenize=tokenize, add_generation_prompt=True)
         except TemplateError as error:
             # Raised by the model's template for a conversation it does not know, such as two user turns in a row.
             raise InvalidRequest(f"messages: refused by the chat template: {error}", param="messages") from None
+
+    def _render(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        encoded = self._apply(messages, tokenize=True)
         ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
         return tuple(int(token) for token in ids)
 
@@ -128,17 +150,6 @@ def check_session_id(session_id: str) -> str:
             param="session_id",
         )
     return session_id
-
-
-def derive_session_id(model_name: str, messages: Sequence[ChatMessage]) -> str:
-    """A name for a conversation that every later turn of it gets too: all up to the first user message is hashed."""
-    opening = []
-    for message in messages:
-        opening.append([message.role, message.content, message.name])
-        if message.role == "user":
-            break
-    digest = hashlib.sha256(json.dumps([model_name, opening]).encode()).hexdigest()
-    return f"conv-{digest[:32]}"
 
 
 def shown(text: str, limit: int = 100) -> str:

@@ -15,10 +15,9 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from paceline.api.failures import envelope_of, public_error
-from paceline.api.gateway import Gateway
+from paceline.api.gateway import Gateway, Prepared
 from paceline.api.stream import Stream
 from paceline.api.wording import Tally, Wording
-from paceline.types import Request
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +30,13 @@ class ClientGone(Exception):
 
 
 class Reply(Response):
-    """Runs `request` when it is sent. An error before the first frame is raised, so that it gets a status."""
+    """Runs a request when it is sent. An error before the first frame is raised, so that it gets a status."""
 
-    def __init__(self, gateway: Gateway, request: Request, wording: Wording, *, stream: bool) -> None:
+    def __init__(self, gateway: Gateway, prepared: Prepared, wording: Wording, *, stream: bool) -> None:
         super().__init__()
         self._gateway = gateway
-        self._generation = request
+        self._prepared = prepared
+        self._generation = prepared.request
         self._wording = wording
         self._streaming = stream
 
@@ -47,7 +47,7 @@ class Reply(Response):
             logger.info("%s: the client went away", self._generation.request_id)
 
     async def _run(self, send: Send) -> None:
-        async with await self._gateway.open(self._generation) as stream:
+        async with await self._gateway.open(self._prepared) as stream:
             tally = Tally(self._generation, stream.accepted)
             channel = _Channel(send, stream.deadline + SEND_GRACE_S)
             if self._streaming:
@@ -82,6 +82,8 @@ class Reply(Response):
 
     def _head(self, stream: Stream, media_type: str) -> MutableHeaders:
         headers = MutableHeaders({"content-type": media_type, "x-paceline-replica": stream.accepted.replica_id})
+        if stream.accepted.route:
+            headers["x-paceline-route"] = stream.accepted.route
         if self._streaming:
             headers["cache-control"] = "no-cache"
             headers["x-accel-buffering"] = "no"  # a reverse proxy passes each event on at once

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from paceline.api.answers import (
     Health,
     ModelCard,
     ModelList,
+    RouterStatus,
     SessionCard,
     SessionDeleted,
     SessionList,
@@ -28,7 +30,14 @@ from paceline.api.gateway import Gateway
 from paceline.api.metrics import CONTENT_TYPE, prometheus_text
 from paceline.api.middleware import BodyLimit, LastResort, RequestId
 from paceline.api.reply import Reply
-from paceline.api.schema import DEFAULT_COMPLETION_TOKENS, ChatCompletionRequest, CompletionRequest, GenerationBody
+from paceline.api.schema import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    CreateSessionBody,
+    ForkSessionBody,
+    GenerationBody,
+)
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.api.wording import ChatWording, CompletionWording
 from paceline.errors import InvalidRequest, PacelineError
@@ -78,7 +87,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request, gatewa
         speculate=body.speculation is not False,
         priority=body.priority or 0,
     )
-    wording = ChatWording(prepared.request_id, **_form(gateway, body))
+    wording = ChatWording(prepared.request.request_id, **_form(gateway, body))
     return Reply(gateway, prepared, wording, stream=bool(body.stream))
 
 
@@ -93,7 +102,7 @@ async def completions(body: CompletionRequest, request: Request, gateway: TheGat
         priority=body.priority or 0,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
     )
-    wording = CompletionWording(prepared.request_id, **_form(gateway, body))
+    wording = CompletionWording(prepared.request.request_id, **_form(gateway, body))
     return Reply(gateway, prepared, wording, stream=bool(body.stream))
 
 
@@ -106,6 +115,36 @@ async def list_models(gateway: TheGateway) -> Response:
 async def get_model(name: str, gateway: TheGateway) -> Response:
     gateway.check_model(name)
     return _json(_model_card(gateway))
+
+
+@router.post("/v1/sessions", response_model=SessionCard)
+async def create_session(body: CreateSessionBody, gateway: TheGateway) -> Response:
+    """A session to which turns are appended, so that no client resends what was said."""
+    messages = [message.message() for message in body.messages or ()]
+    return _json(_session_card(await gateway.create_session(body.session_id, messages, body.seed)))
+
+
+@router.post("/v1/sessions/{session_id:path}/turns", response_model=ChatCompletion)
+async def append_turn(session_id: str, body: ChatCompletionRequest, request: Request, gateway: TheGateway) -> Response:
+    """As /v1/chat/completions, but `messages` are only what is new; the session has the rest."""
+    if _session_id(request, body) not in (None, session_id):
+        raise InvalidRequest("session_id: contradicts the path", param="session_id")
+    prepared = await gateway.prepare_turn(
+        session_id,
+        [message.message() for message in body.messages],
+        body.params(),
+        model=body.model,
+        speculate=body.speculation is not False,
+        priority=body.priority or 0,
+    )
+    wording = ChatWording(prepared.request.request_id, **_form(gateway, body))
+    return Reply(gateway, prepared, wording, stream=bool(body.stream))
+
+
+@router.post("/v1/sessions/{session_id:path}/fork", response_model=SessionCard)
+async def fork_session(session_id: str, gateway: TheGateway, body: ForkSessionBody | None = None) -> Response:
+    """Another session with the same history, and the same KV where it is held."""
+    return _json(_session_card(await gateway.fork_session(session_id, body.session_id if body else None)))
 
 
 @router.get("/v1/sessions", response_model=SessionList)
@@ -139,6 +178,7 @@ async def status(gateway: TheGateway) -> Response:
             max_model_len=gateway.max_model_len,
             targets=[dict(replica) for replica in cluster.targets],
             drafts=[dict(replica) for replica in cluster.drafts],
+            router=RouterStatus(routes=dict(cluster.routes), resumptions=cluster.resumptions),
         )
     )
 
@@ -188,9 +228,4 @@ def _model_card(gateway: Gateway) -> ModelCard:
 
 
 def _session_card(session: SessionInfo) -> SessionCard:
-    return SessionCard(
-        session_id=session.session_id,
-        replica_id=session.replica_id,
-        cached_tokens=session.cached_tokens,
-        running=session.running,
-    )
+    return SessionCard(**asdict(session))

@@ -282,3 +282,17 @@ class CompletionRequest(GenerationBody):
 
     def reported(self) -> dict[str, int | None]:
         return {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}
+
+
+class CreateSessionBody(Body):
+    """Body of POST /v1/sessions."""
+
+    session_id: str | None = Field(None, description="Its name; one is made up if there is none.")
+    messages: list[MessageParam] | None = Field(None, description="What was said already.")
+    seed: int | None = Field(None, description="Of every appended turn that has none of its own.")
+
+
+class ForkSessionBody(Body):
+    """Body of POST /v1/sessions/{id}/fork."""
+
+    session_id: str | None = Field(None, description="The fork's name; one is made up if there is none.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from paceline.sessions.history import SessionSummary
 
 ReplicaStatus = Mapping[str, Any]
 """What one replica says about itself, ready for JSON. Only `paceline.api.metrics` reads it, and expects any of it to be
@@ -13,17 +15,53 @@ missing: a replica may be of another version."""
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """A session whose KV cache a target replica holds. `cached_tokens` counts the tokens it covers."""
+    """A session: where its KV cache is, and what is stored of its history.
+
+    `cached_tokens` and `kv_bytes` are the KV's size at `replica_id`; None, and no tokens, if no replica holds any.
+    The other fields are None if no history is stored. Times are seconds since 1970.
+    """
 
     session_id: str
-    replica_id: str
+    replica_id: str | None
     cached_tokens: int
     running: bool
+    kv_bytes: int | None = None
+    history_tokens: int | None = None
+    turns: int | None = None
+    parent: str | None = None
+    created: float | None = None
+    updated: float | None = None
+
+    def with_history(self, stored: SessionSummary | None) -> SessionInfo:
+        if stored is None:
+            return self
+        return replace(
+            self,
+            history_tokens=stored.tokens,
+            turns=stored.turns,
+            parent=stored.parent,
+            created=stored.created,
+            updated=stored.updated,
+        )
+
+
+def with_histories(held: Sequence[SessionInfo], stored: Sequence[SessionSummary]) -> list[SessionInfo]:
+    """Sessions whose KV is held, then those of which there is only the history."""
+    known = {summary.session_id: summary for summary in stored}
+    nowhere = known.keys() - {info.session_id for info in held}
+    found = [info.with_history(known.get(info.session_id)) for info in held]
+    return found + [SessionInfo(name, None, 0, False).with_history(known[name]) for name in known if name in nowhere]
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """One mapping for each target and each draft replica that answered."""
+    """One mapping for each target and each draft replica that answered.
+
+    `routes` and `resumptions` count what the router that was asked has seen: accepted requests by the reason for
+    their place, and replicas lost in the middle of an answer.
+    """
 
     targets: tuple[ReplicaStatus, ...] = ()
     drafts: tuple[ReplicaStatus, ...] = ()
+    routes: Mapping[str, int] = field(default_factory=dict)
+    resumptions: int = 0

@@ -81,6 +81,7 @@ class Tally:
             total_s=max(m.total_s for m in each),
             wasted=sum(m.wasted for m in each),
             sources=merged(m.sources for m in each),
+            resumptions=max(m.resumptions for m in each),
         )
 
     def info(self, token_ids: list[int] | None = None, choices: list[list[int]] | None = None) -> PacelineInfo:
@@ -99,6 +100,7 @@ class Tally:
             cached_tokens=metrics.cached_tokens,
             ttft_s=metrics.ttft_s,
             total_s=metrics.total_s,
+            resumptions=metrics.resumptions or None,
             token_ids=token_ids,
             choice_token_ids=choices,
         )

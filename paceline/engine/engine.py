@@ -151,7 +151,9 @@ class Engine:
             self.tally.requests += 1
             self.tally.declined += not sequence.request.speculate
             if self.speculator is not None and sequence.request.speculate:
-                self.speculator.open(sequence.sequence_id, sequence.tokens, sequence.request.params)
+                self.speculator.open(
+                    sequence.sequence_id, sequence.tokens, sequence.request.params, sequence.prompt_length
+                )
 
     def _propose(self) -> Mapping[int, Proposal]:
         if self.speculator is None:
@@ -242,6 +244,7 @@ class Engine:
         """Fill in the window, `max_tokens`, the seed and the ids `min_tokens` masks; refuse what cannot fit."""
         prompt = len(request.token_ids)
         self._check_ids("prompt", request.token_ids)
+        self._check_ids("resumed", request.output)
         self._check_ids("logit_bias", request.params.bias)
         params = self._windows.resolve(request.params)
         limit, max_tokens = self._windows.longest(params), params.max_tokens
@@ -254,6 +257,8 @@ class Engine:
                 param="max_tokens",
             )
         params = replace(params.with_seed(), max_tokens=max_tokens or limit - prompt)
+        if len(request.output) >= (max_tokens or limit - prompt):
+            raise InvalidRequest(f"resumed: {len(request.output)} tokens leave no room for more", param="resumed")
         if params.min_tokens and not params.ignore_eos:
             # The drafter masks the same ids, and its model's own EOS may differ.
             params = replace(params, stop_token_ids=tuple(sorted(self._eos.union(params.stop_token_ids))))

@@ -105,6 +105,15 @@ class KVCache(ABC):
     def sessions(self) -> dict[str, tuple[int, bool]]:
         """Session id to (tokens held, running), over all entries that belong to one."""
 
+    @property
+    @abstractmethod
+    def bytes_per_token(self) -> int:
+        """What the keys and values of one token take."""
+
+    @abstractmethod
+    def recent(self, limit: int) -> list[np.ndarray]:
+        """Copies of the token ids, int32 [tokens], of the entries that would be evicted last, those first."""
+
     @abstractmethod
     def usage(self) -> KVUsage:
         """The account."""
@@ -245,6 +254,14 @@ class SlabKVCache(KVCache):
             session_id: (max(entry.length for entry in held), any(entry.running for entry in held))
             for session_id, held in self._by_session.items()
         }
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.geometry.bytes_per_token
+
+    def recent(self, limit: int) -> list[np.ndarray]:
+        latest = itertools.chain(self._running, reversed(self._of_sessions), reversed(self._anonymous))
+        return [entry.token_ids.copy() for entry in itertools.islice(latest, limit)]
 
     def usage(self) -> KVUsage:
         return KVUsage(self.capacity - self._in_use - self._cached, self._cached, self._in_use, self.capacity)

@@ -124,11 +124,12 @@ class EngineLoop:
         return self._thread.healthy
 
     def submit(self, request: Request, sink: Sink) -> Future[None]:
-        """Hand over a request, all its n outputs. The future resolves once it is queued, or raises the refusal."""
+        """Hand over a request, all its outputs. The future resolves once it is queued, or raises the refusal."""
+        choices = request.choices()
 
         def add() -> None:
-            self.engine.add_all(request.choices())
-            self._sinks.update(dict.fromkeys(choice_ids(request.request_id, request.params.n), sink))
+            self.engine.add_all(choices)
+            self._sinks.update((choice.request_id, sink) for choice in choices)
 
         return self.call(add)
 

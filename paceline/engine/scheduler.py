@@ -97,7 +97,8 @@ class Scheduler:
             if sequence.owes_prompt:
                 self.kv.truncate(entry, len(sequence.prompt_logprobs))
             if not sequence.admitted:
-                sequence.admitted, sequence.cached_tokens = sequence.clock(), entry.length
+                sequence.admitted = sequence.clock()
+                sequence.cached_tokens = min(entry.length, sequence.prompt_length)
                 admitted.append(sequence)
         return admitted
 

@@ -45,8 +45,11 @@ class Sequence:
     _told_prompt: int = 0
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.token_ids)
+        self.tokens = [*self.request.token_ids, *self.request.output]
         self.window = self.request.params.window
+        if self.detokenizer is not None:
+            for token in self.request.output:
+                self.detokenizer.push(token)  # whoever gave these tokens to the client gave it their text
         self._emitted = len(self.tokens)
         self.arrived = self.clock()
 
@@ -72,7 +75,8 @@ class Sequence:
     @property
     def owes_prompt(self) -> bool:
         """Whether prompt tokens remain whose log probabilities were asked for."""
-        wanted = self.request.params.prompt_logprobs is not None
+        # They are told with the first tokens: a resumed output has told them.
+        wanted = self.request.params.prompt_logprobs is not None and not self.request.output
         return wanted and len(self.prompt_logprobs) < self.prompt_length - 1
 
     @property

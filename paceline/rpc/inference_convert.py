@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from paceline.api.prompts import ChatMessage
@@ -89,6 +90,7 @@ def started_event(request: Request, accepted: Accepted, synthetic_acceptance: fl
             seed=accepted.seed,
             prompt_tokens=len(request.token_ids),
             synthetic_acceptance=synthetic_acceptance,
+            route=accepted.route,
         )
     )
 
@@ -134,6 +136,7 @@ def usage_message(metrics: Metrics) -> pb.Usage:
         ttft_seconds=metrics.ttft_s,
         total_seconds=metrics.total_s,
         wasted_drafts=metrics.wasted,
+        resumptions=metrics.resumptions,
         sources=[
             pb.SourceUsage(source=each.source, drafted=each.drafted, accepted=each.accepted) for each in metrics.sources
         ],
@@ -141,9 +144,5 @@ def usage_message(metrics: Metrics) -> pb.Usage:
 
 
 def session_message(session: SessionInfo) -> pb.Session:
-    return pb.Session(
-        session_id=session.session_id,
-        replica_id=session.replica_id,
-        cached_tokens=session.cached_tokens,
-        running=session.running,
-    )
+    told = {name: value for name, value in asdict(session).items() if value is not None}
+    return pb.Session(**told)

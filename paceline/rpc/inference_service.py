@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 
-from paceline.api.gateway import Gateway
-from paceline.errors import PacelineError
+from paceline.api.gateway import Gateway, Prepared
+from paceline.errors import InvalidRequest, PacelineError
 from paceline.rpc.inference_convert import (
     delta_events,
     input_from,
@@ -25,7 +25,7 @@ from paceline.rpc.inference_convert import (
     speculation_from,
     started_event,
 )
-from paceline.types import Metrics, Request
+from paceline.types import Metrics
 from paceline.v1 import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -59,14 +59,17 @@ class InferenceHandlers:
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: RpcContext) -> Events:
         with _reported(grpc_context):
-            prepared = await self._gateway.prepare_chat(
-                messages_from(request.messages),
-                params_from(request.sampling),
-                model=request.model,
-                session_id=_session_id(request.session_id, grpc_context),
-                speculate=speculation_from(request),
-                priority=request.priority,
-            )
+            session_id = _session_id(request.session_id, grpc_context)
+            messages, params = messages_from(request.messages), params_from(request.sampling)
+            options: dict[str, Any] = {
+                "model": request.model,
+                "speculate": speculation_from(request),
+                "priority": request.priority,
+            }
+            if request.append:
+                prepared = await self._gateway.prepare_turn(_required(session_id), messages, params, **options)
+            else:
+                prepared = await self._gateway.prepare_chat(messages, params, session_id=session_id, **options)
             async with aclosing(self._events(prepared)) as events:
                 async for event in events:
                     yield event
@@ -98,6 +101,16 @@ class InferenceHandlers:
         gateway = self._gateway
         return pb.ListModelsResponse(models=[pb.Model(name=gateway.model_name, max_model_len=gateway.max_model_len)])
 
+    async def CreateSession(self, request: pb.CreateSessionRequest, grpc_context: RpcContext) -> pb.Session:
+        with _reported(grpc_context):
+            seed = request.seed if request.HasField("seed") else None
+            messages = messages_from(request.messages)
+            return session_message(await self._gateway.create_session(request.session_id or None, messages, seed))
+
+    async def ForkSession(self, request: pb.ForkSessionRequest, grpc_context: RpcContext) -> pb.Session:
+        with _reported(grpc_context):
+            return session_message(await self._gateway.fork_session(request.session_id, request.fork_id or None))
+
     async def ListSessions(
         self,
         request: pb.ListSessionsRequest,  # noqa: ARG002
@@ -116,8 +129,9 @@ class InferenceHandlers:
             await self._gateway.close_session(request.session_id)
             return pb.CloseSessionResponse()
 
-    async def _events(self, request: Request) -> Events:
-        async with await self._gateway.open(request) as stream:
+    async def _events(self, prepared: Prepared) -> Events:
+        request = prepared.request
+        async with await self._gateway.open(prepared) as stream:
             yield started_event(request, stream.accepted, self._gateway.synthetic_acceptance)
             generated = [0] * request.params.n
             async for delta in stream:
@@ -142,6 +156,12 @@ def _reported(grpc_context: RpcContext) -> Iterator[None]:
     grpc_context.set_code(code)
     grpc_context.set_details(details)
     raise RpcFailed(details) from None
+
+
+def _required(session_id: str | None) -> str:
+    if session_id is None:
+        raise InvalidRequest("session_id: append needs the session to append to", param="session_id")
+    return session_id
 
 
 def _session_id(field: str, grpc_context: RpcContext) -> str | None:

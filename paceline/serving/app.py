@@ -47,7 +47,9 @@ def _target(args: AppSettings, with_drafts: bool) -> Application:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=20,
         request_router_config=RequestRouterConfig(
-            request_router_class=SessionRouter, request_routing_stats_period_s=ROUTING_STATS_PERIOD_S
+            request_router_class=SessionRouter,
+            request_router_kwargs={"mode": args.sessions.routing, "load_bound": args.sessions.load_bound},
+            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
         ),
     ).bind(args, "Draft" if with_drafts and args.speculation.enabled else None)
 

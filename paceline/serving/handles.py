@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -14,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from paceline.api.gateway import Targets
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.errors import EngineError, Overloaded, PacelineError, Unavailable
+from paceline.sessions.placement import Route
 from paceline.types import Frame, Request
 
 logger = logging.getLogger(__name__)
@@ -32,13 +34,13 @@ class ServeTargets(Targets):
 
     async def generate(self, request: Request) -> AsyncIterator[Frame]:
         handle = self._generate.options(session_id=request.session_id) if request.session_id else self._generate
-        response = handle.remote(request)
+        response = handle.remote(request, Route())
         complete = False
         try:
             async for frame in response:
                 yield frame
             complete = True
-        except (RayError, RayServeException) as error:
+        except (RayError, RayServeException, grpc.aio.AioRpcError) as error:
             complete = True
             raise _translate(error) from error
         finally:
@@ -56,9 +58,9 @@ class ServeTargets(Targets):
         return any(await _ask_all(self._target, "close_session", session_id))
 
     async def status(self) -> ClusterStatus:
-        targets = _ask_all(self._target, "status")
-        drafts = _ask_all(self._draft, "status")
-        return ClusterStatus(*(tuple(found) for found in await asyncio.gather(targets, drafts)))
+        asked = _ask_all(self._target, "status"), _ask_all(self._draft, "status")
+        targets, drafts = await asyncio.gather(*asked)
+        return ClusterStatus(tuple(targets), tuple(drafts))
 
 
 async def _ask_all(handle: DeploymentHandle | None, method: str, *args: Any) -> list[Any]:
@@ -85,7 +87,8 @@ def _translate(error: Exception) -> PacelineError:
     """What a client may know of an error of Ray's."""
     if isinstance(error, BackPressureError):
         return Overloaded("too many requests are waiting; try again shortly", retry_after=1.0)
-    if isinstance(error, RayActorError | DeploymentUnavailableError):
+    # A replica that leaves while it streams ends the call between the processes with a code of gRPC's own.
+    if isinstance(error, RayActorError | DeploymentUnavailableError | grpc.aio.AioRpcError):
         return Unavailable("the replica serving this request was lost; send it again")
     logger.error("a target replica failed", exc_info=error)
     return EngineError("internal error")

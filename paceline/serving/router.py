@@ -18,11 +18,13 @@ from paceline.models.positions import shift_refusal
 from paceline.rpc.inference_service import InferenceHandlers
 from paceline.serving.handles import ServeTargets
 from paceline.sessions.rules import WindowRules
+from paceline.sessions.stores import open_store
 from paceline.v1 import inference_pb2 as pb
 
 
 class Router:
-    """Holds no request state of its own. Decorated and bound by `paceline.serving.app.build`.
+    """Holds no request state of its own but histories of sessions, in a store. Decorated and bound by
+    `paceline.serving.app.build`.
 
     Serve's gRPC proxy finds a method by the rpc's name; its HTTP proxy the application below.
     """
@@ -40,6 +42,8 @@ class Router:
             settings.target.engine.scheduling_policy,
             settings.speculation.synthetic_acceptance,
             windows,
+            max_resumptions=settings.max_resumptions,
+            store=await asyncio.to_thread(open_store, settings.sessions.store, settings.sessions.ttl_s),
         )
         self._rpc = InferenceHandlers(self._gateway)
 
@@ -62,6 +66,12 @@ class Router:
     async def ListModels(self, request: pb.ListModelsRequest, grpc_context: Any) -> pb.ListModelsResponse:
         return await self._rpc.ListModels(request, grpc_context)
 
+    async def CreateSession(self, request: pb.CreateSessionRequest, grpc_context: Any) -> pb.Session:
+        return await self._rpc.CreateSession(request, grpc_context)
+
+    async def ForkSession(self, request: pb.ForkSessionRequest, grpc_context: Any) -> pb.Session:
+        return await self._rpc.ForkSession(request, grpc_context)
+
     async def ListSessions(self, request: pb.ListSessionsRequest, grpc_context: Any) -> pb.ListSessionsResponse:
         return await self._rpc.ListSessions(request, grpc_context)
 
@@ -70,6 +80,11 @@ class Router:
 
     async def CloseSession(self, request: pb.CloseSessionRequest, grpc_context: Any) -> pb.CloseSessionResponse:
         return await self._rpc.CloseSession(request, grpc_context)
+
+    async def __del__(self) -> None:
+        """Awaited by Serve on a graceful shutdown, also of a replica that is still loading."""
+        if hasattr(self, "_gateway"):
+            await self._gateway.close()
 
 
 def _load(settings: AppSettings) -> tuple[Any, WindowRules]:

@@ -16,6 +16,8 @@ from paceline.errors import PacelineError
 from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
 from paceline.serving.discovery import ReplicaWatch
+from paceline.sessions.placement import Route
+from paceline.sessions.prefixes import sketch
 from paceline.speculation.acceptance import Kind
 from paceline.speculation.frames import Hello
 from paceline.speculation.idle import Facts, IdleWatch
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_ADVERTISED_SESSIONS = 512
+MAX_ADVERTISED_ENTRIES = 128
 
 
 class Target:
@@ -59,33 +62,37 @@ class Target:
         self._pool = DraftPool(self._proposer, hello)
         self._watch = ReplicaWatch(self._context.app_name, deployment, "address", self._pool.set_members)
 
-    async def generate(self, request: Request) -> AsyncIterator[Frame]:
-        """Accepted, then a delta per step; or a Failure. Closing the generator frees everything at once."""
+    async def generate(self, request: Request, route: Route | None = None) -> AsyncIterator[Frame]:
+        """Accepted, then a delta per step; or a Failure. Closing the generator frees everything at once.
+
+        `route` says why the request came here, as whoever routed it filled it in.
+        """
         request = replace(request, params=request.params.with_seed())
         frames: asyncio.Queue[Delta | Failure] = asyncio.Queue()
         events = asyncio.get_running_loop()
-        left = request.params.n
+        left = len(request.choices())
         try:
             await asyncio.wrap_future(
                 self._loop.submit(request, lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
             )
             assert request.params.seed is not None
-            yield Accepted(self.replica_id, request.params.seed, len(request.token_ids))
+            reason = route.told_by(self.replica_id) if route is not None else ""
+            yield Accepted(self.replica_id, request.params.seed, len(request.token_ids), reason)
             while left:
                 frame = await frames.get()
                 left = 0 if isinstance(frame, Failure) else left - frame.finished
                 yield frame
         except PacelineError as error:
             left = 0
-            yield Failure.of(error)
+            yield Failure.of(error, self.replica_id)
         finally:
             if left:
                 self._loop.abort(request.request_id, request.params.n)
 
-    async def sessions(self) -> list[tuple[str, str, int, bool]]:
-        """(session, replica, tokens held, running) of every session held here."""
-        held = await self._sessions()
-        return [(name, self.replica_id, tokens, running) for name, (tokens, running) in held.items()]
+    async def sessions(self) -> list[tuple[str, str, int, bool, int]]:
+        """(session, replica, tokens held, running, their bytes) of every session held here."""
+        held, size = await self._sessions(), self._loop.engine.kv.bytes_per_token
+        return [(name, self.replica_id, tokens, running, size * tokens) for name, (tokens, running) in held.items()]
 
     async def close_session(self, session_id: str) -> bool:
         """Drop a session's idle KV; whether there was any."""
@@ -155,7 +162,10 @@ class Target:
     async def record_routing_stats(self) -> dict[str, Any]:
         """Polled by the controller, pushed to every SessionRouter. No timestamps: a change is a broadcast."""
         self._warnings()  # so that what is wrong is logged without anybody asking
-        return {"sessions": sorted(await self._sessions())[:MAX_ADVERTISED_SESSIONS]}
+        kv = self._loop.engine.kv
+        sessions = list(await self._sessions())[-MAX_ADVERTISED_SESSIONS:]
+        recent = await asyncio.wrap_future(self._loop.call(lambda: kv.recent(MAX_ADVERTISED_ENTRIES)))
+        return {"sessions": sorted(sessions), "prefixes": await asyncio.to_thread(sketch, recent)}
 
     def check_health(self) -> None:
         if not self._loop.healthy:

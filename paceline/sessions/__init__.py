@@ -1,1 +1,1 @@
-"""What outlives a request: so far the streaming window, by which a sequence goes on for ever in constant memory."""
+"""Sessions: what was said, who holds its KV, where its next turn goes. Imports neither Ray nor gRPC."""

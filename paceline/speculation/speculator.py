@@ -91,11 +91,14 @@ class Speculator:
         self._used: frozenset[Kind] = frozenset()
         self._proposed_at = self._own_s = 0.0
 
-    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
-        """A sequence begins; `tokens` is its prompt."""
+    def open(
+        self, sequence: int, tokens: Sequence[int], params: SamplingParams, prompt_length: int | None = None
+    ) -> None:
+        """A sequence begins. The first `prompt_length` of its tokens are the prompt, None means all."""
         longest = params.window.ctx_size if params.window is not None else None
         lookup = PromptLookup(tokens, longest) if self._lookup_tokens else None
-        state = self._states[sequence] = _State(list(tokens), len(tokens), params, lookup)
+        prompt = len(tokens) if prompt_length is None else prompt_length
+        state = self._states[sequence] = _State(list(tokens), prompt, params, lookup)
         if self._draft is not None and not self.policy.rests(Kind.DRAFT):
             self._introduce(sequence, state)
 

@@ -54,6 +54,16 @@ class InferenceStub:
                 request_serializer=paceline_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=paceline_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.CreateSession = channel.unary_unary(
+                '/paceline.v1.Inference/CreateSession',
+                request_serializer=paceline_dot_v1_dot_inference__pb2.CreateSessionRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_inference__pb2.Session.FromString,
+                _registered_method=True)
+        self.ForkSession = channel.unary_unary(
+                '/paceline.v1.Inference/ForkSession',
+                request_serializer=paceline_dot_v1_dot_inference__pb2.ForkSessionRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_inference__pb2.Session.FromString,
+                _registered_method=True)
         self.ListSessions = channel.unary_unary(
                 '/paceline.v1.Inference/ListSessions',
                 request_serializer=paceline_dot_v1_dot_inference__pb2.ListSessionsRequest.SerializeToString,
@@ -101,8 +111,22 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateSession(self, request, context):
+        """A session to which turns are appended (ChatRequest.append). ABORTED if there is one of that name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkSession(self, request, context):
+        """Another session with the same history, and the same KV where it is held; both go on by themselves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListSessions(self, request, context):
-        """Sessions whose KV cache a target replica holds.
+        """Sessions whose KV cache a target replica holds, and the latest of those of which only the history is stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,7 +139,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CloseSession(self, request, context):
-        """Drops the session's KV cache. Closing a session nobody holds is NOT_FOUND.
+        """Drops the session's KV cache and its history. Closing a session nobody holds is NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,6 +167,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=paceline_dot_v1_dot_inference__pb2.ListModelsRequest.FromString,
                     response_serializer=paceline_dot_v1_dot_inference__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'CreateSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateSession,
+                    request_deserializer=paceline_dot_v1_dot_inference__pb2.CreateSessionRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_inference__pb2.Session.SerializeToString,
+            ),
+            'ForkSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkSession,
+                    request_deserializer=paceline_dot_v1_dot_inference__pb2.ForkSessionRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_inference__pb2.Session.SerializeToString,
             ),
             'ListSessions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListSessions,
@@ -268,6 +302,60 @@ class Inference:
             '/paceline.v1.Inference/ListModels',
             paceline_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
             paceline_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.Inference/CreateSession',
+            paceline_dot_v1_dot_inference__pb2.CreateSessionRequest.SerializeToString,
+            paceline_dot_v1_dot_inference__pb2.Session.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.Inference/ForkSession',
+            paceline_dot_v1_dot_inference__pb2.ForkSessionRequest.SerializeToString,
+            paceline_dot_v1_dot_inference__pb2.Session.FromString,
             options,
             channel_credentials,
             insecure,

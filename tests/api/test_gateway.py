@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from paceline.api import Gateway
 from paceline.api import gateway as gateway_module
 from paceline.api.prompts import INLINE_CHARS, ChatMessage, PromptEncoder
 from paceline.errors import InvalidRequest, PacelineError, RequestTimeout, UnknownModel, UnknownSession
@@ -27,21 +26,21 @@ def ids(text: str) -> tuple[int, ...]:
 
 async def test_a_conversation_is_rendered_and_ends_where_the_answer_begins() -> None:
     messages = [ChatMessage("system", "be brief"), ChatMessage("user", "hi")]
-    request = await gateway().prepare_chat(messages, FREE)
+    request = (await gateway().prepare_chat(messages, FREE)).request
     assert request.token_ids == ids("<|system|>be brief<|user|>hi<|assistant|>")
 
 
 async def test_developer_is_the_later_word_for_system() -> None:
-    request = await gateway().prepare_chat([ChatMessage("developer", "be brief"), *HI], FREE)
+    request = (await gateway().prepare_chat([ChatMessage("developer", "be brief"), *HI], FREE)).request
     assert request.token_ids == ids("<|system|>be brief<|user|>hi<|assistant|>")
 
 
 async def test_a_prompt_is_encoded_as_the_tokenizer_does() -> None:
-    assert (await gateway().prepare_completion("hi", FREE)).token_ids == ids("hi")
+    assert (await gateway().prepare_completion("hi", FREE)).request.token_ids == ids("hi")
 
 
 async def test_token_ids_pass_as_they_are() -> None:
-    assert (await gateway().prepare_completion([5, 6, 261], FREE)).token_ids == (5, 6, 261)
+    assert (await gateway().prepare_completion([5, 6, 261], FREE)).request.token_ids == (5, 6, 261)
 
 
 async def test_a_list_from_an_older_apply_chat_template_is_taken_too() -> None:
@@ -100,7 +99,7 @@ async def test_half_a_surrogate_pair_is_refused() -> None:
 
 @pytest.mark.parametrize("name", [MODEL, "", None])
 async def test_the_served_model_may_be_left_unnamed(name: str | None) -> None:
-    assert (await gateway().prepare_chat(HI, FREE, model=name)).token_ids == ids("<|user|>hi<|assistant|>")
+    assert (await gateway().prepare_chat(HI, FREE, model=name)).request.token_ids == ids("<|user|>hi<|assistant|>")
 
 
 async def test_a_priority_that_has_no_effect_is_refused_with_the_remedy() -> None:
@@ -116,12 +115,12 @@ async def test_an_unknown_model_is_named_with_the_one_served() -> None:
 
 
 async def test_no_limit_means_the_rest_of_the_context() -> None:
-    request = await gateway().prepare_completion([9] * 500, FREE)
+    request = (await gateway().prepare_completion([9] * 500, FREE)).request
     assert request.params.max_tokens == CONTEXT - 500
 
 
 async def test_the_default_limit_shrinks_to_the_rest_of_the_context() -> None:
-    request = await gateway().prepare_completion([9] * 500, FREE, default_max_tokens=16)
+    request = (await gateway().prepare_completion([9] * 500, FREE, default_max_tokens=16)).request
     assert request.params.max_tokens == 12
 
 
@@ -150,7 +149,7 @@ async def test_a_model_that_cannot_shift_refuses_a_window_with_the_reason() -> N
 
 
 async def test_the_largest_limit_that_fits_is_accepted() -> None:
-    request = await gateway().prepare_completion([9] * 500, SamplingParams(max_tokens=12))
+    request = (await gateway().prepare_completion([9] * 500, SamplingParams(max_tokens=12))).request
     assert request.params.max_tokens == 12
 
 
@@ -166,8 +165,8 @@ async def test_a_prompt_that_fills_the_context_is_refused_with_both_numbers() ->
 
 
 async def test_every_request_has_a_seed_and_an_id_of_its_own() -> None:
-    first = await gateway().prepare_chat(HI, FREE)
-    second = await gateway().prepare_chat(HI, FREE)
+    first = (await gateway().prepare_chat(HI, FREE)).request
+    second = (await gateway().prepare_chat(HI, FREE)).request
     assert first.params.seed is not None
     assert first.params.seed != second.params.seed
     assert re.fullmatch(r"chatcmpl-[0-9a-f]{32}", first.request_id)
@@ -175,47 +174,16 @@ async def test_every_request_has_a_seed_and_an_id_of_its_own() -> None:
 
 
 async def test_a_given_seed_is_kept() -> None:
-    assert (await gateway().prepare_chat(HI, SamplingParams(seed=5))).params.seed == 5
+    assert (await gateway().prepare_chat(HI, SamplingParams(seed=5))).request.params.seed == 5
 
 
 async def test_a_completion_has_a_session_only_if_named() -> None:
-    assert (await gateway().prepare_completion("hi", FREE)).session_id is None
-    assert (await gateway().prepare_completion("hi", FREE, session_id="s")).session_id == "s"
-
-
-async def session_of(*messages: tuple[str, str], front: Gateway | None = None) -> str | None:
-    request = await (front or gateway()).prepare_chat([ChatMessage(*message) for message in messages], FREE)
-    return request.session_id
-
-
-START = (("system", "be brief"), ("user", "hi"))
-
-
-async def test_later_turns_of_a_conversation_share_its_derived_session() -> None:
-    assert await session_of(*START) == await session_of(*START, ("assistant", "hello"), ("user", "and?"))
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        [("system", "be brief"), ("user", "ho")],
-        [("system", "be long"), ("user", "hi")],
-        [("user", "hi")],
-        [("user", "be brief"), ("user", "hi")],
-        [("system", "be"), ("system", " brief"), ("user", "hi")],
-    ],
-)
-async def test_conversations_that_begin_differently_have_different_sessions(other: list[tuple[str, str]]) -> None:
-    assert await session_of(*START) != await session_of(*other)
-
-
-async def test_another_model_is_another_session() -> None:
-    other = Gateway(ScriptedTargets(), tokenizer(), "other", CONTEXT, 30.0)
-    assert await session_of(*START) != await session_of(*START, front=other)
+    assert (await gateway().prepare_completion("hi", FREE)).request.session_id is None
+    assert (await gateway().prepare_completion("hi", FREE, session_id="s")).request.session_id == "s"
 
 
 async def test_the_clients_session_id_wins() -> None:
-    assert (await gateway().prepare_chat(HI, FREE, session_id="会话 1")).session_id == "会话 1"
+    assert (await gateway().prepare_chat(HI, FREE, session_id="会话 1")).request.session_id == "会话 1"
 
 
 async def test_an_unknown_session_is_not_found() -> None:

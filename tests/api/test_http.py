@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -110,6 +111,21 @@ async def test_usage_is_counted_here_if_the_replica_reports_none(path: str, body
     usage = (await post(path, body, targets)).json()["usage"]
     assert usage["prompt_tokens"] == len(targets.requests[0].token_ids)
     assert usage["completion_tokens"] == 2
+
+
+async def test_the_answer_says_why_it_was_made_where_it_was_made() -> None:
+    routed = ScriptedTargets([replace(ACCEPTED, route="holder"), *HELLO[1:]])
+    async with http(routed) as client:
+        answer = await client.post("/v1/chat/completions", json=CHAT)
+        status = (await client.get("/status")).json()
+        metrics = (await client.get("/metrics")).text
+    assert answer.headers["x-paceline-route"] == "holder"
+    assert status["router"] == {"routes": {"holder": 1}, "resumptions": 0}
+    assert 'paceline_routed_requests_total{model_name="tiny",reason="holder"} 1.0' in metrics
+
+
+async def test_where_nobody_chose_there_is_no_reason() -> None:
+    assert "x-paceline-route" not in (await post("/v1/chat/completions", CHAT)).headers
 
 
 @BOTH
@@ -321,6 +337,7 @@ async def test_a_wrong_method_names_the_right_one() -> None:
                 "max_model_len": 512,
                 "targets": [{"replica_id": "target-1", "running": 1}],
                 "drafts": [{"replica_id": "draft-1", "load": 0.5}],
+                "router": {"routes": {}, "resumptions": 0},
             },
         ),
         (
@@ -384,6 +401,8 @@ async def test_the_openapi_description_has_every_route() -> None:
         "/v1/models/{name}",
         "/v1/sessions",
         "/v1/sessions/{session_id}",
+        "/v1/sessions/{session_id}/fork",
+        "/v1/sessions/{session_id}/turns",
     ]
 
 

@@ -47,6 +47,25 @@ def test_a_session_with_two_entries_keeps_the_one_that_holds_both() -> None:
     assert (kv.sessions(), kv.usage().cached) == ({"s": (30, False)}, 30)
 
 
+def test_what_would_be_evicted_last_is_told_first() -> None:
+    kv = cache()
+    kv.release(filled(kv, [1] * 20))
+    kv.release(filled(kv, [2] * 20, "s"))
+    kv.release(filled(kv, [3] * 20, "t"))
+    filled(kv, [4] * 5)
+    assert [ids[0] for ids in kv.recent(9)] == [4, 3, 2, 1]
+    assert [ids[0] for ids in kv.recent(2)] == [4, 3]
+
+
+def test_what_is_told_of_entries_does_not_change_with_them() -> None:
+    kv = cache()
+    entry = filled(kv, [1] * 5)
+    (told,) = kv.recent(1)
+    kv.truncate(entry, 0)
+    compute(kv, entry, [2] * 5)
+    assert told.tolist() == [1] * 5
+
+
 def test_a_session_finds_its_prefix_again() -> None:
     kv = cache()
     kv.release(filled(kv, list(range(20)), "s"))

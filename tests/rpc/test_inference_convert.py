@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from paceline.api.state import SessionInfo
 from paceline.errors import InvalidRequest
 from paceline.rpc.inference_convert import (
     delta_events,
     input_from,
     params_from,
     prompt_from,
+    session_message,
     speculation_from,
     started_event,
 )
@@ -132,3 +134,18 @@ def test_a_synthetic_answer_is_marked_at_its_start() -> None:
 def test_a_true_answer_bears_no_mark() -> None:
     started = started_event(Request("r", (1,), SamplingParams(seed=1)), Accepted("t", 1, 1)).started
     assert not started.HasField("synthetic_acceptance")
+
+
+def test_the_start_says_why_a_request_went_where_it_went() -> None:
+    started = started_event(Request("r", (1,), SamplingParams(seed=1)), Accepted("t", 1, 1, "prefix")).started
+    assert started.route == "prefix"
+
+
+def test_the_usage_counts_replicas_lost_on_the_way() -> None:
+    (event,) = delta_events(Delta((), "", FinishReason.STOP, Metrics(resumptions=2)), Metrics())
+    assert event.finished.usage.resumptions == 2
+
+
+def test_a_session_without_kv_or_history_leaves_their_fields_unset() -> None:
+    message = session_message(SessionInfo("s", None, 0, False))
+    assert message == pb.Session(session_id="s")

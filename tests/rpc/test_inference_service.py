@@ -19,6 +19,7 @@ from paceline.v1 import inference_pb2_grpc as pb_grpc
 from tests.api.scripted import HELLO, MODEL, Hang, ScriptedTargets, gateway, tokenizer
 
 PATIENCE_S = 20.0
+UNARY = ("Tokenize", "ListModels", "CreateSession", "ForkSession", "ListSessions", "GetSession", "CloseSession")
 HI = [pb.Message(role="user", content="hi")]
 
 
@@ -46,7 +47,7 @@ class Servicer(pb_grpc.InferenceServicer):
     def __init__(self, handlers: InferenceHandlers) -> None:
         for name in ("Chat", "Generate"):
             setattr(self, name, self._streaming(getattr(handlers, name)))
-        for name in ("Tokenize", "ListModels", "ListSessions", "GetSession", "CloseSession"):
+        for name in UNARY:
             setattr(self, name, self._unary(getattr(handlers, name)))
 
     @staticmethod
@@ -185,6 +186,30 @@ async def test_the_model_is_listed() -> None:
     async with stub_of() as stub:
         listed = await stub.ListModels(pb.ListModelsRequest())
     assert list(listed.models) == [pb.Model(name=MODEL, max_model_len=512)]
+
+
+async def test_turns_are_appended_to_a_session_and_to_its_fork() -> None:
+    targets = ScriptedTargets()
+    async with stub_of(targets) as stub:
+        created = await stub.CreateSession(pb.CreateSessionRequest(session_id="s", messages=HI[:0], seed=5))
+        first = [event async for event in stub.Chat(pb.ChatRequest(messages=HI, session_id="s", append=True))]
+        fork = await stub.ForkSession(pb.ForkSessionRequest(session_id="s", fork_id="t"))
+        [event async for event in stub.Chat(pb.ChatRequest(messages=HI, session_id="t", append=True))]
+        again = await failed(stub.CreateSession(pb.CreateSessionRequest(session_id="s")))
+    ours, theirs = targets.requests
+    assert (created.session_id, created.replica_id, created.turns, created.HasField("parent")) == ("s", "", 0, False)
+    assert (first[0].started.session_id, ours.params.seed) == ("s", 5)
+    assert (fork.session_id, fork.parent, fork.turns, fork.history_tokens) == ("t", "s", 1, len(ours.token_ids) + 3)
+    assert theirs.token_ids[: fork.history_tokens] == (*ours.token_ids, 10, 11, 12)
+    assert again == (grpc.StatusCode.ABORTED, "session_id: 's' exists already")
+
+
+async def test_appending_needs_a_session() -> None:
+    async with stub_of() as stub:
+        unnamed = await failed(stub.Chat(pb.ChatRequest(messages=HI, append=True)))
+        unknown = await failed(stub.Chat(pb.ChatRequest(messages=HI, append=True, session_id="x")))
+    assert unnamed[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert unknown[0] is grpc.StatusCode.NOT_FOUND
 
 
 async def test_sessions_are_listed_found_and_closed() -> None:

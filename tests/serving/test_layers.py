@@ -68,7 +68,15 @@ def test_the_search_finds_an_import_inside_a_function(tmp_path: Path) -> None:
     assert list(imports(file)) == ["ray.serve.", "grpc.aio."]
 
 
-def test_the_engine_runs_without_ray_and_grpc() -> None:
-    code = "import sys, paceline.engine.engine, paceline.engine.loop; print(sorted({'ray', 'grpc'} & set(sys.modules)))"
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "paceline.engine.engine, paceline.engine.loop",
+        "paceline.sessions.placement, paceline.sessions.prefixes, paceline.sessions.stores",
+    ],
+    ids=["engine", "sessions"],
+)
+def test_a_lower_layer_runs_without_ray_and_grpc(modules: str) -> None:
+    code = f"import sys, {modules}; print(sorted({{'ray', 'grpc'}} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "[]"

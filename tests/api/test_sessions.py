@@ -1,0 +1,89 @@
+"""The session calls of the HTTP API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.scripted import ScriptedTargets, events, http, tokenizer
+
+HI = [{"role": "user", "content": "hi"}]
+AND = [{"role": "user", "content": "and?"}]
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(tokenizer().encode(text))
+
+
+async def made(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
+    response = await client.post("/v1/sessions", json=body)
+    assert response.status_code == 200, response.text
+    card: dict[str, Any] = response.json()
+    return card
+
+
+async def test_a_session_is_made_under_the_clients_name_or_one_of_ours() -> None:
+    async with http() as client:
+        named, unnamed = await made(client, session_id="mine"), await made(client)
+    assert named["session_id"] == "mine"
+    assert unnamed["session_id"].startswith("sess-")
+    assert "replica_id" not in named
+    assert (named["turns"], named["history_tokens"], named["cached_tokens"]) == (0, 0, 0)
+
+
+async def test_a_turn_is_answered_as_a_chat_is() -> None:
+    targets = ScriptedTargets()
+    async with http(targets) as client:
+        await made(client, session_id="a/b", messages=[{"role": "system", "content": "be brief"}])
+        first = await client.post("/v1/sessions/a/b/turns", json={"messages": HI})
+        second = await client.post("/v1/sessions/a/b/turns", json={"messages": AND, "stream": True})
+        card = (await client.get("/v1/sessions/a/b")).json()
+    assert first.json()["choices"][0]["message"]["content"] == "Hello"
+    assert first.headers["x-session-id"] == "a/b"
+    chunks = events(second.text)
+    assert chunks[-1] == "[DONE]"
+    prompt = ids("<|system|>be brief<|user|>hi<|assistant|>")
+    assert targets.requests[1].token_ids == (*prompt, 10, 11, 12, *ids("<|user|>and?<|assistant|>"))
+    assert card["turns"] == 2
+
+
+async def test_a_fork_is_a_session_of_its_own() -> None:
+    async with http() as client:
+        await made(client, session_id="s")
+        await client.post("/v1/sessions/s/turns", json={"messages": HI})
+        named = (await client.post("/v1/sessions/s/fork", json={"session_id": "t"})).json()
+        unnamed = (await client.post("/v1/sessions/s/fork")).json()
+        listed = (await client.get("/v1/sessions")).json()["data"]
+    assert (named["session_id"], named["parent"], named["turns"]) == ("t", "s", 1)
+    assert unnamed["session_id"].startswith("sess-")
+    assert {card["session_id"] for card in listed} == {"s", "t", unnamed["session_id"], "s/1", "s2"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code"),
+    [
+        ("/v1/sessions", {"session_id": "s"}, 409, "session_conflict"),
+        ("/v1/sessions", {"session_id": " "}, 400, "invalid_request_error"),
+        ("/v1/sessions", {"seed": "x"}, 400, "invalid_request_error"),
+        ("/v1/sessions", {"messages": [{"role": "bard", "content": "hi"}]}, 400, "invalid_request_error"),
+        ("/v1/sessions/s/fork", {"session_id": "s"}, 409, "session_conflict"),
+        ("/v1/sessions/nobody/fork", {}, 404, "session_not_found"),
+        ("/v1/sessions/nobody/turns", {"messages": HI}, 404, "session_not_found"),
+        ("/v1/sessions/s/turns", {"messages": []}, 400, "invalid_request_error"),
+        ("/v1/sessions/s/turns", {"messages": HI, "session_id": "t"}, 400, "invalid_request_error"),
+    ],
+)
+async def test_what_makes_no_sense_is_refused(path: str, body: dict[str, Any], status: int, code: str) -> None:
+    async with http() as client:
+        await made(client, session_id="s")
+        response = await client.post(path, json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+
+
+async def test_a_deleted_session_has_no_next_turn() -> None:
+    async with http() as client:
+        await made(client, session_id="s")
+        assert (await client.delete("/v1/sessions/s")).status_code == 200
+        assert (await client.post("/v1/sessions/s/turns", json={"messages": HI})).status_code == 404
