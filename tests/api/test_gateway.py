@@ -126,17 +126,17 @@ async def test_the_default_limit_shrinks_to_the_rest_of_the_context() -> None:
 
 async def test_under_a_window_neither_prompt_nor_output_is_bounded_by_the_context() -> None:
     params = SamplingParams(max_tokens=None, ctx_size=64)
-    request = await gateway().prepare_completion([9] * 1000, params)
+    request = (await gateway().prepare_completion([9] * 1000, params)).request
     assert (request.params.max_tokens, request.params.window) == (MAX_TOKENS - 1000, StreamingWindow(64))
-    request = await gateway().prepare_completion([9] * 1000, params, default_max_tokens=16)
+    request = (await gateway().prepare_completion([9] * 1000, params, default_max_tokens=16)).request
     assert request.params.max_tokens == 16
-    request = await gateway().prepare_completion([9] * 5, replace(params, max_tokens=20_000))
+    request = (await gateway().prepare_completion([9] * 5, replace(params, max_tokens=20_000))).request
     assert request.params.max_tokens == 20_000
 
 
 async def test_the_server_s_window_holds_for_requests_without_one() -> None:
     windows = WindowRules(CONTEXT, 64, 2, 8)
-    request = await gateway(windows=windows).prepare_chat(HI, SamplingParams(n_discard=9))
+    request = (await gateway(windows=windows).prepare_chat(HI, SamplingParams(n_discard=9))).request
     assert request.params.window == StreamingWindow(64, 2, 9)
 
 
@@ -145,7 +145,8 @@ async def test_a_model_that_cannot_shift_refuses_a_window_with_the_reason() -> N
     with pytest.raises(InvalidRequest, match=r"ctx_size: no streaming window .*: opt has") as caught:
         await gateway(windows=windows).prepare_chat(HI, SamplingParams(ctx_size=64))
     assert caught.value.param == "ctx_size"
-    assert (await gateway(windows=windows).prepare_chat(HI, SamplingParams(max_tokens=5))).params.window is None
+    request = (await gateway(windows=windows).prepare_chat(HI, SamplingParams(max_tokens=5))).request
+    assert request.params.window is None
 
 
 async def test_the_largest_limit_that_fits_is_accepted() -> None:
