@@ -39,6 +39,9 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 8, 8192
 """Steps between two such probes."""
 SURPRISE = 2.0
 """A forward pass that takes more than this times what was expected is not held against anyone."""
+WARM_UP = 2
+"""Steps with drafts whose wait is held against them as a plain step's time at most: what happens once, such as kernels
+that are loaded at first use, must not end speculation for minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,7 @@ class Controller(Policy):
         self._guard = Guard()
         self._idle = self._probes = 0
         self._probed: int | None = None
+        self._with_drafts = 0
 
     def ask(self, offers: Offers, prefill: int, wait: Callable[[int], float]) -> dict[int, int]:
         self._probed = None
@@ -187,11 +191,15 @@ class Controller(Policy):
         expected = cost.seconds(spent.drawn, windows, spent.prefill)
         cost.observe(spent.drawn, windows, spent.prefill, spent.forward_s)
         unit, decode = cost.curve(windows + spent.prefill, windows), cost.curve(windows, windows)
+        other_s = spent.other_s
+        if Kind.DRAFT in spent.used and self._with_drafts < WARM_UP:
+            self._with_drafts += 1
+            other_s = min(other_s, unit)
         self._guard.note(
             windows,
             spent.prefill,
             spent.used,
-            took=min(spent.forward_s, SURPRISE * expected) + spent.other_s,
+            took=min(spent.forward_s, SURPRISE * expected) + other_s,
             worth=unit + (spent.tokens - windows) / windows * decode,
             unit=unit,
         )

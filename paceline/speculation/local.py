@@ -13,6 +13,8 @@ from paceline.types import SamplingParams
 SMOOTHING = 0.2
 """Weight of the latest measurement."""
 SURPRISE = 2.0
+WARM_UP = 3
+"""Steps of which the fastest counts: the first ones also load kernels."""
 
 
 class Answer(Protocol):
@@ -98,6 +100,9 @@ class LocalProposer(Proposer):
             self._new = False
             return
         self._measured += 1
+        if self._measured <= WARM_UP:
+            self._token_s = min(self._token_s or seconds, seconds)
+            return
         expected = self._token_s or seconds
         seconds = min(seconds, SURPRISE * expected)
         self._token_s += max(SMOOTHING, 1 / self._measured) * (seconds - self._token_s)

@@ -8,6 +8,8 @@ SLACK_S = 0.02
 """What a scheduler, a garbage collection or a long batch may add to a round trip without being a failure."""
 SMOOTHING = 0.2
 """Weight of the latest wait."""
+WARM_UP = 3
+"""Waits of which the shortest counts: the first ones also load, connect and compute prompts."""
 
 
 @dataclass(slots=True)
@@ -41,10 +43,12 @@ class WaitCurve:
     """Seconds a step waited until it had its candidates, by depth. A step that found them there waited 0."""
 
     means: dict[int, float] = field(default_factory=dict)
+    noted: dict[int, int] = field(default_factory=dict)
 
     def note(self, depth: int, seconds: float) -> None:
-        before = self.means.get(depth)
-        self.means[depth] = seconds if before is None else before + SMOOTHING * (seconds - before)
+        before = self.means.get(depth, seconds)
+        self.noted[depth] = count = self.noted.get(depth, 0) + 1
+        self.means[depth] = min(before, seconds) if count <= WARM_UP else before + SMOOTHING * (seconds - before)
 
     def at(self, depth: int) -> float:
         """Of a depth never tried: that of the nearest one tried, in proportion."""

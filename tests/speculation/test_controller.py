@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from paceline.speculation.acceptance import Kind
-from paceline.speculation.controller import Choice, Controller, FixedDepth, Offer
+from paceline.speculation.controller import Choice, Controller, FixedDepth, Offer, Spent
 from paceline.speculation.cost import VerifyCost
 from tests.speculation.world import World, flat_then_steep, steps_of_six
 
@@ -32,6 +33,19 @@ def drafted(cost: Callable[[int], float], streams: int, *, right: float, **optio
 
 
 # Never much slower than plain decoding.
+
+
+def test_a_slow_beginning_does_not_end_speculation() -> None:
+    """Such as a GPU's kernels, which load when the draft first runs: 100 plain steps, once."""
+    controller = Controller(VerifyCost({1: 0.01, 8: 0.012}))
+    plain_step = Spent(windows=1, drawn=1, prefill=0, tokens=1, forward_s=0.01, other_s=0.0)
+    slow = replace(plain_step, drawn=2, other_s=1.0, used=frozenset({Kind.DRAFT}))
+    for spent in (*[plain_step] * 8, slow, *[plain_step] * 8):
+        controller.note_step(spent)
+    assert not controller.rests(Kind.DRAFT)
+    for spent in ([slow] * 4 + [plain_step] * 4) * 2:
+        controller.note_step(spent)
+    assert controller.rests(Kind.DRAFT)
 
 
 @COSTS
