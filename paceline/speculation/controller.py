@@ -28,6 +28,7 @@ from operator import itemgetter
 from paceline.speculation.acceptance import MAX_DEPTH, Acceptance, Kind
 from paceline.speculation.cost import VerifyCost
 from paceline.speculation.guard import CREDIT, Guard
+from paceline.speculation.waiting import WARM_UP
 
 LEAST_WORTH = 0.02
 """Candidates less likely than this are not considered."""
@@ -39,9 +40,6 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 8, 8192
 """Steps between two such probes."""
 SURPRISE = 2.0
 """A forward pass that takes more than this times what was expected is not held against anyone."""
-WARM_UP = 2
-"""Steps with drafts whose wait is held against them as a plain step's time at most: what happens once, such as kernels
-that are loaded at first use, must not end speculation for minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +190,7 @@ class Controller(Policy):
         cost.observe(spent.drawn, windows, spent.prefill, spent.forward_s)
         unit, decode = cost.curve(windows + spent.prefill, windows), cost.curve(windows, windows)
         other_s = spent.other_s
+        # What happens once must not end speculation for minutes.
         if Kind.DRAFT in spent.used and self._with_drafts < WARM_UP:
             self._with_drafts += 1
             other_s = min(other_s, unit)

@@ -8,13 +8,12 @@ from typing import Protocol
 
 from paceline.speculation.frames import Advance, DraftFailureReason
 from paceline.speculation.proposer import Proposal, Proposer, Source, Wanted
+from paceline.speculation.waiting import WARM_UP
 from paceline.types import SamplingParams
 
 SMOOTHING = 0.2
 """Weight of the latest measurement."""
 SURPRISE = 2.0
-WARM_UP = 3
-"""Steps of which the fastest counts: the first ones also load kernels."""
 
 
 class Answer(Protocol):
@@ -52,7 +51,8 @@ class LocalProposer(Proposer):
         self._ready: dict[int, Answer] = {}
         self._open: set[Hashable] = set()
         self._new = False
-        self._measured, self._token_s = 0, 0.0
+        self._proposals = self._measured = 0
+        self._token_s = 0.0
 
     def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
         self._open.add(sequence)
@@ -66,6 +66,7 @@ class LocalProposer(Proposer):
                 self._drafter.advance(update.sequence, update.base, update.tokens, update.depth)
 
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:
+        self._proposals += bool(wanted)
         while self._drafter.has_work:
             began, drafted = self._clock(), self._drafter.drafted_tokens
             for answer in self._drafter.step():
@@ -95,14 +96,12 @@ class LocalProposer(Proposer):
         return depth * self._token_s
 
     def _note_step(self, seconds: float) -> None:
-        """The first step after an opening has computed a prompt as well, and does not say what a token costs."""
-        if self._new:
+        """The first step after an opening has computed a prompt as well, and does not say what a token costs; nor do
+        the first proposals."""
+        if self._new or self._proposals <= WARM_UP:
             self._new = False
             return
         self._measured += 1
-        if self._measured <= WARM_UP:
-            self._token_s = min(self._token_s or seconds, seconds)
-            return
         expected = self._token_s or seconds
         seconds = min(seconds, SURPRISE * expected)
         self._token_s += max(SMOOTHING, 1 / self._measured) * (seconds - self._token_s)

@@ -8,8 +8,8 @@ SLACK_S = 0.02
 """What a scheduler, a garbage collection or a long batch may add to a round trip without being a failure."""
 SMOOTHING = 0.2
 """Weight of the latest wait."""
-WARM_UP = 3
-"""Waits of which the shortest counts: the first ones also load, connect and compute prompts."""
+WARM_UP = 2
+"""Steps with drafts that say nothing about those to come: kernels load at first use, which takes up to a second."""
 
 
 @dataclass(slots=True)
@@ -40,15 +40,19 @@ class RoundTrip:
 
 @dataclass(slots=True)
 class WaitCurve:
-    """Seconds a step waited until it had its candidates, by depth. A step that found them there waited 0."""
+    """Seconds a step waited until it had its candidates, by depth. A step that found them there waited 0.
+
+    The first WARM_UP are not counted: until then a wait is believed to be nothing, so that drafts are asked again.
+    """
 
     means: dict[int, float] = field(default_factory=dict)
-    noted: dict[int, int] = field(default_factory=dict)
+    noted: int = 0
 
     def note(self, depth: int, seconds: float) -> None:
-        before = self.means.get(depth, seconds)
-        self.noted[depth] = count = self.noted.get(depth, 0) + 1
-        self.means[depth] = min(before, seconds) if count <= WARM_UP else before + SMOOTHING * (seconds - before)
+        self.noted += 1
+        if self.noted > WARM_UP:
+            before = self.means.get(depth, seconds)
+            self.means[depth] = before + SMOOTHING * (seconds - before)
 
     def at(self, depth: int) -> float:
         """Of a depth never tried: that of the nearest one tried, in proportion."""

@@ -32,7 +32,7 @@ from paceline.speculation.remote import (
     DraftLink,
     RemoteProposer,
 )
-from paceline.speculation.waiting import SLACK_S
+from paceline.speculation.waiting import SLACK_S, WARM_UP
 from paceline.types import SamplingParams
 
 PARAMS = SamplingParams(seed=1)
@@ -502,8 +502,10 @@ def test_latency_is_what_steps_waited() -> None:
     setup = Setup(1.0)
     setup.proposer._wait = wait
     setup.open()
-    setup.advance()
-    setup.propose()
+    for asked in range(WARM_UP + 1):
+        assert setup.proposer.latency(4) == 0, asked
+        setup.advance()
+        setup.propose()
     assert [setup.proposer.latency(depth) for depth in (0, 2, 4)] == [0, pytest.approx(0.004), pytest.approx(0.008)]
 
 
