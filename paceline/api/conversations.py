@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 from uuid import uuid4
 
+from paceline.api.deadline import bounded
 from paceline.api.prompts import shown
 from paceline.errors import SessionConflict, Unavailable, UnknownSession
 from paceline.sessions.history import ChatMessage, Session, SessionSummary, answered, turn_key
@@ -177,14 +178,8 @@ class Conversations:
 
 
 async def _bounded(answer: Awaitable[T]) -> T:
-    scope = asyncio.timeout(STORE_TIMEOUT_S)
-    try:
-        async with scope:
-            return await answer
-    except TimeoutError:
-        if not scope.expired():
-            raise
-        raise Unavailable(f"the session store did not answer within {STORE_TIMEOUT_S:g} s") from None
+    late = Unavailable(f"the session store did not answer within {STORE_TIMEOUT_S:g} s")
+    return await bounded(answer, asyncio.timeout(STORE_TIMEOUT_S), late)
 
 
 def unknown_session(session_id: str) -> UnknownSession:

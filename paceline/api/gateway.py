@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 from uuid import uuid4
 
 from paceline.api.conversations import Conversations, Turn, unknown_session
+from paceline.api.deadline import bounded
 from paceline.api.logprobs import TokenTexts
 from paceline.api.prompts import (
     ChatMessage,
@@ -282,11 +283,5 @@ class Gateway:
 
 
 async def _bounded(answer: Awaitable[T]) -> T:
-    scope = asyncio.timeout(CONTROL_TIMEOUT_S)
-    try:
-        async with scope:
-            return await answer
-    except TimeoutError:
-        if not scope.expired():
-            raise
-        raise RequestTimeout(f"the replicas did not answer within {CONTROL_TIMEOUT_S:g} s") from None
+    late = RequestTimeout(f"the replicas did not answer within {CONTROL_TIMEOUT_S:g} s")
+    return await bounded(answer, asyncio.timeout(CONTROL_TIMEOUT_S), late)

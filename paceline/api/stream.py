@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from types import TracebackType
 from typing import Self
 
+from paceline.api.deadline import bounded
 from paceline.errors import EngineError, RequestTimeout, Unavailable
 from paceline.types import Accepted, Delta, Failure, Frame
 
@@ -81,16 +82,11 @@ class Stream:
 
 async def _pull(frames: AsyncIterator[Frame], timeout_s: float, deadline: float) -> Accepted | Delta:
     """The next frame that is not a failure."""
-    scope = asyncio.timeout_at(deadline)
+    late = RequestTimeout(f"the request took longer than {timeout_s:g} s")
     try:
-        async with scope:
-            frame = await anext(frames)
+        frame = await bounded(anext(frames), asyncio.timeout_at(deadline), late)
     except StopAsyncIteration:
         raise Unavailable("the replica ended the answer before it was complete; try again") from None
-    except TimeoutError:
-        if not scope.expired():
-            raise
-        raise RequestTimeout(f"the request took longer than {timeout_s:g} s") from None
     if isinstance(frame, Failure):
         raise frame.error()
     return frame
