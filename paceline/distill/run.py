@@ -34,7 +34,7 @@ from paceline.distill.write import EngineWriter, StreamsWriter, Writer, encode, 
 from paceline.engine.geometry import max_model_len
 from paceline.errors import ConfigError, ModelError
 from paceline.models import eos_token_ids, load_causal_lm, load_tokenizer, tokenizer_fingerprint
-from paceline.models.draft_folder import DraftCard, dequantize, quantize, write_draft
+from paceline.models.draft_folder import GROUP, DraftCard, dequantize, quantize, write_draft
 
 STATE = ".state"
 OPENINGS = {"cuda": 200_000, "cpu": 5_000}
@@ -54,7 +54,7 @@ Report = Callable[[str, float, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a run is asked for. `steps` in place of time makes a run that is the same everywhere (for tests)."""
+    """What a run is asked for. Rounds and steps in place of time make a run that is the same everywhere (for tests)."""
 
     target: str
     minutes: float = 10.0
@@ -105,7 +105,7 @@ def distill(path: Path, out: Path, settings: Settings, report: Report = lambda *
     counts = rows.counts(run.vocab_size).cpu()
     body, tokens, shape, progress = run.train(rows, counts, store)
     del store
-    outcome = run.finish(out, body, tokens, shape, progress, rows)
+    outcome = run.finish(out, body, tokens, shape, progress, rows, counts)
     shutil.rmtree(state)
     return outcome
 
@@ -351,14 +351,19 @@ class _Run:
     # Measuring and exporting
 
     def finish(
-        self, out: Path, body: DraftBody, tokens: Tokens, shape: DraftShape, progress: TrainProgress, rows: Rows
+        self,
+        out: Path,
+        body: DraftBody,
+        tokens: Tokens,
+        shape: DraftShape,
+        progress: TrainProgress,
+        rows: Rows,
+        counts: torch.Tensor,
     ) -> Outcome:
         """Round the draft to what is stored, measure that, write the folder."""
         self.target.set_attn_implementation("sdpa")
         self.target.float()
-        fresh = DraftBody(
-            new_draft(shape, tokens, rows.counts(self.vocab_size).cpu(), self.target, self.settings.seed), tokens
-        ).to(self.device)
+        fresh = DraftBody(new_draft(shape, tokens, counts, self.target, self.settings.seed), tokens).to(self.device)
         round_weights(body)
         acceptance: dict[float, dict[str, Acceptance]] = {}
         before: dict[float, Acceptance] = {}
@@ -437,7 +442,7 @@ class _Run:
 def round_weights(body: DraftBody) -> None:
     """Put every matrix on the grid it is stored on, so that what is measured is what is shipped."""
     for parameter in body.draft.parameters():
-        if parameter.dim() == 2 and parameter.shape[1] % 32 == 0:
+        if parameter.dim() == 2 and parameter.shape[1] % GROUP == 0:
             parameter.copy_(dequantize(*quantize(parameter)))
 
 

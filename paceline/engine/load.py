@@ -99,13 +99,14 @@ class LoadedModel:
 
 def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     """Load weights and tokenizer from a folder. Raises ModelError or ConfigError with the remedy."""
-    backends = resolve_backends(settings, distilled=draft_folder.is_draft(path))
+    distilled = draft_folder.is_draft(path)
+    backends = resolve_backends(settings, distilled=distilled)
     torch.set_num_threads(backends.threads)
     refuse_unservable(load_config(path))
     with compact_allocations():
-        tokenizer = None if draft_folder.is_draft(path) else load_tokenizer(path)
+        tokenizer = None if distilled else load_tokenizer(path)
         runner, choices = _load_runner(path, backends)
-    if draft_folder.is_draft(path):
+    if distilled:
         runner = ReducedVocabRunner(runner, *draft_folder.load_tokens(path))
     limits = _limits(settings, runner)
     kv_geometry = _kv_geometry(settings, runner)
@@ -113,7 +114,7 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     key_shift = runner.key_shift()
     _check_window(limits, key_shift)
     logger.info("%s: %s; %d KV tokens", path.name, ", ".join(f"{c.name} {c.value}" for c in choices), kv_tokens)
-    if draft_folder.is_draft(path):
+    if distilled:
         fingerprint, eos = draft_folder.read_card(path).fingerprint, frozenset[int]()
     else:
         fingerprint, eos = tokenizer_fingerprint(tokenizer), eos_token_ids(path, tokenizer=tokenizer)

@@ -15,7 +15,7 @@ A matrix is stored in groups of 32 consecutive inputs, w = scale * q with max|q|
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +118,7 @@ def load_draft(path: Path | str, *, dtype: torch.dtype | str, device: torch.devi
 
 def load_tokens(path: Path | str) -> tuple[torch.Tensor, torch.Tensor]:
     """The target's ids kept, int64 [K], and for each of its ids the one read instead, int64 [vocab]."""
-    tensors = _tensors(path)
+    tensors = _tensors(path, (KEPT, NEAREST))
     return tensors[KEPT].long(), tensors[NEAREST].long()
 
 
@@ -154,12 +154,12 @@ def _restore_buffers(model: PreTrainedModel, config: Any) -> None:
         setattr(model.get_submodule(owner), leaf, fresh[name])
 
 
-def _tensors(path: Path | str) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _tensors(path: Path | str, names: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """Those of these names, all if none is given."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        found: dict[str, torch.Tensor] = load_file(Path(path) / WEIGHTS)
+        with safe_open(Path(path) / WEIGHTS, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names or file.keys()}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot read {WEIGHTS}: {' '.join(str(error).split())[:200]}") from None
-    return found
