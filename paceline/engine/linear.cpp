@@ -1,19 +1,20 @@
-// Matrix products over weights of 4 or 8 bits and activations of 16, for linear layers on a CPU.
+// Matrix products over weights of 4 or 8 bits and activations of 16 or 8, for linear layers on a CPU.
 //
 // A decode step reads every weight once, so bytes are time. Weights lie in groups of 32 consecutive inputs that
 // share a scale d and, at 4 bits, an offset m, both fp16 (GGUF's Q4_1, Q4_0 and Q8_0):
 //
 //   w[o, i] = m[o, g] + d[o, g] q[o, i]       q in 0..15, or m = 0 and q in -127..127; i in group g
 //
-// Activations are rounded, row by row and group by group, to x = s x', x' of 16 bits: 1.5e-5 of the group's
-// largest. Sums of q x' over a group are integers, hence exact, and rows never meet: a row's result has the same
+// Activations are rounded, row by row and group by group, to x = s x', x' of 16 bits (1.5e-5 of the group's largest) or
+// of 8 (4e-3). Sums of q x' over a group are integers, hence exact, and rows never meet: a row's result has the same
 // bits in every batch, on any number of threads.
 //
 //   y[r, o] = b[o] + sum over g of d[o, g] s[r, g] (sum of q x') + m[o, g] s[r, g] (sum of x')
 //
 // Layout: panels of 16 outputs, zero-padded. A panel is its groups, a group 64 bytes of scales (16 d and 16 m in fp16;
 // at 8 bits 16 d in fp32), then its q. A 32-bit word holds 8 (or 4) inputs of one output, 16 words the same inputs of
-// all outputs, so that a shift and a mask make pairs of 16-bit integers, which the CPU multiplies and adds by pairs:
+// all outputs, so that a shift and a mask make pairs of 16-bit integers, which the CPU multiplies and adds by pairs, or
+// fours of 8-bit ones, by fours:
 //
 //   4 bits   word w of a group: inputs 8w + (0, 2, 4, 6) in the low half, lowest first; 8w + (1, 3, 5, 7) in the high
 //   8 bits   word w of a group: inputs 4w + (0, 2, 1, 3), lowest byte first
