@@ -43,17 +43,23 @@ def measure_verify_cost(
         for rows in ROWS:
             if clock() - began > budget_s and len(seconds) >= 2:
                 break
-            windows = [WINDOW] * (rows // WINDOW) + [rows % WINDOW] * (rows % WINDOW > 0)
+            windows = _windows(rows)
             if number == 0 and runner.device.type != "cpu":
                 began += _time(runner, entry, windows, clock)
             seconds[rows] = min(seconds.get(rows, float("inf")), _time(runner, entry, windows, clock))
         apart = min(apart, _time(runner, entry, [1] * WINDOW, clock))
         if clock() - began > budget_s:
             break
-    cost = VerifyCost(seconds, (apart - seconds[WINDOW]) / (WINDOW - 1))
-    curve = ", ".join(f"{rows}: {1e3 * seconds[rows]:.1f}" for rows in sorted(seconds))
-    logger.info("forward pass by rows, ms: %s", curve)
-    return cost
+    window_s = max(0.0, (apart - seconds[WINDOW]) / (WINDOW - 1))
+    # What is left is the rows' alone: a sequence more costs the same whether its window is long or short.
+    points = {rows: max(took - (len(_windows(rows)) - 1) * window_s, took / 4) for rows, took in seconds.items()}
+    curve = ", ".join(f"{rows}: {1e3 * points[rows]:.1f}" for rows in sorted(points))
+    logger.info("forward pass by rows, ms: %s; each window beyond the first %.2f", curve, 1e3 * window_s)
+    return VerifyCost(points, window_s)
+
+
+def _windows(rows: int) -> list[int]:
+    return [WINDOW] * (rows // WINDOW) + [rows % WINDOW] * (rows % WINDOW > 0)
 
 
 def _time(runner: Runner, entry: KVEntry, windows: list[int], clock: Callable[[], float]) -> float:
