@@ -38,7 +38,7 @@ DEPTHS = (0, 1, 2, 3, 4, 5, 6, 8)
 ACCEPTANCE = 0.8
 DRAFT_SHARE = 0.1
 """Of the target's step, for a step of the synthetic draft."""
-DRAFT_WIDTH = 128
+DRAFT_WIDTH = 64
 MOST_LAYERS = 64
 PROMPT = 64
 PLAIN = SpeculationSettings(enabled=False)

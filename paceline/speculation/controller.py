@@ -28,16 +28,17 @@ from operator import itemgetter
 from paceline.speculation.acceptance import MAX_DEPTH, Acceptance, Kind
 from paceline.speculation.cost import VerifyCost
 from paceline.speculation.guard import CREDIT, Guard
-from paceline.speculation.waiting import WARM_UP
 
 LEAST_WORTH = 0.02
 """Candidates less likely than this are not considered."""
-MARGIN = 0.02
+MARGIN = 0.03
 """By how much a step with candidates must promise to be better than one without."""
 PROBE_SHARE = 0.003
 """Of the time, at most, for asking drafts that are not worth it, to see whether they got better."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 8, 8192
 """Steps between two such probes."""
+ACCIDENT = 2.0
+"""Plain steps that a step waits for drafts in an accident: a kernel that loads at its first use, a stalled process."""
 SURPRISE = 2.0
 """A forward pass that takes more than this times what was expected is not held against anyone."""
 
@@ -154,7 +155,7 @@ class Controller(Policy):
         self._guard = Guard()
         self._idle = self._probes = 0
         self._probed: int | None = None
-        self._with_drafts = 0
+        self._with_drafts = self._accidents = 0
 
     def ask(self, offers: Offers, prefill: int, wait: Callable[[int], float]) -> dict[int, int]:
         self._probed = None
@@ -190,10 +191,8 @@ class Controller(Policy):
         cost.observe(spent.drawn, windows, spent.prefill, spent.forward_s)
         unit, decode = cost.curve(windows + spent.prefill, windows), cost.curve(windows, windows)
         other_s = spent.other_s
-        # What happens once must not end speculation for minutes.
-        if Kind.DRAFT in spent.used and self._with_drafts < WARM_UP:
-            self._with_drafts += 1
-            other_s = min(other_s, unit)
+        if Kind.DRAFT in spent.used:
+            other_s = self._forgiving(other_s, unit)
         self._guard.note(
             windows,
             spent.prefill,
@@ -208,6 +207,15 @@ class Controller(Policy):
 
     def rests(self, kind: Kind) -> bool:
         return self._guard.suspended(kind)
+
+    def _forgiving(self, waited_s: float, unit: float) -> float:
+        """A wait for drafts as it is charged. One accident must not end speculation for minutes: the n-th is forgiven
+        once 2^n steps with drafts are over, so that in the long run nothing is."""
+        self._with_drafts += 1
+        if waited_s <= ACCIDENT * unit or self._with_drafts < 1 << self._accidents:
+            return waited_s
+        self._accidents += 1
+        return unit
 
     def _allowed(self, kind: Kind, offers: Offers, prefill: int) -> bool:
         return bool(offers) and self._guard.allows(kind, len(offers), prefill)

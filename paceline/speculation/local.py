@@ -8,12 +8,8 @@ from typing import Protocol
 
 from paceline.speculation.frames import Advance, DraftFailureReason
 from paceline.speculation.proposer import Proposal, Proposer, Source, Wanted
-from paceline.speculation.waiting import WARM_UP
+from paceline.speculation.waiting import Typical
 from paceline.types import SamplingParams
-
-SMOOTHING = 0.2
-"""Weight of the latest measurement."""
-SURPRISE = 2.0
 
 
 class Answer(Protocol):
@@ -51,8 +47,7 @@ class LocalProposer(Proposer):
         self._ready: dict[int, Answer] = {}
         self._open: set[Hashable] = set()
         self._new = False
-        self._proposals = self._measured = 0
-        self._token_s = 0.0
+        self._token_s = Typical()
 
     def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
         self._open.add(sequence)
@@ -66,7 +61,6 @@ class LocalProposer(Proposer):
                 self._drafter.advance(update.sequence, update.base, update.tokens, update.depth)
 
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:
-        self._proposals += bool(wanted)
         while self._drafter.has_work:
             began, drafted = self._clock(), self._drafter.drafted_tokens
             for answer in self._drafter.step():
@@ -93,15 +87,10 @@ class LocalProposer(Proposer):
         return sequence in self._open
 
     def latency(self, depth: int) -> float:
-        return depth * self._token_s
+        return depth * (self._token_s.mean or 0.0)
 
     def _note_step(self, seconds: float) -> None:
-        """The first step after an opening has computed a prompt as well, and does not say what a token costs; nor do
-        the first proposals."""
-        if self._new or self._proposals <= WARM_UP:
-            self._new = False
-            return
-        self._measured += 1
-        expected = self._token_s or seconds
-        seconds = min(seconds, SURPRISE * expected)
-        self._token_s += max(SMOOTHING, 1 / self._measured) * (seconds - self._token_s)
+        """The first step after an opening has computed a prompt as well, and does not say what a token costs."""
+        if not self._new:
+            self._token_s.note(seconds)
+        self._new = False

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass
 
 SLACK_S = 0.02
 """What a scheduler, a garbage collection or a long batch may add to a round trip without being a failure."""
-SMOOTHING = 0.2
-"""Weight of the latest wait."""
-WARM_UP = 2
-"""Steps with drafts that say nothing about those to come: kernels load at first use, which takes up to a second."""
+LATEST = 16
+"""Measurements that count."""
+ONE_IN = 8
+"""Of so many, one may be an accident."""
 
 
 @dataclass(slots=True)
@@ -38,27 +39,44 @@ class RoundTrip:
         return min(limit_s, 2 * self.mean + 4 * self.deviation + SLACK_S)
 
 
-@dataclass(slots=True)
+class Typical:
+    """The mean of the latest measurements without the largest ones, one in ONE_IN and at least one.
+
+    Kernels load at first use, which takes up to a second, and processes are preempted: what happens now and then must
+    not look like what happens always. Not the median: a wait is often one of two, none and a whole draft's.
+    """
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque(maxlen=LATEST)
+
+    def note(self, value: float) -> None:
+        self._latest.append(value)
+
+    @property
+    def mean(self) -> float | None:
+        """None until there are two."""
+        kept = sorted(self._latest)[: len(self._latest) - -(-len(self._latest) // ONE_IN)]
+        return sum(kept) / len(kept) if kept else None
+
+
 class WaitCurve:
     """Seconds a step waited until it had its candidates, by depth. A step that found them there waited 0.
 
-    The first WARM_UP are not counted: until then a wait is believed to be nothing, so that drafts are asked again.
+    A wait is believed to be nothing until one is known, so that drafts are asked.
     """
 
-    means: dict[int, float] = field(default_factory=dict)
-    noted: int = 0
+    def __init__(self) -> None:
+        self._waits: dict[int, Typical] = {}
 
     def note(self, depth: int, seconds: float) -> None:
-        self.noted += 1
-        if self.noted > WARM_UP:
-            before = self.means.get(depth, seconds)
-            self.means[depth] = before + SMOOTHING * (seconds - before)
+        self._waits.setdefault(depth, Typical()).note(seconds)
 
     def at(self, depth: int) -> float:
         """Of a depth never tried: that of the nearest one tried, in proportion."""
-        if depth == 0 or not self.means:
+        known = {tried: wait.mean for tried, wait in self._waits.items() if wait.mean is not None}
+        if depth == 0 or not known:
             return 0.0
-        if depth in self.means:
-            return self.means[depth]
-        nearest = min(self.means, key=lambda tried: (abs(tried - depth), tried))
-        return self.means[nearest] * depth / nearest
+        if depth in known:
+            return known[depth]
+        nearest = min(known, key=lambda tried: (abs(tried - depth), tried))
+        return known[nearest] * depth / nearest
