@@ -58,7 +58,7 @@ class LLM:
             drafting = load_model(resolve(draft).path, settings.model_copy(update={"ctx_size": None}))
             if drafting.fingerprint != loaded.fingerprint:
                 raise ConfigError(f"draft: {draft!r} and {model!r} have different tokenizers", param="draft")
-            drafter = LocalProposer(drafting.drafter())
+            drafter = LocalProposer(drafting.drafter(), rejection=speculation.verification == "rejection")
         self.tokenizer = loaded.tokenizer
         self.engine = loaded.engine(drafter, speculation)
         self.choices = loaded.choices

@@ -245,12 +245,13 @@ class SourceMetrics:
     """What one source of candidates (`paceline.speculation.proposer.Source`) contributed.
 
     `drafted[i]` candidates at place i of their run were verified, `accepted[i]` of them became output. The others
-    were rolled back: refused, behind a refused one, or behind the end of the output.
+    were rolled back: refused, behind a refused one, or behind the end of the output. `wasted` ones were never verified.
     """
 
     source: str
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
+    wasted: int = 0
 
     @property
     def rolled_back(self) -> int:

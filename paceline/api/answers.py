@@ -23,10 +23,11 @@ class SourceInfo(Answer):
 
     drafted: list[int]
     accepted: list[int]
+    wasted: int = 0
 
     @classmethod
     def of(cls, source: SourceMetrics) -> SourceInfo:
-        return cls(drafted=list(source.drafted), accepted=list(source.accepted))
+        return cls(drafted=list(source.drafted), accepted=list(source.accepted), wasted=source.wasted)
 
 
 class PacelineInfo(Answer):

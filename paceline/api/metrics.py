@@ -82,9 +82,14 @@ class _Cluster(Collector):
         rolled_back = self._family(
             CounterMetricFamily, "paceline_rolled_back_tokens", "Candidates verified in vain.", "source"
         )
+        wasted = self._family(
+            CounterMetricFamily, "paceline_wasted_tokens", "Candidates that arrived and were never verified.", "source"
+        )
         for target in targets:
             labels = self._labels(target)
             sources = _sources(target)
+            for name, count in _wasted(target).items():
+                wasted.add_metric([*labels, name], count)
             for name, counts in sources.items():
                 for kind, family in by_source.items():
                     for place, count in enumerate(counts[kind]):
@@ -96,15 +101,12 @@ class _Cluster(Collector):
             for place in range(depth):
                 total = sum(sum(counts["accepted"][place : place + 1]) for counts in sources.values())
                 per_place.add_metric([*labels, str(place)], total)
-        yield from (drafted, accepted, per_place, *by_source.values(), rolled_back)
+        yield from (drafted, accepted, per_place, *by_source.values(), rolled_back, wasted)
 
     def _links(self, targets: Sequence[ReplicaStatus]) -> Iterator[Metric]:
         told = [{**target, **_mapping(target.get("speculation"))} for target in targets]
         yield self._counter(
             "paceline_late_drafts", "Steps of a sequence that wanted a draft and had none.", told, "late"
-        )
-        yield self._counter(
-            "paceline_wasted_tokens", "Candidates that arrived and were never verified.", told, "wasted"
         )
         yield self._gauge("paceline_synthetic_acceptance", "Set: text is nonsense.", told, "synthetic_acceptance")
         yield self._gauge("paceline_drafters_connected", "Draft streams up.", targets, "drafters_connected")
@@ -124,6 +126,12 @@ class _Cluster(Collector):
 
     def _drafters(self, drafts: Sequence[ReplicaStatus]) -> Iterator[Metric]:
         yield self._counter("paceline_drafter_tokens", "Tokens a draft replica drew.", drafts, "drafted_tokens")
+        yield self._counter(
+            "paceline_drafter_rolled_back_tokens",
+            "Tokens a draft replica drew in vain: the target went another way.",
+            drafts,
+            "rolled_back_tokens",
+        )
         yield self._gauge("paceline_drafter_streams", "Targets connected to a draft replica.", drafts, "streams")
         yield self._gauge("paceline_drafter_sequences", "Sequences a draft replica follows.", drafts, "sequences")
 
@@ -168,6 +176,12 @@ def _sources(target: ReplicaStatus) -> dict[str, dict[str, list[float]]]:
         if all(isinstance(each, Sequence) and all(_number(n) is not None for n in each) for each in kinds.values()):
             found[str(name)] = {kind: list(each) for kind, each in kinds.items() if each is not None}
     return found
+
+
+def _wasted(target: ReplicaStatus) -> dict[str, float]:
+    sources = _mapping(_mapping(target.get("speculation")).get("sources"))
+    counts = {str(name): _number(_mapping(each).get("wasted")) for name, each in sources.items()}
+    return {name: count for name, count in counts.items() if count is not None}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -233,7 +233,7 @@ def _metrics(usage: Mapping[str, Any], extra: Mapping[str, Any]) -> Metrics:
         total_s=float(extra["total_s"]),
         wasted=int(extra.get("wasted_drafts") or 0),
         sources=tuple(
-            SourceMetrics(name, tuple(counts["drafted"]), tuple(counts["accepted"]))
+            SourceMetrics(name, tuple(counts["drafted"]), tuple(counts["accepted"]), int(counts.get("wasted") or 0))
             for name, counts in (extra.get("sources") or {}).items()
         ),
     )

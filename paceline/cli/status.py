@@ -87,7 +87,7 @@ def speculation_table(targets: Sequence[Mapping[str, Any]]) -> Table | None:
 
     told = [target.get("speculation") or {} for target in targets]
     sources = merged(
-        [SourceMetrics(name, tuple(counts["drafted"]), tuple(counts["accepted"]))]
+        [SourceMetrics(name, tuple(counts["drafted"]), tuple(counts["accepted"]), int(counts.get("wasted") or 0))]
         for each in told
         for name, counts in (each.get("sources") or {}).items()
     )
@@ -95,12 +95,12 @@ def speculation_table(targets: Sequence[Mapping[str, Any]]) -> Table | None:
         return None
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("speculation")
-    for heading in ("drafted", "accepted", "rolled back", "acceptance", "by place in the run"):
+    for heading in ("drafted", "accepted", "rolled back", "wasted", "acceptance", "by place in the run"):
         table.add_column(heading, justify="right", overflow="fold")
     for each in sources:
         drafted, accepted = sum(each.drafted), sum(each.accepted)
         places = " ".join(_percent(a, d) for a, d in zip(each.accepted, each.drafted, strict=True))
-        counts = (str(drafted), str(accepted), str(each.rolled_back), _percent(accepted, drafted))
+        counts = (str(drafted), str(accepted), str(each.rolled_back), str(each.wasted), _percent(accepted, drafted))
         table.add_row(each.source.replace("_", " "), *counts, places)
     return table
 
@@ -108,7 +108,7 @@ def speculation_table(targets: Sequence[Mapping[str, Any]]) -> Table | None:
 def speculation_line(targets: Sequence[Mapping[str, Any]]) -> str:
     """What no source has to itself."""
     told = [target.get("speculation") or {} for target in targets]
-    late, wasted = (sum(int(each.get(key) or 0) for each in told) for key in ("late", "wasted"))
+    late = sum(int(each.get("late") or 0) for each in told)
     connected = ", ".join(
         f"{target.get('drafters_connected')} of {target['drafters_known']}"
         for target in targets
@@ -116,7 +116,7 @@ def speculation_line(targets: Sequence[Mapping[str, Any]]) -> str:
     )
     drafters = f"; drafters connected to each target: {connected}" if connected else ""
     verification = "/".join(dict.fromkeys(str(each["verification"]) for each in told if each.get("verification")))
-    return f"speculation ({verification or 'off'}): {late} late, {wasted} wasted{drafters}"
+    return f"speculation ({verification or 'off'}): {late} late{drafters}"
 
 
 def warnings(targets: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -203,8 +203,8 @@ class Engine:
         kept = min(draws.accepted, taken)
         self.kv.truncate(sequence.kv, base + kept)
         for tally in (sequence.tally, self.tally):
-            tally.wasted += part.unused
             if part.proposal is not None:
+                tally.waste(part.proposal.source, part.unused)
                 tally.note(part.proposal.source, len(part.candidates), kept)
 
     def _emit(self, committed: list[Sequence]) -> dict[str, Delta]:

@@ -138,7 +138,8 @@ def usage_message(metrics: Metrics) -> pb.Usage:
         wasted_drafts=metrics.wasted,
         resumptions=metrics.resumptions,
         sources=[
-            pb.SourceUsage(source=each.source, drafted=each.drafted, accepted=each.accepted) for each in metrics.sources
+            pb.SourceUsage(source=each.source, drafted=each.drafted, accepted=each.accepted, wasted=each.wasted)
+            for each in metrics.sources
         ],
     )
 

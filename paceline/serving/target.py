@@ -21,8 +21,10 @@ from paceline.sessions.prefixes import sketch
 from paceline.speculation.acceptance import Kind
 from paceline.speculation.frames import Hello
 from paceline.speculation.idle import Facts, IdleWatch
+from paceline.speculation.proposer import Source
 from paceline.speculation.remote import RemoteProposer
-from paceline.types import Accepted, Delta, Failure, Frame, Request
+from paceline.speculation.telemetry import merged
+from paceline.types import Accepted, Delta, Failure, Frame, Request, SourceMetrics
 
 if TYPE_CHECKING:
     # torch and transformers take seconds to import; the application builder imports this module without them.
@@ -130,14 +132,18 @@ class Target:
     def _speculation(self) -> dict[str, Any]:
         """What became of candidates since the start; read by `paceline.api.metrics` and `paceline status`."""
         settings, tally = self._settings.speculation, self._loop.engine.tally
-        remote = self._proposer.stats.wasted if self._proposer is not None else 0
+        # Much of what a drafter sends goes to waste before the engine sees it.
+        unseen = self._proposer.stats.wasted if self._proposer is not None else 0
+        sources = merged((tally.sources(), (SourceMetrics(Source.REMOTE, wasted=unseen),) if unseen else ()))
         return {
             "enabled": settings.enabled,
             "verification": settings.verification,
             "synthetic_acceptance": settings.synthetic_acceptance,
-            "sources": {each.source: {"drafted": each.drafted, "accepted": each.accepted} for each in tally.sources()},
+            "sources": {
+                each.source: {"drafted": each.drafted, "accepted": each.accepted, "wasted": each.wasted}
+                for each in sources
+            },
             "late": tally.late,
-            "wasted": tally.wasted + remote,
         }
 
     def _warnings(self) -> tuple[str, ...]:

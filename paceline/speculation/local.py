@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from paceline.speculation.frames import Advance, DraftFailureReason
+from paceline.speculation.frames import Advance, DraftFailureReason, SparseRow
 from paceline.speculation.proposer import Proposal, Proposer, Source, Wanted
 from paceline.speculation.waiting import Typical
 from paceline.types import SamplingParams
@@ -23,6 +23,8 @@ class Answer(Protocol):
     def tokens(self) -> tuple[int, ...]: ...
     @property
     def failure(self) -> DraftFailureReason | None: ...
+    @property
+    def probs(self) -> tuple[SparseRow, ...]: ...
 
 
 class DrafterLike(Protocol):
@@ -32,17 +34,24 @@ class DrafterLike(Protocol):
     def has_work(self) -> bool: ...
     @property
     def drafted_tokens(self) -> int: ...
-    def open(self, key: Hashable, tokens: Sequence[int], params: SamplingParams, depth: int) -> None: ...
+    def open(
+        self, key: Hashable, tokens: Sequence[int], params: SamplingParams, depth: int, *, rejection: bool = False
+    ) -> None: ...
     def advance(self, key: Hashable, base: int, tokens: Sequence[int], depth: int) -> None: ...
     def close(self, key: Hashable) -> None: ...
     def step(self) -> Iterable[Answer]: ...
 
 
 class LocalProposer(Proposer):
-    """Runs the drafter inside `propose`, until it has nothing left to do. Its deadline is its own work."""
+    """Runs the drafter inside `propose`, until it has nothing left to do. Its deadline is its own work.
 
-    def __init__(self, drafter: DrafterLike, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._drafter = drafter
+    For `rejection` sampling candidates bring the distributions they were drawn from.
+    """
+
+    def __init__(
+        self, drafter: DrafterLike, clock: Callable[[], float] = time.perf_counter, *, rejection: bool = False
+    ) -> None:
+        self._drafter, self._rejection = drafter, rejection
         self._clock = clock
         self._ready: dict[int, Answer] = {}
         self._open: set[Hashable] = set()
@@ -52,7 +61,7 @@ class LocalProposer(Proposer):
     def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
         self._open.add(sequence)
         self._new = True
-        self._drafter.open(sequence, tokens, params, depth=0)
+        self._drafter.open(sequence, tokens, params, depth=0, rejection=self._rejection)
 
     def advance(self, updates: Sequence[Advance]) -> None:
         for update in updates:
@@ -75,7 +84,7 @@ class LocalProposer(Proposer):
         for want in wanted:
             ready = self._ready.get(want.sequence)
             if ready is not None and ready.base == want.base:
-                found[want.sequence] = Proposal(ready.tokens[: want.depth], Source.LOCAL)
+                found[want.sequence] = Proposal(ready.tokens, Source.LOCAL, ready.probs).first(want.depth)
         return found
 
     def close(self, sequence: int) -> None:

@@ -13,6 +13,7 @@ from paceline.types import SourceMetrics
 class _Counts:
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    wasted: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -24,7 +25,6 @@ class SpeculationTally:
     """
 
     late: int = 0
-    wasted: int = 0
     requests: int = 0
     declined: int = 0
     steps: int = 0
@@ -38,6 +38,15 @@ class SpeculationTally:
     def accepted(self) -> int:
         return sum(sum(counts.accepted) for counts in self._by_source.values())
 
+    @property
+    def wasted(self) -> int:
+        return sum(counts.wasted for counts in self._by_source.values())
+
+    def waste(self, source: str, candidates: int) -> None:
+        """So many were there and found no room in the step."""
+        if candidates:
+            self._by_source.setdefault(source, _Counts()).wasted += candidates
+
     def note(self, source: str, drafted: int, accepted: int) -> None:
         """Of `drafted` candidates the first `accepted` became output."""
         counts = self._by_source.setdefault(source, _Counts())
@@ -50,9 +59,9 @@ class SpeculationTally:
             counts.accepted[place] += 1
 
     def sources(self) -> tuple[SourceMetrics, ...]:
-        """Of every source that had candidates verified."""
+        """Of every source that had candidates."""
         return tuple(
-            SourceMetrics(source, tuple(counts.drafted), tuple(counts.accepted))
+            SourceMetrics(source, tuple(counts.drafted), tuple(counts.accepted), counts.wasted)
             for source, counts in list(self._by_source.items())
         )
 
@@ -64,7 +73,7 @@ def merged(parts: Iterable[Iterable[SourceMetrics]]) -> tuple[SourceMetrics, ...
         for each in part:
             before = found.get(each.source, SourceMetrics(each.source))
             drafted, accepted = _added(before.drafted, each.drafted), _added(before.accepted, each.accepted)
-            found[each.source] = SourceMetrics(each.source, drafted, accepted)
+            found[each.source] = SourceMetrics(each.source, drafted, accepted, before.wasted + each.wasted)
     return tuple(found.values())
 
 

@@ -32,7 +32,7 @@ METRICS = Metrics(
     ttft_s=0.25,
     total_s=0.5,
     wasted=1,
-    sources=(SourceMetrics("remote", (1, 1), (1, 0)),),
+    sources=(SourceMetrics("remote", (1, 1), (1, 0), wasted=1),),
 )
 HELLO = (
     ACCEPTED,

@@ -25,7 +25,7 @@ INFO = {
     "accepted_tokens": 1,
     "late_drafts": 1,
     "wasted_drafts": 1,
-    "sources": {"remote": {"drafted": [1, 1], "accepted": [1, 0]}},
+    "sources": {"remote": {"drafted": [1, 1], "accepted": [1, 0], "wasted": 1}},
     "steps": 2,
     "cached_tokens": 2,
     "ttft_s": 0.25,

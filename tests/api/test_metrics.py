@@ -25,16 +25,15 @@ TARGET: dict[str, Any] = {
     "draft_bytes_received": 70,
     "speculation": {
         "sources": {
-            "remote": {"drafted": [10, 8], "accepted": [9, 5]},
+            "remote": {"drafted": [10, 8], "accepted": [9, 5], "wasted": 7},
             "prompt_lookup": {"drafted": [4, 4, 2], "accepted": [3, 1, 0]},
         },
         "late": 6,
-        "wasted": 7,
         "synthetic_acceptance": None,
     },
     "warnings": ["no drafter"],
 }
-DRAFT = {"replica_id": "d1", "streams": 2, "sequences": 5, "drafted_tokens": 99}
+DRAFT = {"replica_id": "d1", "streams": 2, "sequences": 5, "drafted_tokens": 99, "rolled_back_tokens": 11}
 
 
 def samples(*targets: dict[str, Any], drafts: tuple[dict[str, Any], ...] = ()) -> dict[tuple[str, ...], float]:
@@ -62,7 +61,7 @@ def samples(*targets: dict[str, Any], drafts: tuple[dict[str, Any], ...] = ()) -
         ("paceline_accepted_tokens_total", ("position=1", "source=prompt_lookup"), 1),
         ("paceline_rolled_back_tokens_total", ("source=remote",), 4),
         ("paceline_late_drafts_total", (), 6),
-        ("paceline_wasted_tokens_total", (), 7),
+        ("paceline_wasted_tokens_total", ("source=remote",), 7),
         ("paceline_drafters_connected", (), 1),
         ("paceline_draft_link_bytes_total", ("direction=sent",), 1000),
         ("paceline_sessions", (), 4),
@@ -75,7 +74,12 @@ def test_what_a_target_reports_is_told(name: str, labels: tuple[str, ...], value
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("paceline_drafter_tokens_total", 99), ("paceline_drafter_streams", 2), ("paceline_drafter_sequences", 5)],
+    [
+        ("paceline_drafter_tokens_total", 99),
+        ("paceline_drafter_rolled_back_tokens_total", 11),
+        ("paceline_drafter_streams", 2),
+        ("paceline_drafter_sequences", 5),
+    ],
 )
 def test_what_a_drafter_reports_is_told(name: str, value: float) -> None:
     assert samples(drafts=(DRAFT,))[name, "replica=d1"] == value

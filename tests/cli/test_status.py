@@ -38,11 +38,10 @@ def test_what_several_targets_warn_of_is_printed_once(run: Run, server: FakeServ
 SPECULATION = {
     "verification": "coupled",
     "sources": {
-        "remote": {"drafted": [10, 8], "accepted": [9, 4]},
+        "remote": {"drafted": [10, 8], "accepted": [9, 4], "wasted": 7},
         "prompt_lookup": {"drafted": [4], "accepted": [1]},
     },
     "late": 6,
-    "wasted": 7,
 }
 
 
@@ -54,8 +53,8 @@ def words(printed: str, first: str) -> list[str]:
 def test_each_source_has_a_row(run: Run, server: FakeServer) -> None:
     server.status = with_target(speculation=SPECULATION)
     printed = run("status", "--url", server.url).out
-    assert words(printed, "remote") == ["remote", "18", "13", "5", "72%", "90%", "50%"]
-    assert words(printed, "prompt") == ["prompt", "lookup", "4", "1", "3", "25%", "25%"]
+    assert words(printed, "remote") == ["remote", "18", "13", "5", "7", "72%", "90%", "50%"]
+    assert words(printed, "prompt") == ["prompt", "lookup", "4", "1", "3", "0", "25%", "25%"]
 
 
 def test_sources_are_summed_over_targets(run: Run, server: FakeServer) -> None:
@@ -64,10 +63,10 @@ def test_sources_are_summed_over_targets(run: Run, server: FakeServer) -> None:
     assert words(run("status", "--url", server.url).out, "remote")[1:3] == ["36", "26"]
 
 
-def test_late_and_wasted_drafts_and_connected_drafters_are_told(run: Run, server: FakeServer) -> None:
+def test_late_drafts_and_connected_drafters_are_told(run: Run, server: FakeServer) -> None:
     server.status = with_target(speculation=SPECULATION, drafters_known=2, drafters_connected=1)
     printed = run("status", "--url", server.url).out
-    assert "speculation (coupled): 6 late, 7 wasted; drafters connected to each target: 1 of 2" in printed
+    assert "speculation (coupled): 6 late; drafters connected to each target: 1 of 2" in printed
 
 
 def test_without_candidates_there_is_no_table_of_sources(run: Run, server: FakeServer) -> None:

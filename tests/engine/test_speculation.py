@@ -184,3 +184,12 @@ def test_a_slow_model_is_left_with_a_coarse_curve() -> None:
 
 def test_a_context_shorter_than_the_probe_is_measured_too() -> None:
     assert measure_verify_cost(tiny.ours(tiny.tiny_llama(max_position_embeddings=16))).curve(1) > 0
+
+
+def test_under_rejection_a_draft_in_this_process_brings_its_distributions() -> None:
+    """A draft like its target is never refused: p / q is 1. Candidates without q would stand with p alone."""
+    proposer = LocalProposer(tiny.drafter_for(MODEL), rejection=True)
+    engine = tiny.engine_for(MODEL, proposer=proposer, verification="rejection")
+    tiny.run(engine, tiny.request(tiny.prompt(20), temperature=1.0, top_k=8, seed=5, max_tokens=40))
+    assert engine.tally.drafted > 20
+    assert engine.tally.accepted >= engine.tally.drafted - 4  # those behind the end

@@ -127,7 +127,7 @@ async def test_a_chat_is_started_then_tokens_then_finished() -> None:
             ttft_seconds=0.25,
             total_seconds=0.5,
             wasted_drafts=1,
-            sources=[pb.SourceUsage(source="remote", drafted=[1, 1], accepted=[1, 0])],
+            sources=[pb.SourceUsage(source="remote", drafted=[1, 1], accepted=[1, 0], wasted=1)],
         ),
     )
 
