@@ -1,0 +1,171 @@
+"""Sessions on their way back: begun while a request waits, put into the KV cache as it is admitted.
+
+    waiting ── worth it? ──► fetched in the background ──► admitted: into the KV cache, found there as any prefix
+                │ no                │ late, or lost
+                └───────────────────┴──────────────────────► admitted: computed
+
+A sequence whose KV is on its way is passed by all others; it waits `timeout_s` at most.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from paceline.engine.kv_cache import KVCache, KVEntry
+from paceline.engine.kv_tiers import MIN_TOKENS, KVTiers, Restored, Tier
+from paceline.engine.sequence import Sequence
+from paceline.errors import EngineError
+from paceline.sessions.window import StreamingWindow
+
+DEFAULT_TIMEOUT_S = 10.0
+AT_ONCE = 4
+"""Sessions fetched and not yet in the KV cache: their memory is in no account."""
+WORTH = 4
+"""A session is fetched whole: not for less than one of so many of its tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What a sequence could use: KV of `ids`, of which the KV cache has the first `stored`."""
+
+    ids: np.ndarray
+    window: StreamingWindow | None
+    stored: int
+
+    def __call__(self, outline: KVEntry) -> bool:
+        gained = outline.serves(outline.shared_prefix(self.ids), self.window) - self.stored
+        return gained >= MIN_TOKENS and gained * WORTH >= outline.held
+
+
+@dataclass(eq=False, slots=True)
+class _Restore:
+    """A session on its way, for every sequence that waits for it; `future` is None until it is its turn."""
+
+    session_id: str
+    wish: _Wish
+    deadline: float
+    future: Future[Restored | None] | None = None
+    late: bool = False
+    delivered: bool = False
+
+    @property
+    def pending(self) -> bool:
+        return not self.late and (self.future is None or not self.future.done())
+
+    @property
+    def found(self) -> Restored | None:
+        if self.future is None or not self.future.done() or self.future.exception() is not None:
+            return None
+        return self.future.result()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it takes memory that is in no account."""
+        return not self.delivered and self.future is not None and (not self.future.done() or self.found is not None)
+
+
+class Restores:
+    """The engine's side of the tiers. Not locked: the engine's thread alone asks."""
+
+    def __init__(
+        self,
+        kv: KVCache,
+        tiers: KVTiers,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.restored: Counter[Tier] = Counter()
+        """Sessions put into the KV cache, by the tier they came from."""
+        self.restored_tokens = 0
+        self.late = 0
+        """Sessions that did not come in time; what waited for them was computed."""
+        self.tiers = tiers
+        self._kv, self._timeout_s, self._clock = kv, timeout_s, clock
+        self._of: dict[int, _Restore | None] = {}
+        self._puts_seen: dict[int, int] = {}
+
+    def awaits(self, sequence: Sequence) -> bool:
+        """Whether KV for a waiting sequence is on its way. The first time it is asked, the way begins."""
+        restore = self._decided(sequence)
+        if restore is None or not restore.pending:
+            return False
+        if restore.future is None and sum(each.under_way for each in self._all()) < AT_ONCE:
+            restore.future = self.tiers.fetch(restore.session_id, restore.wish)
+        if restore.pending and self._clock() >= restore.deadline:
+            restore.late = True
+            self.late += 1
+        return restore.pending
+
+    def deliver(self, sequence: Sequence) -> None:
+        """Put what came for a sequence into the KV cache, right before the sequence takes it."""
+        restore = self._of.get(sequence.sequence_id)
+        restored = restore.found if restore is not None else None
+        if restore is None or restored is None or restore.delivered:
+            return
+        restore.delivered = True
+        if self._wish(sequence)(restored.outline) and restored.put_into(self._kv):
+            self.tiers.taken(restored)
+            self.restored[restored.tier] += 1
+            self.restored_tokens += restored.outline.held
+
+    def forget(self, sequence: Sequence) -> None:
+        """It waits no more."""
+        self._of.pop(sequence.sequence_id, None)
+        self._puts_seen.pop(sequence.sequence_id, None)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until something came; for nothing if nothing is on its way."""
+        fetched = {each.future for each in self._all() if each.future is not None and each.pending}
+        if fetched:
+            concurrent.futures.wait(fetched, timeout_s, concurrent.futures.FIRST_COMPLETED)
+
+    def check(self, waiting: Iterable[Sequence]) -> None:
+        """Raise EngineError unless only waiting sequences are waited for, and the tiers' account closes."""
+        if not self._of.keys() <= {sequence.sequence_id for sequence in waiting}:
+            raise EngineError("KV is on its way for a sequence that does not wait")
+        self.tiers.check()
+
+    def _decided(self, sequence: Sequence) -> _Restore | None:
+        """Decided once; again if the tiers got something since: it may have been this sequence's."""
+        number = sequence.sequence_id
+        restore = self._of.get(number)
+        if restore is None and self._puts_seen.get(number) != self.tiers.puts:
+            self._puts_seen[number] = self.tiers.puts
+            restore = self._of[number] = self._decide(sequence, first=number not in self._of)
+        return restore
+
+    def _decide(self, sequence: Sequence, first: bool) -> _Restore | None:
+        if sequence.owes_prompt or len(sequence.tokens) <= MIN_TOKENS:
+            return None
+        wish, own = self._wish(sequence), sequence.request.session_id
+        best = self.tiers.find(wish.ids, own, wish.window)
+        if best is not None and wish(best):
+            assert best.session_id is not None
+            return self._way_of(best.session_id, wish)
+        # Another process that shares the folder may have put it there.
+        missing = len(wish.ids) - wish.stored
+        if first and own is not None and missing >= MIN_TOKENS and self.tiers.may_have_file(own):
+            return self._way_of(own, wish)
+        return None
+
+    def _way_of(self, session_id: str, wish: _Wish) -> _Restore:
+        """The one under way, for several sequences want the same."""
+        for each in self._all():
+            if each.session_id == session_id and not each.delivered:
+                return each
+        return _Restore(session_id, wish, self._clock() + self._timeout_s)
+
+    def _wish(self, sequence: Sequence) -> _Wish:
+        ids = np.asarray(sequence.tokens[:-1], dtype=np.int32)
+        stored = self._kv.match(sequence.tokens, sequence.request.session_id, sequence.window)
+        return _Wish(ids, sequence.window, stored)
+
+    def _all(self) -> set[_Restore]:
+        return {each for each in self._of.values() if each is not None}
