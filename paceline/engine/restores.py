@@ -126,6 +126,19 @@ class Restores:
         if fetched:
             concurrent.futures.wait(fetched, timeout_s, concurrent.futures.FIRST_COMPLETED)
 
+    def status(self) -> dict[str, int | str]:
+        """What is kept outside of the KV cache, and what came of it; for /status."""
+        found: dict[str, int | str] = {"kv_tier_dtype": "int8" if self.tiers.quantized else "lossless"}
+        for tier, usage in self.tiers.usage().items():
+            found |= {
+                f"kv_{tier}_sessions": usage.sessions,
+                f"kv_{tier}_tokens": usage.tokens,
+                f"kv_{tier}_bytes": usage.num_bytes,
+                f"kv_{tier}_restores": self.restored[tier],
+            }
+        failed = {"kv_restored_tokens": self.restored_tokens, "kv_restores_late": self.late}
+        return found | failed | {"kv_restores_failed": self.tiers.broken, "kv_tier_drops": self.tiers.dropped}
+
     def check(self, waiting: Iterable[Sequence]) -> None:
         """Raise EngineError unless only waiting sequences are waited for, and the tiers' account closes."""
         if not self._of.keys() <= {sequence.sequence_id for sequence in waiting}:
