@@ -99,7 +99,7 @@ def engine_for(
     speculation = SpeculationSettings(depth=depth, prompt_lookup_num_tokens=lookup, **settings)
     speculator = speculator_for(speculation, proposer, flat_cost)
     kv = kv_for(runner, capacity, quantized=quantized, tiers=tiers)
-    restores = Restores(kv, tiers, restore_timeout_s) if tiers is not None else None
+    restores = Restores(kv, tiers, restore_timeout_s, measured=False) if tiers is not None else None
     return Engine(
         runner,
         kv,

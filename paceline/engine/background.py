@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
@@ -25,10 +26,10 @@ class Worker(Protocol):
 
 
 class BackgroundThread:
-    """A daemon, so that a disk that hangs keeps no process alive; after `idle_s` without a job it calls `on_idle`."""
+    """A daemon, so that a disk that hangs keeps no process alive. Every `every_s` seconds it does `chore` as well."""
 
-    def __init__(self, name: str, idle_s: float | None = None, on_idle: Callable[[], None] = lambda: None) -> None:
-        self._idle_s, self._on_idle = idle_s, on_idle
+    def __init__(self, name: str, chore: Callable[[], None] = lambda: None, every_s: float = float("inf")) -> None:
+        self._chore, self._every_s = chore, every_s
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -54,17 +55,17 @@ class BackgroundThread:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        due = time.monotonic() + self._every_s
         while True:
+            left = due - time.monotonic()
+            if left <= 0:
+                self.submit(self._chore)
+                due += self._every_s
+                continue
             try:
-                job = self._jobs.get(timeout=self._idle_s)
+                job = self._jobs.get(timeout=min(left, threading.TIMEOUT_MAX))
             except queue.Empty:
-                job = self._idle
+                continue
             if job is None:
                 return
             job()
-
-    def _idle(self) -> None:
-        try:
-            self._on_idle()
-        except Exception:
-            logger.exception("%s: tidying failed", self._thread.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -136,6 +137,7 @@ class Engine:
 
     def step(self) -> dict[str, Delta]:
         """One forward pass for everything that can run. Returns what each request gained."""
+        began = time.perf_counter()
         self._admit()
         step = self._scheduler.schedule(self._propose())
         if not step:
@@ -148,6 +150,8 @@ class Engine:
         if self.synthetic_acceptance is not None:
             drawn = synthetic.accept(step, drawn, self.synthetic_acceptance)
         committed = self._commit(step, drawn)
+        if self.restores is not None:
+            self.restores.note_prefill(sum(part.prompt_tokens for part in step), time.perf_counter() - began)
         return self._emit(committed)
 
     def sessions(self) -> list[SessionKV]:

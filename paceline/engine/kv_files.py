@@ -7,6 +7,7 @@ checksum over everything. A file that fails is removed; the history rebuilds wha
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -72,13 +73,17 @@ class KVFiles:
         return f"{self._identity[:16]}-{hashlib.sha256(session_id.encode()).hexdigest()[:40]}{SUFFIX}"
 
     def write(self, export: KVExport) -> bool:
-        """Put an export (contiguous) in place of the session's file. False if it is larger than all there is room for.
+        """Put an export (contiguous) in place of the session's file, unless that goes on from there. False if it is
+        larger than the budget.
 
-        Raises OSError if the disk does not take it; then nothing has changed.
+        Raises OSError if the disk does not take it; then the file is what it was.
         """
-        self.sweep()
-        if not self._make_room(export.num_bytes):
+        if export.num_bytes > self.budget:
             return False
+        if self._has_later_turn(export):
+            return True
+        if not self._make_room(export.num_bytes):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         tensors = _tensors_of(export)
         about = {
             "format": FORMAT,
@@ -149,6 +154,15 @@ class KVFiles:
         self._make_room(0)
         ours = self._identity[:16]
         return {each.path.name: each.num_bytes for each in self._found() if each.path.name.startswith(ours)}
+
+    def _has_later_turn(self, export: KVExport) -> bool:
+        """Whether the session went on in another process, which wrote more of the same text."""
+        try:
+            found = self.outline(self.name(export.session_id))
+        except EngineError:
+            return False
+        longer = found is not None and found.length > len(export.token_ids) and found.window == export.window
+        return longer and found is not None and found.shared_prefix(export.token_ids) == len(export.token_ids)
 
     def _make_room(self, num_bytes: int) -> bool:
         """Remove what was used longest ago until so many bytes more fit the budget, and the disk."""

@@ -68,11 +68,12 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A session brought back. On a CPU `entry` is it, ready for the KV cache."""
+    """A session brought back, in so many seconds. On a CPU `entry` is it, ready for the KV cache."""
 
     export: KVExport
     entry: KVEntry | None
     tier: Tier
+    seconds: float
 
     @property
     def outline(self) -> KVEntry:
@@ -126,7 +127,7 @@ class KVTiers:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()  # least recently used first
         self._index = PrefixIndex()
         self._reader = reader or BackgroundThread("kv-restore")
-        self._writer = writer or BackgroundThread("kv-spill", SWEEP_S, self.sweep)
+        self._writer = writer or BackgroundThread("kv-spill", self.sweep, SWEEP_S)
         self._writer.submit(self.sweep)
 
     @property
@@ -187,11 +188,14 @@ class KVTiers:
             kept = sorted(self._kept.values(), key=lambda each: each.tier == "host")
             return [SessionKV(each.session_id, each.outline.length, False, each.num_bytes, each.tier) for each in kept]
 
-    def may_have_file(self, session_id: str) -> bool:
-        """Whether a look into the folder may tell more than `find`."""
+    def tier_of(self, session_id: str) -> Tier | None:
         with self._lock:
             kept = self._kept.get(session_id)
-        return self._files is not None and (kept is None or kept.tier == "disk")
+            return kept.tier if kept is not None else None
+
+    def may_have_file(self, session_id: str) -> bool:
+        """Whether a look into the folder may tell more than `find`."""
+        return self._files is not None and self.tier_of(session_id) != "host"
 
     def usage(self) -> dict[Tier, TierUsage]:
         with self._lock:
@@ -333,6 +337,7 @@ class KVTiers:
                     self._remember(_Kept(outline, None, sizes[name], self._clock()))
 
     def _fetch(self, session_id: str, wanted: Callable[[KVEntry], bool]) -> Restored | None:
+        began = time.perf_counter()
         with self._lock:
             kept = self._kept.get(session_id)
             export = kept.export if kept is not None else None
@@ -347,7 +352,8 @@ class KVTiers:
             return None
         export = export.restored(self._slabs.geometry.dtype)
         on_cpu = self._slabs.geometry.device.type == "cpu"
-        return Restored(export, self._slabs.filled(export) if on_cpu else None, tier)
+        entry = self._slabs.filled(export) if on_cpu else None
+        return Restored(export, entry, tier, time.perf_counter() - began)
 
     def _fits(self, wanted: Callable[[KVEntry], bool]) -> Callable[[KVEntry], bool]:
         return lambda outline: outline.held <= self._slabs.max_model_len and wanted(outline)

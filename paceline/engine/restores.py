@@ -20,15 +20,19 @@ import numpy as np
 
 from paceline.engine.kv_cache import KVCache, KVEntry
 from paceline.engine.kv_tiers import MIN_TOKENS, KVTiers, Restored, Tier
+from paceline.engine.pace import Pace
 from paceline.engine.sequence import Sequence
 from paceline.errors import EngineError
 from paceline.sessions.window import StreamingWindow
 
 DEFAULT_TIMEOUT_S = 10.0
+PATIENCE = 2.0
+"""A restore is given so many times what computing the tokens takes."""
 AT_ONCE = 4
 """Sessions fetched and not yet in the KV cache: their memory is in no account."""
-WORTH = 4
-"""A session is fetched whole: not for less than one of so many of its tokens."""
+GUESS = 4.0
+"""How much faster a token is fetched than computed, as long as that was not measured. A session is fetched whole: not
+for less than one of so many of its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +43,14 @@ class _Wish:
     window: StreamingWindow | None
     stored: int
 
-    def __call__(self, outline: KVEntry) -> bool:
-        gained = outline.serves(outline.shared_prefix(self.ids), self.window) - self.stored
-        return gained >= MIN_TOKENS and gained * WORTH >= outline.held
+    def gained(self, outline: KVEntry) -> int:
+        """Tokens that need not be computed if this is fetched."""
+        return outline.serves(outline.shared_prefix(self.ids), self.window) - self.stored
+
+    def worth(self, outline: KVEntry, speedup: float) -> bool:
+        """Whether that is less work, if a token is fetched `speedup` times as fast as it is computed."""
+        gained = self.gained(outline)
+        return gained >= MIN_TOKENS and gained * speedup >= outline.held
 
 
 @dataclass(eq=False, slots=True)
@@ -49,7 +58,10 @@ class _Restore:
     """A session on its way, for every sequence that waits for it; `future` is None until it is its turn."""
 
     session_id: str
-    wish: _Wish
+    tier: Tier
+    tokens: int
+    wanted: Callable[[KVEntry], bool]
+    began: float
     deadline: float
     future: Future[Restored | None] | None = None
     late: bool = False
@@ -72,13 +84,19 @@ class _Restore:
 
 
 class Restores:
-    """The engine's side of the tiers. Not locked: the engine's thread alone asks."""
+    """The engine's side of the tiers. Not locked: the engine's thread alone asks.
+
+    `measured`: what is worth fetching, and how long it is waited for, follows from how fast tokens were computed and
+    fetched lately; else every restore has `timeout_s`.
+    """
 
     def __init__(
         self,
         kv: KVCache,
         tiers: KVTiers,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        *,
+        measured: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.restored: Counter[Tier] = Counter()
@@ -88,6 +106,8 @@ class Restores:
         """Sessions that did not come in time; what waited for them was computed."""
         self.tiers = tiers
         self._kv, self._timeout_s, self._clock = kv, timeout_s, clock
+        self._measured, self._prefill = measured, Pace()
+        self._fetch: dict[Tier, Pace] = {"host": Pace(), "disk": Pace()}
         self._of: dict[int, _Restore | None] = {}
         self._puts_seen: dict[int, int] = {}
 
@@ -97,10 +117,12 @@ class Restores:
         if restore is None or not restore.pending:
             return False
         if restore.future is None and sum(each.under_way for each in self._all()) < AT_ONCE:
-            restore.future = self.tiers.fetch(restore.session_id, restore.wish)
-        if restore.pending and self._clock() >= restore.deadline:
+            restore.future = self.tiers.fetch(restore.session_id, restore.wanted)
+        now = self._clock()
+        if restore.pending and now >= restore.deadline:
             restore.late = True
             self.late += 1
+            self._fetch[restore.tier].note(restore.tokens, now - restore.began)
         return restore.pending
 
     def deliver(self, sequence: Sequence) -> None:
@@ -110,10 +132,17 @@ class Restores:
         if restore is None or restored is None or restore.delivered:
             return
         restore.delivered = True
-        if self._wish(sequence)(restored.outline) and restored.put_into(self._kv):
+        self._fetch[restored.tier].note(restored.outline.held, restored.seconds)
+        # A request of the same session may have computed as much meanwhile.
+        if self._wish(sequence).gained(restored.outline) >= MIN_TOKENS and restored.put_into(self._kv):
             self.tiers.taken(restored)
             self.restored[restored.tier] += 1
             self.restored_tokens += restored.outline.held
+
+    def note_prefill(self, tokens: int, seconds: float) -> None:
+        """A step computed so many prompt tokens."""
+        if tokens >= MIN_TOKENS // 2:
+            self._prefill.note(tokens, seconds)
 
     def forget(self, sequence: Sequence) -> None:
         """It waits no more."""
@@ -159,21 +188,38 @@ class Restores:
             return None
         wish, own = self._wish(sequence), sequence.request.session_id
         best = self.tiers.find(wish.ids, own, wish.window)
-        if best is not None and wish(best):
-            assert best.session_id is not None
-            return self._way_of(best.session_id, wish)
+        if best is not None and best.session_id is not None:
+            tier = self.tiers.tier_of(best.session_id) or "disk"
+            if wish.worth(best, self._speedup(tier)):
+                return self._way_of(best.session_id, wish, tier)
+            self._fetch[tier].relax()
         # Another process that shares the folder may have put it there.
         missing = len(wish.ids) - wish.stored
         if first and own is not None and missing >= MIN_TOKENS and self.tiers.may_have_file(own):
-            return self._way_of(own, wish)
+            return self._way_of(own, wish, "disk")
         return None
 
-    def _way_of(self, session_id: str, wish: _Wish) -> _Restore:
+    def _way_of(self, session_id: str, wish: _Wish, tier: Tier) -> _Restore:
         """The one under way, for several sequences want the same."""
         for each in self._all():
             if each.session_id == session_id and not each.delivered:
                 return each
-        return _Restore(session_id, wish, self._clock() + self._timeout_s)
+        speedup, missing, now = self._speedup(tier), len(wish.ids) - wish.stored, self._clock()
+        return _Restore(
+            session_id, tier, missing, lambda outline: wish.worth(outline, speedup), now, now + self._patience(missing)
+        )
+
+    def _speedup(self, tier: Tier) -> float:
+        """How much faster a token is fetched than computed."""
+        compute, fetch = self._prefill.seconds_per_token, self._fetch[tier].seconds_per_token
+        return compute / fetch if self._measured and compute and fetch else GUESS
+
+    def _patience(self, tokens: int) -> float:
+        """Seconds a restore is waited for, in view of how long computing the tokens would take."""
+        compute = self._prefill.seconds_per_token
+        if not self._measured or compute is None:
+            return self._timeout_s
+        return min(self._timeout_s, PATIENCE * compute * tokens)
 
     def _wish(self, sequence: Sequence) -> _Wish:
         ids = np.asarray(sequence.tokens[:-1], dtype=np.int32)

@@ -45,6 +45,11 @@ class Scheduled:
     def candidates(self) -> tuple[int, ...]:
         return self.proposal.tokens if self.proposal is not None else ()
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens beside the latest and its candidates: a prompt's, or those of a text computed again."""
+        return len(self.window.token_ids) - 1 - len(self.candidates)
+
 
 @dataclass(frozen=True, slots=True)
 class _Hold:
