@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -89,6 +91,7 @@ def engine_for(
     decoder: Decoder | None = None,
     tiers: KVTiers | None = None,
     restore_timeout_s: float = 60.0,
+    clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> Engine:
     """`lookup` is `prompt_lookup_num_tokens`, `settings` are others of SpeculationSettings."""
@@ -99,7 +102,7 @@ def engine_for(
     speculation = SpeculationSettings(depth=depth, prompt_lookup_num_tokens=lookup, **settings)
     speculator = speculator_for(speculation, proposer, flat_cost)
     kv = kv_for(runner, capacity, quantized=quantized, tiers=tiers)
-    restores = Restores(kv, tiers, restore_timeout_s, measured=False) if tiers is not None else None
+    restores = Restores(kv, tiers, restore_timeout_s, measured=False, clock=clock) if tiers is not None else None
     return Engine(
         runner,
         kv,
