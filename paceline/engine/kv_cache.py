@@ -280,11 +280,7 @@ class SlabKVCache(KVCache):
         if usage.free < 0 or counted != (usage.in_use, usage.cached):
             raise EngineError(f"KV account does not close: {usage}, counted {counted}")
         for entry in (*self._running, *idle):
-            room = min(each.shape[2] for each in entry.tensors)
-            if not 0 <= entry.held <= entry.charged <= room or entry.length > len(entry.ids):
-                raise EngineError(f"KV entry out of bounds: {entry.held}, {entry.charged}, {entry.keys.shape}")
-            if entry.dropped != (entry.window.dropped(entry.length) if entry.window is not None else 0):
-                raise EngineError(f"KV entry with {entry.length} tokens has dropped {entry.dropped}: {entry.window}")
+            entry.check()
             if len(entry.chain) != entry.length // CHUNK or entry.running != (entry in self._running):
                 raise EngineError(f"KV entry out of place: {entry.length}, {len(entry.chain)}, {entry.running}")
         named = {id(entry) for held in self._by_session.values() for entry in held}

@@ -174,6 +174,14 @@ class KVEntry:
         by_key, by_value = (scales[layer, :, rows, None] for scales in self.scales)
         return (keys * by_key).to(dtype), (values * by_value).to(dtype)
 
+    def check(self) -> None:
+        """Raise EngineError unless it is sound in itself."""
+        room = min(each.shape[2] for each in self.tensors)
+        if not 0 <= self.held <= self.charged <= room or self.length > len(self.ids):
+            raise EngineError(f"KV entry out of bounds: {self.held}, {self.charged}, {self.keys.shape}")
+        if self.dropped != (self.window.dropped(self.length) if self.window is not None else 0):
+            raise EngineError(f"KV entry with {self.length} tokens has dropped {self.dropped}: {self.window}")
+
     @property
     def token_ids(self) -> np.ndarray:
         return self.ids[: self.length]
@@ -245,7 +253,7 @@ class KVExport:
         if quantized and self.scales is None:
             (keys, by_key), (values, by_value) = quantize(self.keys), quantize(self.values)
             return replace(self, keys=keys, values=values, scales=(by_key, by_value))
-        keys, values, *scales = (each.clone(memory_format=torch.contiguous_format) for each in self.tensors)
+        keys, values, *scales = (each.contiguous() for each in self.tensors)
         return replace(self, keys=keys, values=values, scales=(scales[0], scales[1]) if scales else None)
 
     def restored(self, dtype: torch.dtype) -> KVExport:

@@ -161,8 +161,7 @@ class KVTiers:
     def fetch(self, session_id: str, wanted: Callable[[KVEntry], bool]) -> Future[Restored | None]:
         """Bring a session back if its outline is `wanted`, asked in another thread. It stays here as well.
 
-        A file of another process is found too. The future holds None if there is nothing to be had, and an EngineError
-        or OSError if it is broken.
+        A file of another process is found too. The future holds None if there is nothing to be had.
         """
         return self._reader.submit(lambda: self._fetch(session_id, wanted))
 
@@ -344,6 +343,8 @@ class KVTiers:
             if kept is not None:
                 self._use(kept)
         tier: Tier = "disk" if export is None else "host"
+        if kept is not None and export is not None and not wanted(kept.outline):
+            return None
         if export is None and self._files is not None:
             files = self._files
             export = self._unbroken(lambda: files.read(session_id, self._fits(wanted)))
