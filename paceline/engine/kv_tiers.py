@@ -3,9 +3,9 @@
     KV cache ── evicted ──► host memory ── least recently used ──► disk ── least recently used, too old ──► gone
         ◄────────────────── restored ─────────────────────────────◄──┘
 
-The engine's thread puts, finds and fetches; copies, checksums and files are the work of two others, one that reads and
-one that writes, so that a restore waits behind no write. A session is kept once, its latest version; what a file held
-before that is harmless, since only KV of the very same token ids is used.
+The engine's thread puts, finds and fetches. Copies, checksums and files are the work of others: one writes, one reads,
+so that a restore waits behind no write, and one looks for files of other processes. A session is kept once, its latest
+version; what a file held before that is harmless, since only KV of the very same token ids is used.
 """
 
 from __future__ import annotations
@@ -127,6 +127,8 @@ class KVTiers:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()  # least recently used first
         self._index = PrefixIndex()
         self._reader = reader or BackgroundThread("kv-restore")
+        # Most of those it looks for are new sessions, which have no file and should not wait for another's restore.
+        self._looker = reader or BackgroundThread("kv-look")
         self._writer = writer or BackgroundThread("kv-spill", self.sweep, SWEEP_S)
         self._writer.submit(self.sweep)
 
@@ -163,7 +165,8 @@ class KVTiers:
 
         A file of another process is found too. The future holds None if there is nothing to be had.
         """
-        return self._reader.submit(lambda: self._fetch(session_id, wanted))
+        reader = self._looker if self.tier_of(session_id) is None else self._reader
+        return reader.submit(lambda: self._fetch(session_id, wanted))
 
     def taken(self, restored: Restored) -> None:
         """The KV cache has it: host memory need not keep it too."""
@@ -229,7 +232,8 @@ class KVTiers:
                 for kept in [each for each in self._kept.values() if each.tier == "host" and not each.leaving]:
                     self._send(kept)
         done = self._writer.stop(timeout_s)
-        self._reader.stop(0.0)
+        for each in (self._reader, self._looker):
+            each.stop(0.0)
         return done
 
     @property

@@ -78,6 +78,10 @@ class _Restore:
         return self.future.result()
 
     @property
+    def fruitless(self) -> bool:
+        return not self.late and not self.pending and self.found is None
+
+    @property
     def under_way(self) -> bool:
         """Whether it takes memory that is in no account."""
         return not self.delivered and self.future is not None and (not self.future.done() or self.found is not None)
@@ -175,24 +179,29 @@ class Restores:
         self.tiers.check()
 
     def _decided(self, sequence: Sequence) -> _Restore | None:
-        """Decided once; again if the tiers got something since: it may have been this sequence's."""
+        """Decided once; again if nothing came and the tiers got something since: its session may have been evicted."""
         number = sequence.sequence_id
-        restore = self._of.get(number)
-        if restore is None and self._puts_seen.get(number) != self.tiers.puts:
+        restore, first = self._of.get(number), number not in self._of
+        nothing = restore is None or restore.fruitless
+        if first or (nothing and self._puts_seen[number] != self.tiers.puts):
             self._puts_seen[number] = self.tiers.puts
-            restore = self._of[number] = self._decide(sequence, first=number not in self._of)
+            restore = self._of[number] = self._decide(sequence, first)
         return restore
 
     def _decide(self, sequence: Sequence, first: bool) -> _Restore | None:
+        own = sequence.request.session_id
         if sequence.owes_prompt or len(sequence.tokens) <= MIN_TOKENS:
             return None
-        wish, own = self._wish(sequence), sequence.request.session_id
+        if not first and (own is None or self.tiers.tier_of(own) is None):
+            return None
+        wish = self._wish(sequence)
         best = self.tiers.find(wish.ids, own, wish.window)
         if best is not None and best.session_id is not None:
             tier = self.tiers.tier_of(best.session_id) or "disk"
             if wish.worth(best, self._speedup(tier)):
                 return self._way_of(best.session_id, wish, tier)
-            self._fetch[tier].relax()
+            if wish.gained(best) >= MIN_TOKENS:
+                self._fetch[tier].relax()
         # Another process that shares the folder may have put it there.
         missing = len(wish.ids) - wish.stored
         if first and own is not None and missing >= MIN_TOKENS and self.tiers.may_have_file(own):

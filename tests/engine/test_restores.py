@@ -15,7 +15,7 @@ from paceline.engine import engine as engine_module
 from paceline.engine.engine import Engine
 from paceline.engine.kv_files import KVFiles
 from paceline.engine.kv_memory import Slabs
-from paceline.engine.kv_tiers import KVTiers
+from paceline.engine.kv_tiers import KVTiers, Restored
 from paceline.engine.loop import EngineLoop
 from paceline.engine.pace import Pace
 from paceline.engine.restores import AT_ONCE, Restores
@@ -166,10 +166,12 @@ def test_int8_kv_is_restored_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_an_int8_tier_restores_about_what_was_computed_and_says_so(tmp_path: Path) -> None:
-    made = engine(real_tiers(tmp_path, quantized=True))
+    tiers = Tiers(SLABS, PLENTY, tmp_path, quantized=True)
+    made = engine(tiers)
     answer(made, turn(LONG))
     exact = made.kv.export_session("s")
     evict_all(made)
+    tiers.work()
     answer(made, turn((*LONG, 9, 9), max_tokens=1))
     rounded = made.kv.export_session("s")
     assert exact is not None and rounded is not None
@@ -303,6 +305,28 @@ def test_a_session_evicted_while_its_request_waits_is_restored(tmp_path: Path) -
     made.step()
     evict_all(made)
     assert finish(made)["r"][1].cached_tokens >= len(LONG)
+
+
+def test_a_session_evicted_after_a_look_in_vain_is_restored(tmp_path: Path) -> None:
+    tiers = Tiers(SLABS, 0, tmp_path)
+    made = engine(tiers, max_num_seqs=1)
+    answer(made, turn(LONG))
+    made.add(turn(tiny.prompt(30, seed=4), None, "first", max_tokens=20))
+    made.add(turn((*LONG, *tiny.prompt(80, seed=6))))
+    made.step()
+    tiers.work()
+    evict_all(made)
+    assert finish(made)["r"][1].cached_tokens >= len(LONG)
+
+
+def test_without_a_slab_of_its_own_an_export_is_imported() -> None:
+    made = engine()
+    answer(made, turn(LONG))
+    export = made.kv.export_session("s")
+    assert export is not None
+    made.kv.drop_session("s")
+    assert Restored(export, None, "disk", 0.0).put_into(made.kv)
+    assert answer(made, turn((*LONG, 9, 9)))["r"][1].cached_tokens >= len(LONG)
 
 
 def test_a_closed_session_is_nowhere(tmp_path: Path) -> None:
