@@ -355,6 +355,32 @@ def test_sessions_are_told_with_where_they_are(tmp_path: Path) -> None:
     ]
 
 
+def test_the_status_counts_by_tier(tmp_path: Path) -> None:
+    tiers = Tiers(SLABS, 0, tmp_path)
+    made = engine(tiers)
+    for session, seed in (("s", 1), ("t", 2)):
+        answer(made, turn(tiny.prompt(90, seed=seed), session, max_tokens=3))
+        evict_all(made)
+        tiers.work()
+    answer(made, turn((*tiny.prompt(90, seed=1), 9, 9)))
+    size = 92 * SLABS.geometry.bytes_per_token
+    assert restores_of(made).status() == {
+        "kv_tier_dtype": "lossless",
+        "kv_host_sessions": 0,
+        "kv_host_tokens": 0,
+        "kv_host_bytes": 0,
+        "kv_host_restores": 0,
+        "kv_disk_sessions": 2,
+        "kv_disk_tokens": 184,
+        "kv_disk_bytes": 2 * size,
+        "kv_disk_restores": 1,
+        "kv_restored_tokens": 92,
+        "kv_restores_late": 0,
+        "kv_restores_failed": 0,
+        "kv_tier_drops": 0,
+    }
+
+
 def test_prompt_log_probabilities_are_computed_not_restored(tmp_path: Path) -> None:
     made = engine(real_tiers(tmp_path))
     answer(made, turn(LONG))
