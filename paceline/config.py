@@ -191,7 +191,9 @@ class SessionSettings(Settings):
         description="Where histories are kept: memory, one for each router; sqlite:///path, a file that outlives it; "
         "redis://host:port/0, shared by routers of any machine (`pip install paceline[redis]`).",
     )
-    ttl_s: Annotated[float, Field(gt=0)] = Field(86_400.0, description="A history is kept so long after its last turn.")
+    ttl_s: Annotated[float, Field(gt=0)] = Field(
+        86_400.0, description="A history is kept so long after its last turn, and KV in host memory or on disk."
+    )
     routing: Literal["soft", "hard"] = Field(
         "soft",
         description="soft: a session goes to the replica that holds it, unless that is overloaded; hard: it never "
@@ -200,6 +202,35 @@ class SessionSettings(Settings):
     load_bound: Annotated[float, Field(ge=1)] = Field(
         1.5, description="A replica with more requests than this times the mean is overloaded; never one below 4."
     )
+    kv_host_gib: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Host memory of a target replica, in GiB, for KV of idle sessions that its KV cache has no room "
+        "for; 0 is none. What waits to be written to disk may take as much again, and 1 GiB in any case.",
+    )
+    kv_disk_path: str | None = Field(
+        None,
+        description="Folder for KV of idle sessions beyond that, an absolute path; null keeps none on disk. The "
+        "replicas of a machine share it, and it outlives them. It holds what users wrote, as token ids, in files only "
+        "their owner may read.",
+    )
+    kv_disk_gib: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="Most GiB all files of that folder take; then the least recently used go."
+    )
+    kv_tier_dtype: Literal["lossless", "int8"] = Field(
+        "lossless",
+        description="What KV is kept as outside of the KV cache. int8 takes about a quarter of float32 or half of "
+        "bfloat16, and rounds: a session that was restored goes on a little differently than one that was not.",
+    )
+    kv_restore_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="Longest a request waits for its session's KV from host memory or disk; then it is computed."
+    )
+
+    @field_validator("kv_disk_path")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).expanduser().is_absolute():
+            raise ValueError(f"must be an absolute path, or begin with ~, got {value!r}")
+        return value
 
 
 class AppSettings(Settings):

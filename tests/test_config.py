@@ -199,3 +199,13 @@ def test_a_session_store_is_taken(where: str) -> None:
 @pytest.mark.parametrize("where", ["disk", "sqlite:///", "sqlite://x", "redis://", "memory ", ""])
 def test_an_unknown_session_store_is_refused(where: str) -> None:
     assert refused({"sessions": {"store": where}}).param == "sessions.store"
+
+
+@pytest.mark.parametrize("path", ["/var/lib/kv", "~/kv", None])
+def test_a_folder_for_kv_is_taken(path: str | None) -> None:
+    assert parse_settings({"sessions": {"kv_disk_path": path}}).sessions.kv_disk_path == path
+
+
+def test_a_folder_for_kv_that_depends_on_where_a_replica_runs_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"sessions\.kv_disk_path: .*absolute path"):
+        parse_settings({"sessions": {"kv_disk_path": "kv"}})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,7 +15,9 @@ from paceline.engine.attention import ATTENTION_NAME
 from paceline.engine.detokenizer import Decoder
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine, EngineLimits
-from paceline.engine.kv_cache import SlabKVCache
+from paceline.engine.kv_cache import KVGeometry, SlabKVCache
+from paceline.engine.kv_tiers import KVTiers
+from paceline.engine.restores import Restores
 from paceline.engine.runner import ModelRunner, Runner
 from paceline.speculation.cost import VerifyCost
 from paceline.speculation.proposer import Proposer
@@ -51,9 +55,18 @@ def ours(model: PreTrainedModel) -> ModelRunner:
     return ModelRunner(twin)
 
 
-def kv_for(runner: Runner, capacity: int = 4096, *, quantized: bool = False) -> SlabKVCache:
+def kv_for(
+    runner: Runner, capacity: int = 4096, *, quantized: bool = False, tiers: KVTiers | None = None
+) -> SlabKVCache:
+    spill = tiers.put if tiers is not None else None
+    return SlabKVCache(
+        geometry_of(runner, quantized=quantized), capacity, runner.max_model_len, runner.key_shift(), spill
+    )
+
+
+def geometry_of(runner: Runner, *, quantized: bool = False) -> KVGeometry:
     own = runner.kv_geometry()
-    return SlabKVCache(own.quantized() if quantized else own, capacity, runner.max_model_len, runner.key_shift())
+    return own.quantized() if quantized else own
 
 
 def flat_cost() -> VerifyCost:
@@ -76,6 +89,9 @@ def engine_for(
     runner: Runner | None = None,
     quantized: bool = False,
     decoder: Decoder | None = None,
+    tiers: KVTiers | None = None,
+    restore_timeout_s: float = 60.0,
+    clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> Engine:
     """`lookup` is `prompt_lookup_num_tokens`, `settings` are others of SpeculationSettings."""
@@ -85,8 +101,18 @@ def engine_for(
     )
     speculation = SpeculationSettings(depth=depth, prompt_lookup_num_tokens=lookup, **settings)
     speculator = speculator_for(speculation, proposer, flat_cost)
-    kv = kv_for(runner, capacity, quantized=quantized)
-    return Engine(runner, kv, limits, eos=eos, decoder=decoder, speculator=speculator, speculation=speculation)
+    kv = kv_for(runner, capacity, quantized=quantized, tiers=tiers)
+    restores = Restores(kv, tiers, restore_timeout_s, measured=False, clock=clock) if tiers is not None else None
+    return Engine(
+        runner,
+        kv,
+        limits,
+        eos=eos,
+        decoder=decoder,
+        speculator=speculator,
+        speculation=speculation,
+        restores=restores,
+    )
 
 
 def drafter_for(model: PreTrainedModel, capacity: int = 4096) -> Drafter:

@@ -208,6 +208,8 @@ class ModelList(Answer):
 class SessionCard(Answer):
     """A session: where its KV cache is and how large, and what is stored of its history (seconds since 1970).
 
+    `kv_tier` is device, or where KV goes that the KV cache has no room for: host memory or disk.
+
     Without a `replica_id` no target replica holds its KV, without `turns` no history is stored.
     """
 
@@ -216,6 +218,7 @@ class SessionCard(Answer):
     replica_id: str | None = None
     cached_tokens: int
     kv_bytes: int | None = None
+    kv_tier: Literal["device", "host", "disk"] | None = None
     running: bool
     history_tokens: int | None = None
     turns: int | None = None

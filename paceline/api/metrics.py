@@ -39,6 +39,7 @@ class _Cluster(Collector):
         replicas.add_metric(["draft"], len(drafts))
         yield replicas
         yield from self._load(targets)
+        yield from self._tiers(targets)
         yield from self._speculation(targets)
         yield from self._links(targets)
         yield from self._drafters(drafts)
@@ -57,6 +58,33 @@ class _Cluster(Collector):
         yield usage
         yield self._gauge("paceline_kv_tokens_cached", "KV tokens of idle sessions.", targets, "kv_tokens_cached")
         yield self._gauge("paceline_sessions", "Sessions whose KV cache is held.", targets, "sessions")
+
+    def _tiers(self, targets: Sequence[ReplicaStatus]) -> Iterator[Metric]:
+        texts = {
+            "sessions": "Idle sessions kept outside of the KV cache.",
+            "tokens": "KV tokens of idle sessions kept outside of the KV cache.",
+            "bytes": "What they take.",
+        }
+        gauges = {
+            what: self._family(GaugeMetricFamily, f"paceline_kv_tier_{what}", text, "tier")
+            for what, text in texts.items()
+        }
+        restores = self._family(
+            CounterMetricFamily, "paceline_kv_restores", "Sessions put back into the KV cache.", "tier"
+        )
+        for target in targets:
+            for tier in ("host", "disk"):
+                for what, family in {**gauges, "restores": restores}.items():
+                    if (value := _number(target.get(f"kv_{tier}_{what}"))) is not None:
+                        family.add_metric([*self._labels(target), tier], value)
+        yield from (*gauges.values(), restores)
+        for name, text, key in (
+            ("restored_tokens", "KV tokens put back into the KV cache.", "kv_restored_tokens"),
+            ("late_restores", "Sessions computed since they did not come in time.", "kv_restores_late"),
+            ("failed_restores", "Sessions whose file was damaged or unreadable.", "kv_restores_failed"),
+            ("tier_drops", "Sessions for which no tier had room.", "kv_tier_drops"),
+        ):
+            yield self._counter(f"paceline_kv_{name}", text, targets, key)
 
     def _speculation(self, targets: Sequence[ReplicaStatus]) -> Iterator[Metric]:
         drafted = self._family(

@@ -17,7 +17,8 @@ missing: a replica may be of another version."""
 class SessionInfo:
     """A session: where its KV cache is, and what is stored of its history.
 
-    `cached_tokens` and `kv_bytes` are the KV's size at `replica_id`; None, and no tokens, if no replica holds any.
+    `cached_tokens` and `kv_bytes` are the KV's size at `replica_id`, `kv_tier` is where it lies there: on the device,
+    in host memory or on disk. None, and no tokens, if no replica holds any.
     The other fields are None if no history is stored. Times are seconds since 1970.
     """
 
@@ -26,6 +27,7 @@ class SessionInfo:
     cached_tokens: int
     running: bool
     kv_bytes: int | None = None
+    kv_tier: str | None = None
     history_tokens: int | None = None
     turns: int | None = None
     parent: str | None = None
@@ -47,10 +49,19 @@ class SessionInfo:
 
 def with_histories(held: Sequence[SessionInfo], stored: Sequence[SessionSummary]) -> list[SessionInfo]:
     """Sessions whose KV is held, then those of which there is only the history."""
+    held = _nearest(held)
     known = {summary.session_id: summary for summary in stored}
     nowhere = known.keys() - {info.session_id for info in held}
     found = [info.with_history(known.get(info.session_id)) for info in held]
     return found + [SessionInfo(name, None, 0, False).with_history(known[name]) for name in known if name in nowhere]
+
+
+def _nearest(held: Sequence[SessionInfo]) -> list[SessionInfo]:
+    """Without what a session has on disk if some replica has it at hand; else once: replicas may share a folder."""
+    at_hand = [info for info in held if info.kv_tier != "disk"]
+    seen = {info.session_id for info in at_hand}
+    on_disk = {info.session_id: info for info in held if info.session_id not in seen}
+    return sorted([*at_hand, *on_disk.values()], key=lambda info: info.session_id)
 
 
 @dataclass(frozen=True, slots=True)

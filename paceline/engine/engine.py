@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,8 @@ from paceline.config import SpeculationSettings
 from paceline.engine import sampling, synthetic
 from paceline.engine.detokenizer import Decoder, Detokenizer
 from paceline.engine.kv_cache import KVCache
+from paceline.engine.kv_entry import SessionKV
+from paceline.engine.restores import Restores
 from paceline.engine.runner import Runner
 from paceline.engine.sampling import Draws
 from paceline.engine.scheduler import Scheduled, Scheduler
@@ -24,6 +27,9 @@ from paceline.speculation.telemetry import SpeculationTally
 from paceline.types import Delta, FinishReason, Request
 
 logger = logging.getLogger(__name__)
+
+PAUSE_S = 0.01
+"""A step in which nothing can run, since KV is on its way, takes so long at most: new requests may come meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,7 @@ class Engine:
         decoder: Decoder | None = None,
         speculator: Speculator | None = None,
         speculation: SpeculationSettings | None = None,
+        restores: Restores | None = None,
     ) -> None:
         if runner.columns is not None:
             raise ModelError("a draft over a part of its target's vocabulary is no target: it cannot say the rest")
@@ -72,8 +79,9 @@ class Engine:
         self.synthetic_acceptance = speculation.synthetic_acceptance
         """The probability with which each candidate is accepted, whatever it is; None: by the rule, as it should be."""
         self._scheduler = Scheduler(
-            kv, limits.max_num_seqs, limits.max_batched_tokens, limits.max_prefill_while_decoding
+            kv, limits.max_num_seqs, limits.max_batched_tokens, limits.max_prefill_while_decoding, restores
         )
+        self.restores = restores
         self._ids = itertools.count(1)
         self._by_request: dict[str, Sequence] = {}
         self._windows = WindowRules(
@@ -129,9 +137,12 @@ class Engine:
 
     def step(self) -> dict[str, Delta]:
         """One forward pass for everything that can run. Returns what each request gained."""
+        began = time.perf_counter()
         self._admit()
         step = self._scheduler.schedule(self._propose())
         if not step:
+            if self.restores is not None:
+                self.restores.wait(PAUSE_S)
             return {}
         logits = self._runner.run([part.window for part in step])
         sampling.note_prompt_logprobs(step, logits)
@@ -139,7 +150,34 @@ class Engine:
         if self.synthetic_acceptance is not None:
             drawn = synthetic.accept(step, drawn, self.synthetic_acceptance)
         committed = self._commit(step, drawn)
+        if self.restores is not None:
+            self.restores.note_prefill(sum(part.prompt_tokens for part in step), time.perf_counter() - began)
         return self._emit(committed)
+
+    def sessions(self) -> list[SessionKV]:
+        """Sessions whose KV is held, each where it is soonest at hand: those on disk, in host memory, then here."""
+        size = self.kv.bytes_per_token
+        here = [
+            SessionKV(name, tokens, running, size * tokens) for name, (tokens, running) in self.kv.sessions().items()
+        ]
+        below = self.restores.tiers.sessions() if self.restores is not None else []
+        named = {each.session_id for each in here}
+        return [*(each for each in below if each.session_id not in named), *here]
+
+    def drop_session(self, session_id: str) -> bool:
+        """Drop a session's idle KV, wherever it is. Whether there was any."""
+        below = self.restores is not None and self.restores.tiers.drop(session_id)
+        return self.kv.drop_session(session_id) or below
+
+    def close(self, timeout_s: float) -> None:
+        """After the last step: idle sessions go to disk if there is a disk tier, as far as there is time."""
+        if self.restores is None:
+            return
+        if self.restores.tiers.has_files:
+            usage = self.kv.usage()
+            self.kv.evict(usage.total - usage.in_use)
+        if not self.restores.tiers.stop(timeout_s):
+            logger.warning("not every session's KV was written to disk in %g s", timeout_s)
 
     def check(self) -> None:
         """Raise EngineError unless every account closes. For idle times and tests."""

@@ -5,6 +5,7 @@ a prefix is reused only where the ids agree, and anything idle may be dropped at
 
     reserve ──► running entry ── append / truncate ──► release ──► idle entry ──► reserved again, forked, evicted
                                  └─ shift ─┘           import ──►            ──► exported
+                                                       adopt ──►             ──► spilled when evicted
 
 Under a streaming window (`paceline.sessions.window`) an entry holds fewer tokens than it was computed from. Room is
 counted in tokens held, prefixes in tokens of the text.
@@ -14,17 +15,14 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from paceline.engine.key_shift import KeyShift
-from paceline.engine.kv_entry import SCALE_DTYPE, KVEntry, KVExport, KVGeometry, KVUsage
+from paceline.engine.kv_entry import KVEntry, KVExport, KVGeometry, KVUsage
 from paceline.engine.kv_index import CHUNK, PrefixIndex
-from paceline.engine.kv_memory import lazy_empty
+from paceline.engine.kv_memory import Slabs, copy_tokens
 from paceline.errors import EngineError
 from paceline.sessions.window import StreamingWindow
 
@@ -98,6 +96,11 @@ class KVCache(ABC):
         """
 
     @abstractmethod
+    def adopt(self, entry: KVEntry) -> bool:
+        """Take in an idle entry that `Slabs.filled` made, beside what its session has, as far as either is not part of
+        the other. False, and nothing changed, if there is no room."""
+
+    @abstractmethod
     def drop_session(self, session_id: str) -> bool:
         """Drop the idle entries of a session. True if there was one, idle or running."""
 
@@ -128,7 +131,8 @@ class SlabKVCache(KVCache):
 
     On a CPU a slab spans the longest sequence in address space and the kernel commits a page when it is first
     written, so a slab never moves and costs what it holds. On a GPU a slab has the room reserved and moves when
-    it is extended. `shift` is how keys follow a streaming window, or why they cannot.
+    it is extended. `shift` is how keys follow a streaming window, or why they cannot. `spill` gets what was evicted of
+    sessions.
     """
 
     def __init__(
@@ -137,10 +141,13 @@ class SlabKVCache(KVCache):
         capacity: int,
         max_model_len: int,
         shift: KeyShift | str = "this cache was made without",
+        spill: Callable[[KVExport], None] | None = None,
     ) -> None:
         self.geometry, self.capacity = geometry, capacity
         self._key_shift = shift
+        self._spill = spill
         self.max_model_len = min(max_model_len, capacity)
+        self._slabs = Slabs(geometry, self.max_model_len)
         self._running: dict[KVEntry, None] = {}
         # Least recently used first. Anonymous entries go before any session's.
         self._anonymous: dict[KVEntry, None] = {}
@@ -223,23 +230,23 @@ class SlabKVCache(KVCache):
         return KVExport.of(longest) if longest is not None and longest.length else None
 
     def import_session(self, export: KVExport) -> bool:
-        ours = replace(self.geometry, device=torch.device("cpu"))
+        self._slabs.check(export)
         length = export.keys.shape[2]
-        if export.geometry != ours:
-            raise EngineError(f"KV import: {export.geometry}, where this model has {ours}")
-        if length > self.max_model_len:
-            raise EngineError(f"KV import: {length} tokens, where a sequence has at most {self.max_model_len}")
         replaced = [entry for entry in self._by_session.get(export.session_id, ()) if not entry.running]
         if length > self.capacity - self._in_use:
             return False
         for entry in replaced:
             self._drop(entry)
         self._make_room(length, keep=None)
-        entry = self._new_entry(length, export.session_id, export.window)
-        _copy(entry.tensors, export.tensors, length)
-        entry.dropped = export.dropped
-        self.append(entry, export.token_ids.tolist())
-        self._set_idle(entry)
+        self._take_in(self._slabs.filled(export))
+        return True
+
+    def adopt(self, entry: KVEntry) -> bool:
+        if entry.held > self.capacity - self._in_use:
+            return False
+        self._make_room(entry.held, keep=None)
+        self._take_in(entry)
+        self._drop_redundant(entry)
         return True
 
     def drop_session(self, session_id: str) -> bool:
@@ -273,11 +280,7 @@ class SlabKVCache(KVCache):
         if usage.free < 0 or counted != (usage.in_use, usage.cached):
             raise EngineError(f"KV account does not close: {usage}, counted {counted}")
         for entry in (*self._running, *idle):
-            room = min(each.shape[2] for each in entry.tensors)
-            if not 0 <= entry.held <= entry.charged <= room or entry.length > len(entry.ids):
-                raise EngineError(f"KV entry out of bounds: {entry.held}, {entry.charged}, {entry.keys.shape}")
-            if entry.dropped != (entry.window.dropped(entry.length) if entry.window is not None else 0):
-                raise EngineError(f"KV entry with {entry.length} tokens has dropped {entry.dropped}: {entry.window}")
+            entry.check()
             if len(entry.chain) != entry.length // CHUNK or entry.running != (entry in self._running):
                 raise EngineError(f"KV entry out of place: {entry.length}, {len(entry.chain)}, {entry.running}")
         named = {id(entry) for held in self._by_session.values() for entry in held}
@@ -326,8 +329,13 @@ class SlabKVCache(KVCache):
                 missing -= entry.charged
                 victims.append(entry)
         for entry in victims:
-            self._drop(entry)
+            self._evict(entry)
         return True
+
+    def _evict(self, entry: KVEntry) -> None:
+        if self._spill is not None and entry.session_id is not None and entry.length:
+            self._spill(KVExport.moved(entry))
+        self._drop(entry)
 
     def _drop_redundant(self, entry: KVEntry) -> None:
         """Of an idle entry and another that begins with it, one is enough: a session's own, or any for no session's."""
@@ -349,15 +357,19 @@ class SlabKVCache(KVCache):
         return None
 
     def _new_entry(self, room: int, session_id: str | None, window: StreamingWindow | None) -> KVEntry:
-        ids = np.zeros(room, dtype=np.int32)
-        entry = KVEntry(*self._allocate(room), ids, charged=room, session_id=session_id, window=window)
+        entry = self._slabs.entry(room, session_id, window)
         self._enter(entry)
         return entry
+
+    def _take_in(self, entry: KVEntry) -> None:
+        """An idle entry from elsewhere, for which there is room."""
+        self._enter(entry)
+        self._index.update(entry)
 
     def _fork(self, source: KVEntry, entry: KVEntry, length: int) -> None:
         """Copy the first `length` tokens, as far as they are held."""
         entry.dropped = source.dropped_at(length)
-        _copy(entry.tensors, source.tensors, length - entry.dropped)
+        copy_tokens(entry.tensors, source.tensors, length - entry.dropped)
         self.append(entry, source.ids[:length].tolist())
         self._touch(source)
 
@@ -365,21 +377,8 @@ class SlabKVCache(KVCache):
         if room <= entry.room:
             return
         before = entry.tensors
-        entry.keys, entry.values, entry.scales = self._allocate(room)
-        _copy(entry.tensors, before, entry.held)
-
-    def _allocate(self, room: int) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-        """Keys, values and scales of a new entry."""
-        g = self.geometry
-        on_cpu = g.device.type == "cpu"
-        room = self.max_model_len if on_cpu else room
-        empty = lazy_empty if on_cpu else partial(torch.empty, device=g.device)
-        both = empty((2, g.num_layers, g.num_kv_heads, room, g.head_dim), dtype=g.dtype)
-        if not g.is_quantized:
-            return both[0], both[1], None
-        # The heads of a token side by side: few pages for a short sequence.
-        scales = empty((2, g.num_layers, room, g.num_kv_heads), dtype=SCALE_DTYPE).transpose(2, 3)
-        return both[0], both[1], (scales[0], scales[1])
+        entry.keys, entry.values, entry.scales = self._slabs.tensors(room)
+        copy_tokens(entry.tensors, before, entry.held)
 
     def _set_idle(self, entry: KVEntry) -> None:
         self._leave(entry)
@@ -442,12 +441,6 @@ def _may_take_over(entry: KVEntry, shared: int, session_id: str | None) -> bool:
 def _shifted_by(entry: KVEntry) -> StreamingWindow | None:
     """The window its keys and values are bound to; None while nothing is dropped, whatever its window."""
     return entry.window if entry.dropped else None
-
-
-def _copy(to: Sequence[torch.Tensor], of: Sequence[torch.Tensor], length: int) -> None:
-    """The first `length` tokens of everything, to any device."""
-    for target, source in zip(to, of, strict=True):
-        target[:, :, :length] = source[:, :, :length]
 
 
 def _ids(tokens: Sequence[int]) -> np.ndarray:

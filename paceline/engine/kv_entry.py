@@ -53,6 +53,17 @@ class KVUsage:
     total: int
 
 
+@dataclass(frozen=True, slots=True)
+class SessionKV:
+    """How much of a session is held, and where: `tier` is device, host or disk."""
+
+    session_id: str
+    tokens: int
+    running: bool
+    num_bytes: int
+    tier: str = "device"
+
+
 @dataclass(eq=False, slots=True)
 class KVEntry:
     """Keys and values of one token sequence.
@@ -81,6 +92,14 @@ class KVEntry:
     dropped: int = 0
     chain: list[int] = field(default_factory=list)
     names: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def outline(cls, session_id: str, token_ids: np.ndarray, window: StreamingWindow | None) -> KVEntry:
+        """One without keys and values: for what is kept elsewhere to be found and compared by."""
+        nothing = torch.empty(0)
+        dropped = window.dropped(len(token_ids)) if window is not None else 0
+        length = len(token_ids)
+        return cls(nothing, nothing, None, token_ids, 0, session_id, length, False, window, dropped)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -155,6 +174,14 @@ class KVEntry:
         by_key, by_value = (scales[layer, :, rows, None] for scales in self.scales)
         return (keys * by_key).to(dtype), (values * by_value).to(dtype)
 
+    def check(self) -> None:
+        """Raise EngineError unless it is sound in itself."""
+        room = min(each.shape[2] for each in self.tensors)
+        if not 0 <= self.held <= self.charged <= room or self.length > len(self.ids):
+            raise EngineError(f"KV entry out of bounds: {self.held}, {self.charged}, {self.keys.shape}")
+        if self.dropped != (self.window.dropped(self.length) if self.window is not None else 0):
+            raise EngineError(f"KV entry with {self.length} tokens has dropped {self.dropped}: {self.window}")
+
     @property
     def token_ids(self) -> np.ndarray:
         return self.ids[: self.length]
@@ -209,6 +236,35 @@ class KVExport:
         keys, values, *scales = (each[:, :, :n].to("cpu", copy=True).contiguous() for each in entry.tensors)
         by_token = (scales[0], scales[1]) if scales else None
         return cls(entry.session_id, entry.token_ids.copy(), keys, values, by_token, entry.window)
+
+    @classmethod
+    def moved(cls, entry: KVEntry) -> KVExport:
+        """The valid part of an entry that is given up: on a CPU nothing is copied, its slab lives on in the export and
+        is no more contiguous than it was (`packed`)."""
+        if entry.keys.device.type != "cpu":
+            return cls.of(entry)
+        assert entry.session_id is not None
+        keys, values, *scales = (each[:, :, : entry.held] for each in entry.tensors)
+        by_token = (scales[0], scales[1]) if scales else None
+        return cls(entry.session_id, entry.token_ids, keys, values, by_token, entry.window)
+
+    def packed(self, *, quantized: bool = False) -> KVExport:
+        """The same in memory of its own size, as int8 if `quantized`."""
+        if quantized and self.scales is None:
+            (keys, by_key), (values, by_value) = quantize(self.keys), quantize(self.values)
+            return replace(self, keys=keys, values=values, scales=(by_key, by_value))
+        keys, values, *scales = (each.contiguous() for each in self.tensors)
+        return replace(self, keys=keys, values=values, scales=(scales[0], scales[1]) if scales else None)
+
+    def restored(self, dtype: torch.dtype) -> KVExport:
+        """What was `quantized` in another type again: rounded."""
+        if self.scales is None or dtype == torch.int8:
+            return self
+        keys, values = (
+            (each * scale[..., None]).to(dtype)
+            for each, scale in zip((self.keys, self.values), self.scales, strict=True)
+        )
+        return replace(self, keys=keys, values=values, scales=None)
 
     @property
     def dropped(self) -> int:

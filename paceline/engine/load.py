@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from paceline.config import EngineSettings, SpeculationSettings
+from paceline.config import EngineSettings, SessionSettings, SpeculationSettings
 from paceline.engine.backends import KV_SHARE_OF_FREE_MEMORY, SDPA, Backends, Choice, free_memory, resolve_backends
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine, EngineLimits
@@ -17,11 +17,15 @@ from paceline.engine.families import refuse_unservable, runner_for
 from paceline.engine.heap import compact_allocations
 from paceline.engine.key_shift import KeyShift
 from paceline.engine.kv_cache import KVGeometry, SlabKVCache
+from paceline.engine.kv_files import KVFiles
+from paceline.engine.kv_memory import Slabs
+from paceline.engine.kv_tiers import KVTiers
 from paceline.engine.lean import NotLeanError, lean_runner, refuse_other_structures
 from paceline.engine.native import Kernels
 from paceline.engine.per_sequence import PerSequenceRunner
 from paceline.engine.products import Packer, replace_linears
 from paceline.engine.reduced_vocab import ReducedVocabRunner
+from paceline.engine.restores import Restores
 from paceline.engine.runner import Runner
 from paceline.engine.verify_cost import measure_verify_cost
 from paceline.errors import ConfigError, InvalidRequest
@@ -32,6 +36,7 @@ from paceline.models import (
     load_config,
     load_tokenizer,
     tokenizer_fingerprint,
+    weights_fingerprint,
 )
 from paceline.models.lazy import empty_causal_lm, with_weights_in_files
 from paceline.sessions.rules import WindowRules
@@ -42,6 +47,7 @@ from paceline.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
+GIB = 2**30
 CPU_PREFILL_WHILE_DECODING = 64
 """Prompt tokens beside running streams on a CPU. Of smollm2-135m on one core a plain decode step takes 15 ms, with 64
 prompt tokens 167 ms, with 512 1.4 s; prefill alone goes at 383 tokens a second in chunks of 64, at 395 at best."""
@@ -59,6 +65,8 @@ class LoadedModel:
     kv_tokens: int
     key_shift: KeyShift | str
     fingerprint: str
+    identity: str
+    """Of what computes keys and values: weights, and how they are multiplied."""
     choices: tuple[Choice, ...]
 
     def engine(
@@ -66,20 +74,27 @@ class LoadedModel:
         draft: Proposer | None = None,
         speculation: SpeculationSettings | None = None,
         cost: VerifyCost | None = None,
+        sessions: SessionSettings | None = None,
     ) -> Engine:
-        """An engine with a KV cache of its own; without `speculation` it decodes plainly.
+        """An engine with a KV cache of its own, and the tiers below it that `sessions` names; without `speculation` it
+        decodes plainly.
 
-        `cost` is measured, in about a second, if it is needed and not given.
+        `cost` is measured, in about a second, if it is needed and not given. Raises ConfigError if the disk tier's
+        folder cannot be used.
         """
         speculation = speculation or SpeculationSettings(enabled=False)
+        sessions = sessions or SessionSettings()
+        tiers = self._tiers(sessions)
+        kv = self._kv_cache(tiers)
         return Engine(
             self.runner,
-            self._kv_cache(),
+            kv,
             self.limits,
             eos=self.eos,
             decoder=self.tokenizer,
             speculator=speculator_for(speculation, draft, lambda: cost or measure_verify_cost(self.runner)),
             speculation=speculation,
+            restores=Restores(kv, tiers, sessions.kv_restore_timeout_s) if tiers is not None else None,
         )
 
     def drafter(self) -> Drafter:
@@ -93,8 +108,22 @@ class LoadedModel:
             max_prefill_while_drafting=limits.max_prefill_while_decoding,
         )
 
-    def _kv_cache(self) -> SlabKVCache:
-        return SlabKVCache(self.kv_geometry, self.kv_tokens, self.limits.max_model_len, self.key_shift)
+    def _kv_cache(self, tiers: KVTiers | None = None) -> SlabKVCache:
+        spill = tiers.put if tiers is not None else None
+        return SlabKVCache(self.kv_geometry, self.kv_tokens, self.limits.max_model_len, self.key_shift, spill)
+
+    def _tiers(self, sessions: SessionSettings) -> KVTiers | None:
+        """None if there is neither memory nor a folder for them."""
+        host_bytes, files = int(sessions.kv_host_gib * GIB), None
+        if sessions.kv_disk_path is not None:
+            # What was rounded is of no use to a server that promises not to round.
+            identity = f"{self.identity} {self.kv_geometry} {sessions.kv_tier_dtype}"
+            folder = Path(sessions.kv_disk_path).expanduser()
+            files = KVFiles(folder, identity, int(sessions.kv_disk_gib * GIB), sessions.ttl_s)
+        if files is None and not host_bytes:
+            return None
+        slabs = Slabs(self.kv_geometry, min(self.limits.max_model_len, self.kv_tokens))
+        return KVTiers(slabs, host_bytes, files, quantized=sessions.kv_tier_dtype == "int8", ttl_s=sessions.ttl_s)
 
 
 def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
@@ -121,7 +150,10 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
         fingerprint, eos = draft_folder.read_card(path).fingerprint, frozenset[int]()
     else:
         fingerprint, eos = tokenizer_fingerprint(tokenizer), eos_token_ids(path, tokenizer=tokenizer)
-    return LoadedModel(runner, tokenizer, eos, limits, kv_geometry, kv_tokens, key_shift, fingerprint, choices)
+    identity = f"{weights_fingerprint(path)} {settings.dtype} {settings.linear_backend} {settings.compute_dtype}"
+    return LoadedModel(
+        runner, tokenizer, eos, limits, kv_geometry, kv_tokens, key_shift, fingerprint, identity, choices
+    )
 
 
 def _load_runner(path: Path, backends: Backends) -> tuple[Runner, tuple[Choice, ...]]:

@@ -143,8 +143,10 @@ class EngineLoop:
         return self.call(drop)
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End every request with an error, then the thread. Idempotent."""
+        """End every request with an error, then the thread; then idle sessions go to the disk tier. Idempotent."""
         self._thread.stop(timeout_s)
+        if not self._thread.healthy:
+            self.engine.close(timeout_s)
 
     def _step(self) -> None:
         for request_id, delta in self.engine.step().items():

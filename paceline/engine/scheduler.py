@@ -2,8 +2,9 @@
 
 Order is one rule everywhere: priority, lower first, then arrival. By it sequences are admitted, get KV room,
 share the prefill budget; backwards they yield. Admission is strict: a sequence for which there is no room lets
-nobody pass, so that small requests cannot starve a big one. The one exception is a sequence that waits for a
-running one to compute the prefix they share (`_Hold`); it ends when that is done, whoever has passed by then.
+nobody pass, so that small requests cannot starve a big one. There are two exceptions: a sequence that waits for a
+running one to compute the prefix they share (`_Hold`), and one whose KV is on its way from host memory or disk
+(`Restores`). They end when that is done, whoever has passed by then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 
 from paceline.engine.attention import Window
 from paceline.engine.kv_cache import FORK_MIN_TOKENS, KVCache, KVEntry
+from paceline.engine.restores import Restores
 from paceline.engine.sequence import Sequence
 from paceline.errors import EngineError
 from paceline.speculation.proposer import Proposal
@@ -43,6 +45,11 @@ class Scheduled:
     def candidates(self) -> tuple[int, ...]:
         return self.proposal.tokens if self.proposal is not None else ()
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens beside the latest and its candidates: a prompt's, or those of a text computed again."""
+        return len(self.window.token_ids) - 1 - len(self.candidates)
+
 
 @dataclass(frozen=True, slots=True)
 class _Hold:
@@ -67,13 +74,15 @@ class Scheduler:
     """Running streams come before prompts in a step; prompts come in chunks, smaller ones while streams run.
 
     `max_prefill_while_decoding` bounds the prompt tokens of a step in which a stream runs, and so the time
-    between two of the stream's tokens. None: `max_batched_tokens` alone does.
+    between two of the stream's tokens. None: `max_batched_tokens` alone does. `restores` None: KV that was evicted is
+    computed again.
     """
 
     kv: KVCache
     max_num_seqs: int
     max_batched_tokens: int
     max_prefill_while_decoding: int | None = None
+    restores: Restores | None = None
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
     _holds: dict[int, _Hold] = field(default_factory=dict)
@@ -85,8 +94,9 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Move sequences from waiting to running while there is room. Returns those that run for the first time."""
         admitted = []
+        self._begin_restores()
         for sequence in list(self.waiting):
-            if self._held(sequence):
+            if self._awaits(sequence) or self._held(sequence):
                 continue
             entry = self._place(sequence)
             if entry is None:
@@ -144,6 +154,16 @@ class Scheduler:
             raise EngineError("a waiting sequence holds KV, or too many run")
         if not self._holds.keys() <= {sequence.sequence_id for sequence in self.waiting}:
             raise EngineError("a sequence that does not wait is held")
+        if self.restores is not None:
+            self.restores.check(self.waiting)
+
+    def _begin_restores(self) -> None:
+        """Also for sequences whose turn is not yet."""
+        for sequence in self.waiting:
+            self._awaits(sequence)
+
+    def _awaits(self, sequence: Sequence) -> bool:
+        return self.restores is not None and self.restores.awaits(sequence)
 
     def _held(self, sequence: Sequence) -> bool:
         """Whether a running sequence is computing a prefix that this one would compute again."""
@@ -184,6 +204,8 @@ class Scheduler:
             return None
         while True:
             if len(self.running) < self.max_num_seqs:
+                if self.restores is not None:
+                    self.restores.deliver(sequence)
                 entry = self.kv.reserve(sequence.tokens, room, sequence.request.session_id, sequence.window)
                 if entry is not None:
                     return entry
@@ -244,6 +266,8 @@ class Scheduler:
 
     def _dequeue(self, sequence: Sequence) -> None:
         self._holds.pop(sequence.sequence_id, None)
+        if self.restores is not None:
+            self.restores.forget(sequence)
         at = bisect_left(self.waiting, rank(sequence), key=rank)
         if at < len(self.waiting) and self.waiting[at] is sequence:
             del self.waiting[at]

@@ -28,6 +28,7 @@ from paceline.types import Accepted, Delta, Failure, Frame, Request, SourceMetri
 
 if TYPE_CHECKING:
     # torch and transformers take seconds to import; the application builder imports this module without them.
+    from paceline.engine.kv_entry import SessionKV
     from paceline.engine.load import LoadedModel
     from paceline.engine.loop import EngineLoop
 
@@ -91,15 +92,17 @@ class Target:
             if left:
                 self._loop.abort(request.request_id, request.params.n)
 
-    async def sessions(self) -> list[tuple[str, str, int, bool, int]]:
-        """(session, replica, tokens held, running, their bytes) of every session held here."""
-        held, size = await self._sessions(), self._loop.engine.kv.bytes_per_token
-        return [(name, self.replica_id, tokens, running, size * tokens) for name, (tokens, running) in held.items()]
+    async def sessions(self) -> list[tuple[str, str, int, bool, int, str]]:
+        """(session, replica, tokens held, running, their bytes, tier) of every session held here."""
+        return [
+            (each.session_id, self.replica_id, each.tokens, each.running, each.num_bytes, each.tier)
+            for each in await self._sessions()
+        ]
 
     async def close_session(self, session_id: str) -> bool:
         """Drop a session's idle KV; whether there was any."""
-        kv = self._loop.engine.kv
-        return await asyncio.wrap_future(self._loop.call(lambda: kv.drop_session(session_id)))
+        engine = self._loop.engine
+        return await asyncio.wrap_future(self._loop.call(lambda: engine.drop_session(session_id)))
 
     async def status(self) -> dict[str, Any]:
         """Numbers about this replica, for /status and `paceline status`."""
@@ -113,13 +116,15 @@ class Target:
             "kv_tokens_total": usage.total,
             "kv_tokens_in_use": usage.in_use,
             "kv_tokens_cached": usage.cached,
-            "sessions": len(await self._sessions()),
+            "sessions": sum(each.tier == "device" for each in await self._sessions()),
             "drafted_tokens": engine.tally.drafted,
             "accepted_tokens": engine.tally.accepted,
             "drafters_connected": 0,
             "speculation": self._speculation(),
             "warnings": list(self._warnings()),
         }
+        if engine.restores is not None:
+            numbers |= engine.restores.status()
         if self._proposer is not None and self._pool is not None:
             sent, received = self._proposer.traffic()
             numbers["drafters_connected"] = len(self._proposer.link_ids)
@@ -169,7 +174,9 @@ class Target:
         """Polled by the controller, pushed to every SessionRouter. No timestamps: a change is a broadcast."""
         self._warnings()  # so that what is wrong is logged without anybody asking
         kv = self._loop.engine.kv
-        sessions = list(await self._sessions())[-MAX_ADVERTISED_SESSIONS:]
+        # Replicas that share a folder would all claim what is on disk.
+        held = [each.session_id for each in await self._sessions() if each.tier != "disk"]
+        sessions = held[-MAX_ADVERTISED_SESSIONS:]
         recent = await asyncio.wrap_future(self._loop.call(lambda: kv.recent(MAX_ADVERTISED_ENTRIES)))
         return {"sessions": sorted(sessions), "prefixes": await asyncio.to_thread(sketch, recent)}
 
@@ -186,9 +193,9 @@ class Target:
         if hasattr(self, "_loop"):  # it may be called while __init__ is still loading
             await asyncio.to_thread(self._loop.stop)
 
-    async def _sessions(self) -> dict[str, tuple[int, bool]]:
-        """(tokens held, running) by session; the engine's thread alone may look."""
-        return await asyncio.wrap_future(self._loop.call(self._loop.engine.kv.sessions))
+    async def _sessions(self) -> list[SessionKV]:
+        """The engine's thread alone may look."""
+        return await asyncio.wrap_future(self._loop.call(self._loop.engine.sessions))
 
 
 def _load(settings: AppSettings) -> LoadedModel:
@@ -200,4 +207,4 @@ def _load(settings: AppSettings) -> LoadedModel:
 def _start(model: LoadedModel, proposer: RemoteProposer | None, settings: AppSettings) -> EngineLoop:
     from paceline.engine.loop import EngineLoop
 
-    return EngineLoop(model.engine(proposer, settings.speculation))
+    return EngineLoop(model.engine(proposer, settings.speculation, sessions=settings.sessions))

@@ -320,7 +320,7 @@ class CloseSessionResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "replica_id", "cached_tokens", "running", "kv_bytes", "history_tokens", "turns", "parent", "created", "updated")
+    __slots__ = ("session_id", "replica_id", "cached_tokens", "running", "kv_bytes", "history_tokens", "turns", "parent", "created", "updated", "kv_tier")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -331,6 +331,7 @@ class Session(_message.Message):
     PARENT_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
     UPDATED_FIELD_NUMBER: _ClassVar[int]
+    KV_TIER_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     replica_id: str
     cached_tokens: int
@@ -341,4 +342,5 @@ class Session(_message.Message):
     parent: str
     created: float
     updated: float
-    def __init__(self, session_id: _Optional[str] = ..., replica_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., running: _Optional[bool] = ..., kv_bytes: _Optional[int] = ..., history_tokens: _Optional[int] = ..., turns: _Optional[int] = ..., parent: _Optional[str] = ..., created: _Optional[float] = ..., updated: _Optional[float] = ...) -> None: ...
+    kv_tier: str
+    def __init__(self, session_id: _Optional[str] = ..., replica_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., running: _Optional[bool] = ..., kv_bytes: _Optional[int] = ..., history_tokens: _Optional[int] = ..., turns: _Optional[int] = ..., parent: _Optional[str] = ..., created: _Optional[float] = ..., updated: _Optional[float] = ..., kv_tier: _Optional[str] = ...) -> None: ...

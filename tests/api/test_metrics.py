@@ -122,6 +122,36 @@ def test_synthetic_acceptance_is_told_where_it_is_set() -> None:
     assert ("paceline_synthetic_acceptance", "replica=t1") not in samples(TARGET)
 
 
+TIERED = {
+    **TARGET,
+    "kv_tier_dtype": "lossless",
+    **{f"kv_disk_{what}": n for n, what in enumerate(("sessions", "tokens", "bytes", "restores"), start=1)},
+    "kv_restored_tokens": 50,
+    "kv_restores_late": 6,
+    "kv_restores_failed": 7,
+    "kv_tier_drops": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "value"),
+    [
+        ("paceline_kv_tier_sessions", ("tier=disk",), 1),
+        ("paceline_kv_tier_tokens", ("tier=disk",), 2),
+        ("paceline_kv_tier_bytes", ("tier=disk",), 3),
+        ("paceline_kv_restores_total", ("tier=disk",), 4),
+        ("paceline_kv_restored_tokens_total", (), 50),
+        ("paceline_kv_late_restores_total", (), 6),
+        ("paceline_kv_failed_restores_total", (), 7),
+        ("paceline_kv_tier_drops_total", (), 8),
+    ],
+)
+def test_tiers_are_told_where_there_are_any(name: str, labels: tuple[str, ...], value: float) -> None:
+    key = (name, "replica=t1", *labels)
+    assert samples(TIERED)[key] == value
+    assert key not in samples(TARGET)
+
+
 async def test_the_front_end_serves_them() -> None:
     async with http() as client:
         response = await client.get("/metrics")

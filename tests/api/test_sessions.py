@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from paceline.api import SessionInfo
 from tests.api.scripted import ScriptedTargets, events, http, tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
@@ -87,3 +88,18 @@ async def test_a_deleted_session_has_no_next_turn() -> None:
         await made(client, session_id="s")
         assert (await client.delete("/v1/sessions/s")).status_code == 200
         assert (await client.post("/v1/sessions/s/turns", json={"messages": HI})).status_code == 404
+
+
+async def test_kv_on_a_disk_that_replicas_share_is_told_once_and_not_if_it_is_at_hand() -> None:
+    targets = ScriptedTargets()
+    targets.held = [
+        SessionInfo("both", "target-1", 90, False, 900, "disk"),
+        SessionInfo("both", "target-2", 80, True, 800, "device"),
+        SessionInfo("shared", "target-1", 70, False, 700, "disk"),
+        SessionInfo("shared", "target-2", 70, False, 700, "disk"),
+    ]
+    async with http(targets) as client:
+        listed = (await client.get("/v1/sessions")).json()["data"]
+        one = (await client.get("/v1/sessions/both")).json()
+    assert [(card["session_id"], card["kv_tier"]) for card in listed] == [("both", "device"), ("shared", "disk")]
+    assert (one["replica_id"], one["cached_tokens"]) == ("target-2", 80)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.engine.kv_cache import KVEntry, KVExport, KVGeometry, SlabKVCache
+from paceline.engine.kv_memory import Slabs
 from paceline.errors import EngineError
 
 GEOMETRY = KVGeometry(2, 2, 4, torch.float32, torch.device("cpu"))
@@ -270,3 +271,50 @@ def test_an_edited_history_keeps_the_old_one_while_there_is_room() -> None:
     kv.release(filled(kv, list(range(50)), "s"))
     edited = filled(kv, [*range(10), *[99] * 10], "s")
     assert (edited.length, kv.match(list(range(51)), "s")) == (20, 50)
+
+
+def test_what_is_evicted_of_sessions_is_spilled_and_nothing_else() -> None:
+    spilled: list[KVExport] = []
+    kv = SlabKVCache(GEOMETRY, 60, max_model_len=64, spill=spilled.append)
+    kv.release(filled(kv, [1] * 20, "s"))
+    kv.release(filled(kv, [2] * 20))
+    kv.drop_session("s")
+    kv.release(filled(kv, list(range(20)), "t"))
+    assert kv.evict(60)
+    (export,) = spilled
+    assert (export.session_id, export.token_ids.tolist()) == ("t", list(range(20)))
+    assert export.keys[1, 0, :, 0].tolist() == [float(n) for n in range(20)]
+    assert export.packed().keys.is_contiguous()
+
+
+def test_an_entry_from_elsewhere_is_adopted_beside_what_its_session_has() -> None:
+    kv, slabs = cache(), Slabs(GEOMETRY, 64)
+    other = roundtrip_of(list(range(30)), "s")
+    kv.release(filled(kv, [7] * 10, "s"))
+    assert kv.adopt(slabs.filled(other))
+    kv.check()
+    assert kv.usage().cached == 40
+    entry = kv.reserve(list(range(31)), 40, "s")
+    assert entry is not None and entry.length == 30
+
+
+def test_what_is_adopted_replaces_what_it_begins_with_and_yields_to_what_begins_with_it() -> None:
+    kv, slabs = cache(), Slabs(GEOMETRY, 64)
+    kv.release(filled(kv, list(range(20)), "s"))
+    for length in (30, 25):
+        assert kv.adopt(slabs.filled(roundtrip_of(list(range(length)), "s")))
+        kv.check()
+        assert (kv.sessions(), kv.usage().cached) == ({"s": (30, False)}, 30)
+
+
+def test_nothing_is_adopted_where_running_entries_leave_no_room() -> None:
+    kv, slabs = cache(60), Slabs(GEOMETRY, 64)
+    filled(kv, [1] * 45)
+    assert not kv.adopt(slabs.filled(roundtrip_of(list(range(30)), "s")))
+    kv.check()
+
+
+def roundtrip_of(tokens: list[int], session: str) -> KVExport:
+    kv = cache()
+    filled(kv, tokens, session)
+    return roundtrip(kv, session)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from paceline.config import EngineSettings
+from paceline.config import EngineSettings, SessionSettings
 from paceline.engine import load
 from paceline.engine.lean import LeanRunner
 from paceline.engine.load import LoadedModel, load_model
@@ -20,6 +20,7 @@ from tests.engine.families import model_of
 
 MODEL = tiny.tiny_llama()
 PROMPT = tiny.prompt(9)
+LONG = tiny.prompt(100)
 
 
 @pytest.fixture
@@ -83,3 +84,28 @@ def test_a_window_no_model_of_the_kind_can_have_is_refused_by_its_key(folder: Pa
     with pytest.raises(ConfigError, match=r"engine\.ctx_size: no streaming window .* learned positions") as refused:
         loaded(folder, ctx_size=40)
     assert refused.value.param == "engine.ctx_size"
+
+
+def test_tiers_are_those_of_the_settings(folder: Path, tmp_path: Path) -> None:
+    model, place = loaded(folder), tmp_path / "kv"
+    assert model.engine().restores is None
+    engine = model.engine(sessions=SessionSettings(kv_disk_path=str(place), kv_tier_dtype="int8"))
+    assert engine.restores is not None and engine.restores.tiers.has_files and engine.restores.tiers.quantized
+    assert place.is_dir()
+
+
+def test_kv_of_other_weights_is_not_used(folder: Path, tmp_path: Path) -> None:
+    settings = SessionSettings(kv_disk_path=str(tmp_path / "kv"))
+
+    def cached_after_a_restart() -> int:
+        engine = loaded(folder).engine(sessions=settings)
+        engine.add(tiny.request((*LONG, 5), session="s", max_tokens=1))
+        ((_, delta),) = tiny.deltas(engine)
+        engine.close(60.0)
+        assert delta.metrics is not None
+        return delta.metrics.cached_tokens
+
+    assert [cached_after_a_restart(), cached_after_a_restart()] == [0, len(LONG)]
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 1.001 * weight for name, weight in weights.items()}, folder / "model.safetensors")
+    assert cached_after_a_restart() == 0

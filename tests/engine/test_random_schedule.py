@@ -2,32 +2,52 @@
 
 A schedule is a list of events between steps: requests arrive (with shared prefixes, in sessions with follow-up
 turns, with priorities, some under a streaming window), some are cancelled, idle KV is evicted, sessions are dropped.
-KV is so small that running sequences are preempted.
+KV is so small that running sequences are preempted. Evicted sessions may go to tiers, whose threads lag behind.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from paceline.engine import engine as engine_module
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine
+from paceline.engine.kv_memory import Slabs
+from paceline.engine.kv_tiers import KVTiers
 from paceline.speculation.local import LocalProposer
 from paceline.types import Request
 from tests import tiny
+from tests.engine.by_hand import Tiers
 
 MODEL = tiny.tiny_llama(num_hidden_layers=1, hidden_size=24, num_attention_heads=4, num_key_value_heads=2)
 OTHER = tiny.tiny_llama(seed=7, num_hidden_layers=1, hidden_size=24, num_attention_heads=4, num_key_value_heads=2)
 DRAFTS: dict[str, PreTrainedModel | None] = {"alone": None, "agreeing": MODEL, "disagreeing": OTHER}
 CAPACITY = 190
+RESTORE_TIMEOUT = 40
+"""In looks at the clock."""
 PREFIXES = [tiny.prompt(length, seed=length) for length in (20, 70, 90)]
 TAILS = [tiny.prompt(length, seed=1000 + length) for length in (1, 7, 30)]
+
+
+class Ticks:
+    """A clock that goes on by one whenever somebody looks."""
+
+    def __init__(self) -> None:
+        self._now = 0
+
+    def __call__(self) -> float:
+        self._now += 1
+        return self._now
 
 
 @dataclass(frozen=True)
@@ -87,10 +107,15 @@ schedules = st.lists(
 
 @dataclass
 class World:
-    """An engine under a schedule, and what each request has been given."""
+    """An engine under a schedule, and what each request has been given.
+
+    Its tiers do `jobs` jobs of each thread after a step, and only then.
+    """
 
     engine: Engine
     drafter: Drafter | None
+    tiers: Tiers | None = None
+    jobs: int = 0
     given: dict[str, list[int]] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
@@ -108,7 +133,7 @@ class World:
         elif isinstance(event, Evict):
             self.engine.kv.evict(event.tokens)
         elif isinstance(event, Drop):
-            self.engine.kv.drop_session(f"s{event.session}")
+            self.engine.drop_session(f"s{event.session}")
         self.engine.check()
 
     def step(self) -> None:
@@ -117,6 +142,9 @@ class World:
             if delta.finished:
                 self.done.add(name)
                 self._remember(name)
+        if self.tiers is not None:
+            self.tiers.reader.work(self.jobs)
+            self.tiers.writer.work(self.jobs)
         self.engine.check()
         if self.drafter is not None:
             self.drafter.kv.check()
@@ -162,6 +190,7 @@ def _engine(
     quantized: bool = False,
     depth: int | Literal["auto"] = 4,
     lookup: int = 0,
+    tiers: KVTiers | None = None,
 ) -> Engine:
     return tiny.engine_for(
         MODEL,
@@ -173,6 +202,9 @@ def _engine(
         lookup=lookup,
         proposer=LocalProposer(drafter) if drafter is not None else None,
         quantized=quantized,
+        tiers=tiers,
+        restore_timeout_s=RESTORE_TIMEOUT,
+        clock=Ticks(),
     )
 
 
@@ -197,7 +229,37 @@ def test_no_schedule_changes_a_token(
 ) -> None:
     model = DRAFTS[draft]
     drafter = tiny.drafter_for(model, capacity=220) if model is not None else None
-    world = World(_engine(budget, drafter, share=share, quantized=quantized, depth=depth, lookup=lookup), drafter)
+    made = _engine(budget, drafter, share=share, quantized=quantized, depth=depth, lookup=lookup)
+    _runs_as_alone(World(made, drafter), schedule, quantized)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@seed(20240607)
+@settings(max_examples=50)
+@given(
+    schedules,
+    st.sampled_from([5, 64]),
+    st.sampled_from([0, 100, 10_000]),
+    st.booleans(),
+    st.sampled_from([0, 1, 100]),
+)
+def test_no_schedule_changes_a_token_with_tiers(
+    quantized: bool,
+    schedule: list[tuple[int, Arrival | Cancel | Evict | Drop]],
+    budget: int,
+    host_tokens: int,
+    disk: bool,
+    jobs: int,
+) -> None:
+    geometry = tiny.geometry_of(tiny.ours(MODEL), quantized=quantized)
+    with TemporaryDirectory() as folder, patch.object(engine_module, "PAUSE_S", 0.0):
+        host_bytes = host_tokens * geometry.bytes_per_token
+        tiers = Tiers(Slabs(geometry, CAPACITY), host_bytes, Path(folder) if disk else None)
+        world = World(_engine(budget, None, quantized=quantized, tiers=tiers), None, tiers, jobs)
+        _runs_as_alone(world, schedule, quantized)
+
+
+def _runs_as_alone(world: World, schedule: list[tuple[int, Arrival | Cancel | Evict | Drop]], quantized: bool) -> None:
     for steps, event in schedule:
         world.act(event)
         for _ in range(steps):
@@ -212,5 +274,5 @@ def test_no_schedule_changes_a_token(
         assert world.given[name] == (expected[: len(world.given[name])] if name in world.cancelled else expected)
     engine = world.engine
     assert (engine.num_running, engine.num_waiting, engine.kv.usage().in_use) == (0, 0, 0)
-    if drafter is not None:
+    if (drafter := world.drafter) is not None:
         assert (drafter.num_sequences, drafter.kv.usage().in_use) == (0, 0)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from paceline.engine.kv_files import KVFiles
+from paceline.engine.kv_memory import Slabs
+from paceline.engine.kv_tiers import KVTiers
 from paceline.speculation import coupling
 from paceline.speculation.local import LocalProposer
 from tests import tiny
@@ -40,6 +45,21 @@ def test_a_session_keeps_its_cache(model: tiny.LlamaForCausalLM) -> None:
     answer = tuple(tiny.run(engine, tiny.request(PROMPTS[3], "a", "s"))["a"])
     second = (*PROMPTS[3], *answer, *tiny.prompt(90, seed=3))
     assert tiny.run(engine, tiny.request(second, "b", "s"))["b"] == tiny.generate(model, second)
+
+
+@pytest.mark.parametrize("host_bytes", [0, 10**9], ids=["disk", "host"])
+def test_a_session_comes_back_from_a_tier_with_the_tokens_it_had(
+    model: tiny.LlamaForCausalLM, tmp_path: Path, host_bytes: int
+) -> None:
+    runner = tiny.ours(model)
+    tiers = KVTiers(Slabs(tiny.geometry_of(runner), 512), host_bytes, KVFiles(tmp_path, "a model", 10**9, ttl_s=3600.0))
+    engine = tiny.engine_for(model, runner=runner, tiers=tiers)
+    answer = tuple(tiny.run(engine, tiny.request(PROMPTS[3], "a", "s"))["a"])
+    engine.kv.evict(engine.kv.usage().total)
+    second = (*PROMPTS[3], *answer, 5)
+    assert tiny.run(engine, tiny.request(second, "b", "s"))["b"] == tiny.generate(model, second)
+    assert engine.restores is not None and engine.restores.restored_tokens == len(second) - 2
+    assert tiers.stop(60.0)
 
 
 def test_noise_is_bit_equal_on_cpu_and_gpu() -> None:

@@ -119,6 +119,10 @@ def test_a_missing_prompt_or_input_is_named() -> None:
         input_from(pb.TokenizeRequest())
 
 
+def test_a_session_says_where_its_kv_is() -> None:
+    assert session_message(SessionInfo("s", "r", 40, False, 100, "disk")).kv_tier == "disk"
+
+
 def test_an_end_without_tokens_is_one_event() -> None:
     (event,) = delta_events(Delta((), "", FinishReason.ABORT), Metrics(prompt_tokens=4, completion_tokens=2))
     assert event.finished.reason == pb.FINISH_REASON_ABORT
