@@ -5,8 +5,8 @@ controller's model, all of it is in the time that passes. So each kind of source
 steps. A step that speculated is charged what it took and credited what its tokens would have taken plainly; every
 step, of whatever kind, adds ALLOWANCE. A kind whose account is overdrawn is suspended until the allowance has
 paid for it and a little more; then it may try again. What speculation can lose is therefore ALLOWANCE of the
-time for each kind, and CREDIT once, on any load; and once what the first drafts are waited for, of which the controller
-charges a part only.
+time for each kind, and CREDIT once, on any load; and what the controller forgives, ever more seldom: waits for drafts
+that were accidents.
 
 What a plain step takes is measured where plain steps occur, and where they do not, by a few of them now and then
 (a check). A stretch of speculation is settled with the mean of what was measured before and after it, so that a
