@@ -200,6 +200,12 @@ class SessionSettings(Settings):
     load_bound: Annotated[float, Field(ge=1)] = Field(
         1.5, description="A replica with more requests than this times the mean is overloaded; never one below 4."
     )
+    handoff_timeout_s: Annotated[float, Field(ge=0)] = Field(
+        10.0,
+        description="A target replica that leaves (scale-down, redeploy, a node that drains) may take so long to hand "
+        "the KV of its sessions to the others, beyond the time of its running answers; what does not make it is "
+        "prefilled when its session comes back. 0 hands over nothing.",
+    )
 
 
 class AppSettings(Settings):

@@ -4,6 +4,7 @@ Importing this costs milliseconds: torch, transformers, httpx and the Hub's clie
 """
 
 from paceline.models.catalogue import CatalogueEntry, WheelFile, catalogue
+from paceline.models.fingerprint import weights_fingerprint
 from paceline.models.load import eos_token_ids, load_causal_lm, load_config, load_tokenizer, tokenizer_fingerprint
 from paceline.models.progress import SILENT, Progress, Task
 from paceline.models.resolver import ModelFiles, resolve
@@ -26,4 +27,5 @@ __all__ = [
     "load_tokenizer",
     "resolve",
     "tokenizer_fingerprint",
+    "weights_fingerprint",
 ]

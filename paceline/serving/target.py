@@ -13,19 +13,23 @@ from ray import serve
 
 from paceline.config import AppSettings
 from paceline.errors import PacelineError
-from paceline.models import resolve
+from paceline.models import resolve, weights_fingerprint
 from paceline.rpc.draft_client import DraftPool
 from paceline.serving.discovery import ReplicaWatch
+from paceline.serving.exchange import Exchange
+from paceline.serving.peers import KV_IDENTITY, ServePeers
+from paceline.sessions.handoff import Bound, Move, Outcome, Receipt, Room
 from paceline.sessions.placement import Route
 from paceline.sessions.prefixes import sketch
 from paceline.speculation.acceptance import Kind
 from paceline.speculation.frames import Hello
 from paceline.speculation.idle import Facts, IdleWatch
 from paceline.speculation.remote import RemoteProposer
-from paceline.types import Accepted, Delta, Failure, Frame, Request
+from paceline.types import Accepted, Failure, Frame, Request
 
 if TYPE_CHECKING:
     # torch and transformers take seconds to import; the application builder imports this module without them.
+    from paceline.engine.kv_parts import KVPart
     from paceline.engine.load import LoadedModel
     from paceline.engine.loop import EngineLoop
 
@@ -38,7 +42,9 @@ MAX_ADVERTISED_ENTRIES = 128
 class Target:
     """Verifies, holds sessions, answers. Decorated and bound by `paceline.serving.app.build`."""
 
-    async def __init__(self, settings: AppSettings, draft_deployment: str | None) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: AppSettings, draft_deployment: str | None, router_deployment: str, grace_s: float
+    ) -> None:
         self._settings = settings
         self._context = serve.get_replica_context()
         self.replica_id: str = self._context.replica_id.unique_id
@@ -50,6 +56,14 @@ class Target:
         if draft_deployment is not None:
             self._watch_drafts(draft_deployment)
         self._loop = await asyncio.to_thread(_start, self._model, self._proposer, settings)
+        self._kv_identity = await asyncio.to_thread(_kv_identity, self._model, settings)
+        self._exchange = Exchange(
+            self.replica_id,
+            self._loop,
+            lambda on_change: ServePeers(self._context, router_deployment, self._kv_identity, on_change),
+            within_s=settings.sessions.handoff_timeout_s,
+            grace_s=grace_s,
+        )
 
     def _watch_drafts(self, deployment: str) -> None:
         speculation = self._settings.speculation
@@ -68,26 +82,28 @@ class Target:
         `route` says why the request came here, as whoever routed it filled it in.
         """
         request = replace(request, params=request.params.with_seed())
-        frames: asyncio.Queue[Delta | Failure] = asyncio.Queue()
         events = asyncio.get_running_loop()
         left = len(request.choices())
-        try:
-            await asyncio.wrap_future(
-                self._loop.submit(request, lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
-            )
-            assert request.params.seed is not None
-            reason = route.told_by(self.replica_id) if route is not None else ""
-            yield Accepted(self.replica_id, request.params.seed, len(request.token_ids), reason)
-            while left:
-                frame = await frames.get()
-                left = 0 if isinstance(frame, Failure) else left - frame.finished
-                yield frame
-        except PacelineError as error:
-            left = 0
-            yield Failure.of(error, self.replica_id)
-        finally:
-            if left:
-                self._loop.abort(request.request_id, request.params.n)
+        with self._exchange.streams.open(request) as stream:
+            frames = stream.frames
+            try:
+                await self._exchange.arrival(request.session_id)
+                await asyncio.wrap_future(
+                    self._loop.submit(request, lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
+                )
+                assert request.params.seed is not None
+                reason = route.told_by(self.replica_id) if route is not None else ""
+                yield Accepted(self.replica_id, request.params.seed, len(request.token_ids), reason)
+                while left:
+                    frame = await frames.get()
+                    left = 0 if isinstance(frame, Failure) else left - frame.finished
+                    yield frame
+            except PacelineError as error:
+                left = 0
+                yield Failure.of(error, self.replica_id)
+            finally:
+                if left:
+                    self._loop.abort(request.request_id, request.params.n)
 
     async def sessions(self) -> list[tuple[str, str, int, bool, int]]:
         """(session, replica, tokens held, running, their bytes) of every session held here."""
@@ -98,6 +114,27 @@ class Target:
         """Drop a session's idle KV; whether there was any."""
         kv = self._loop.engine.kv
         return await asyncio.wrap_future(self._loop.call(lambda: kv.drop_session(session_id)))
+
+    async def room(self) -> Room | None:
+        """What another replica may hand over to this one; None if it leaves itself."""
+        return await self._exchange.room()
+
+    async def expect(self, move: Move) -> None:
+        """Sessions are on their way to this replica."""
+        self._exchange.expect(move)
+
+    async def receive(self, bound: Bound, parts: list[KVPart]) -> Receipt | None:
+        """Take what another replica hands over; None if it is not for this one."""
+        return await self._exchange.take(parts) if bound.replica == self.replica_id else None
+
+    async def hand_off(self, bound: Bound, sessions: list[str] | None, count: int, to: str | None) -> Outcome | None:
+        """Hand these sessions, or those used last, at most `count`, to another replica; None if it is not for this
+        one."""
+        return await self._exchange.give(sessions, count, to) if bound.replica == self.replica_id else None
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Captured once, after `__init__`."""
+        return {KV_IDENTITY: self._kv_identity}
 
     async def status(self) -> dict[str, Any]:
         """Numbers about this replica, for /status and `paceline status`."""
@@ -116,6 +153,7 @@ class Target:
             "accepted_tokens": engine.tally.accepted,
             "drafters_connected": 0,
             "speculation": self._speculation(),
+            "handoff": self._exchange.numbers(),
             "warnings": list(self._warnings()),
         }
         if self._proposer is not None and self._pool is not None:
@@ -173,11 +211,13 @@ class Target:
 
     async def __del__(self) -> None:
         """Awaited by Serve on a graceful shutdown, after the last request."""
+        if hasattr(self, "_exchange"):  # it may be called while __init__ is still loading
+            await self._exchange.finish()
         if self._watch is not None:
             self._watch.stop()
         if self._pool is not None:
             await self._pool.close()
-        if hasattr(self, "_loop"):  # it may be called while __init__ is still loading
+        if hasattr(self, "_loop"):
             await asyncio.to_thread(self._loop.stop)
 
     async def _sessions(self) -> dict[str, tuple[int, bool]]:
@@ -195,3 +235,10 @@ def _start(model: LoadedModel, proposer: RemoteProposer | None, settings: AppSet
     from paceline.engine.loop import EngineLoop
 
     return EngineLoop(model.engine(proposer, settings.speculation))
+
+
+def _kv_identity(model: LoadedModel, settings: AppSettings) -> str:
+    """The same where keys and values of a text are the same, as far as it is a matter of weights and settings."""
+    engine = settings.target.engine
+    rounding = engine.model_dump_json(include={"dtype", "linear_backend", "compute_dtype"})
+    return f"{weights_fingerprint(resolve(settings.model).path)} {model.kv_geometry} {rounding}"

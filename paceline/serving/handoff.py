@@ -1,0 +1,277 @@
+"""How a target replica gives sessions to its peers, and takes theirs. Everything of Ray's is behind `Peers`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from paceline.errors import PacelineError, Unavailable
+from paceline.sessions.handoff import HandoffCounts, Move, Outcome, Receipt, Room, by_holder, plan, wanted_first
+from paceline.types import Request
+
+if TYPE_CHECKING:
+    # torch takes seconds to import; the application builder imports this module without it.
+    from paceline.engine.kv_parts import KVPart
+    from paceline.engine.loop import EngineLoop
+
+logger = logging.getLogger("ray.serve")
+
+BATCH_BYTES = 16 << 20
+"""Of one message, and of what an engine writes between two of its steps: about 10 ms of copying."""
+ARRIVAL_WAIT_S = 2.0
+"""A request waits so long for its session's KV, which is on its way, before it is prefilled instead."""
+STALLED_S = 10.0
+"""A session whose parts stop coming, and that nobody announced, is given up after so long."""
+
+
+class Peers(Protocol):
+    """The other target replicas, and the routers."""
+
+    @abstractmethod
+    async def rooms(self) -> list[Room]:
+        """Of every living peer whose KV means the same as ours; none if there is no such peer."""
+
+    @abstractmethod
+    async def announce(self, moves: Sequence[Move]) -> None:
+        """Tell the routers, and through them the new holders."""
+
+    @abstractmethod
+    async def send(self, replica: str, parts: Sequence[KVPart]) -> Receipt:
+        """Raises Unavailable if that replica is lost."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """No more is wanted of them."""
+
+
+class Sender:
+    """What every hand-off of one replica needs."""
+
+    def __init__(
+        self, replica_id: str, loop: EngineLoop, peers: Peers, within_s: float, counts: HandoffCounts | None = None
+    ) -> None:
+        self.replica_id, self.peers, self.within_s = replica_id, peers, within_s
+        self.counts = counts or HandoffCounts()
+        self._loop = loop
+
+    async def held(self) -> dict[str, int]:
+        """Tokens held by session, the latest used first."""
+        kv = self._loop.engine.kv
+        sessions = await asyncio.wrap_future(self._loop.call(kv.sessions))
+        return {name: tokens for name, (tokens, _) in reversed(sessions.items())}
+
+    async def parts(self, session_id: str) -> list[KVPart]:
+        """What is held of a session, ready to be sent; nothing if it is gone."""
+        from paceline.engine.kv_parts import cut
+
+        kv = self._loop.engine.kv
+        export = await asyncio.wrap_future(self._loop.call(lambda: kv.export_session(session_id)))
+        return [] if export is None else await asyncio.to_thread(lambda: list(cut(export, BATCH_BYTES)))
+
+    async def abort(self, request: Request) -> None:
+        """End a request in the engine; its KV becomes idle."""
+        await asyncio.wrap_future(self._loop.abort(request.request_id, request.params.n))
+
+    async def drop(self, sessions: Iterable[str]) -> None:
+        """Forget idle KV."""
+        kv = self._loop.engine.kv
+        for session_id in sessions:
+            await asyncio.wrap_future(self._loop.call(lambda name=session_id: kv.drop_session(name)))  # type: ignore[misc]
+
+
+@dataclass(eq=False)
+class Handoff:
+    """Some sessions on their way: announced all at once, delivered in any order.
+
+    `held` has tokens by session, those first that are wanted first; `to` names the only replica to take them.
+    """
+
+    sender: Sender
+    held: Mapping[str, int]
+    to: str | None = None
+    outcome: Outcome = field(default_factory=Outcome)
+    _holders: dict[str, str] = field(default_factory=dict)
+    _lost: set[str] = field(default_factory=set)
+
+    async def announce(self, sessions: Collection[str] | None = None) -> None:
+        """Choose a holder for each of them, and say so. From then on follow-ups go there."""
+        chosen = {name: self.held[name] for name in (self.held if sessions is None else sessions)}
+        rooms = await self._rooms()
+        holders = plan(chosen, rooms)
+        self._holders.update(holders)
+        why = "without room" if rooms else "without a peer"
+        self.outcome.left.update({name: why for name in chosen if name not in holders})
+        sources = (self.sender.replica_id, *sorted(self._lost))
+        moves = [
+            Move(tuple(share), sources, holder, self.sender.within_s) for holder, share in by_holder(holders).items()
+        ]
+        if moves:
+            try:
+                await self.sender.peers.announce(moves)
+            except Unavailable as error:
+                logger.warning("hand-off: no router is told: %s", error.message)
+
+    async def deliver(self, sessions: Iterable[str]) -> None:
+        """Send announced sessions; those of a peer that is lost on the way go to the others."""
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self.sender.within_s):
+                await self._deliver(list(sessions))
+        except TimeoutError:
+            self.outcome.left.update(dict.fromkeys(self._open(sessions), "out of time"))
+        finally:
+            self.sender.counts.seconds += time.monotonic() - began
+
+    async def _deliver(self, sessions: Sequence[str]) -> None:
+        while shares := by_holder({name: self._holders[name] for name in self._open(sessions)}):
+            await asyncio.gather(*(self._send(holder, share) for holder, share in shares.items()))
+            if undelivered := self._open(sessions):
+                await self.announce(undelivered)
+
+    async def _send(self, holder: str, sessions: Iterable[str]) -> None:
+        """One peer's share, in bounded messages; those first that somebody waits for there."""
+        queue = list(sessions)
+        parts: list[KVPart] = []
+        try:
+            while queue or parts:
+                while queue and _size(parts) < BATCH_BYTES:
+                    parts += await self._parts(queue.pop(0))
+                batch, parts = _first(parts)
+                if not batch:
+                    continue
+                receipt = await self.sender.peers.send(holder, batch)
+                self._note(holder, batch, receipt)
+                parts = [part for part in parts if part.session_id not in receipt.refused]
+                queue = wanted_first(queue, receipt.wanted)
+        except Unavailable as error:
+            logger.warning("hand-off: peer %s is lost: %s", holder, error.message)
+            self._lost.add(holder)
+
+    async def _parts(self, session: str) -> list[KVPart]:
+        try:
+            parts = await self.sender.parts(session)
+        except PacelineError as error:
+            logger.warning("hand-off: %s is not exported: %s", session, error.message)
+            parts = []
+        if not parts:
+            self.outcome.left[session] = "without KV"
+        return parts
+
+    def _note(self, holder: str, batch: Sequence[KVPart], receipt: Receipt) -> None:
+        size, counts = _size(batch), self.sender.counts
+        counts.bytes_sent += size
+        counts.sent += len(receipt.arrived)
+        counts.failed += len(receipt.refused)
+        self.outcome.bytes += size
+        self.outcome.tokens += sum(
+            len(part.token_ids) for part in batch if part.last and part.session_id in receipt.arrived
+        )
+        self.outcome.arrived.update(dict.fromkeys(receipt.arrived, holder))
+        self.outcome.left.update(dict.fromkeys(receipt.refused, "refused"))
+
+    def _open(self, sessions: Iterable[str]) -> list[str]:
+        """Neither arrived nor given up."""
+        return [name for name in sessions if name not in self.outcome.arrived and name not in self.outcome.left]
+
+    async def _rooms(self) -> list[Room]:
+        """Of those that may take them."""
+        try:
+            rooms = await self.sender.peers.rooms()
+        except Unavailable as error:
+            logger.warning("hand-off: no peer is reached: %s", error.message)
+            return []
+        return [room for room in rooms if room.replica not in self._lost and self.to in (None, room.replica)]
+
+
+class Receiver:
+    """Takes the sessions of peers, and knows which are to come."""
+
+    def __init__(self, loop: EngineLoop, counts: HandoffCounts) -> None:
+        from paceline.engine.kv_parts import KVAssembly
+
+        self._loop, self._counts = loop, counts
+        self._assembly = KVAssembly(loop.engine.kv)
+        self._expected: dict[str, _Expected] = {}
+
+    def expect(self, sessions: Iterable[str], within_s: float) -> None:
+        """These are on their way."""
+        events = asyncio.get_running_loop()
+        for name in sessions:
+            expiry = events.call_later(within_s, self._expire, name)
+            if (known := self._expected.get(name)) is not None:
+                known.expiry.cancel()
+                known.expiry = expiry
+            else:
+                self._expected[name] = _Expected(expiry)
+
+    async def arrival(self, session_id: str | None) -> None:
+        """Wait a moment for a session that is on its way; else return at once."""
+        expected = self._expected.get(session_id) if session_id is not None else None
+        if expected is None:
+            return
+        expected.waiting = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ARRIVAL_WAIT_S):
+                await expected.settled.wait()
+
+    async def take(self, parts: Sequence[KVPart]) -> Receipt:
+        """Write parts between two steps of the engine."""
+        self.expect({part.session_id for part in parts} - self._expected.keys(), STALLED_S)
+        arrived, refused = await asyncio.wrap_future(self._loop.call(lambda: self._write(parts)))
+        for name in (*arrived, *refused):
+            self._settle(name)
+        self._counts.received += len(arrived)
+        self._counts.bytes_received += _size(parts)
+        return Receipt(tuple(arrived), tuple(refused), tuple(name for name, it in self._expected.items() if it.waiting))
+
+    def _write(self, parts: Sequence[KVPart]) -> tuple[list[str], list[str]]:
+        """In the engine's thread. Sessions that are whole now, and those that cannot be taken."""
+        arrived, refused = [], []
+        for part in parts:
+            if part.session_id in refused:
+                continue
+            if not self._assembly.take(part):
+                refused.append(part.session_id)
+            elif part.last:
+                arrived.append(part.session_id)
+        return arrived, refused
+
+    def _settle(self, session_id: str) -> None:
+        if (expected := self._expected.pop(session_id, None)) is not None:
+            expected.expiry.cancel()
+            expected.settled.set()
+
+    def _expire(self, session_id: str) -> None:
+        self._counts.missing += 1
+        self._settle(session_id)
+        self._loop.call(lambda: self._assembly.give_up(session_id))
+
+
+@dataclass(eq=False, slots=True)
+class _Expected:
+    """A session on its way; `waiting` is whether a request came for it."""
+
+    expiry: asyncio.TimerHandle
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    waiting: bool = False
+
+
+def _size(parts: Iterable[KVPart]) -> int:
+    return sum(part.num_bytes for part in parts)
+
+
+def _first(parts: list[KVPart]) -> tuple[list[KVPart], list[KVPart]]:
+    """As many as fit in one message, at least one; and the rest."""
+    size, count = 0, 0
+    for part in parts:
+        size += part.num_bytes
+        if count and size > BATCH_BYTES:
+            break
+        count += 1
+    return parts[:count], parts[count:]
