@@ -41,6 +41,7 @@ class _Cluster(Collector):
         yield from self._load(targets)
         yield from self._speculation(targets)
         yield from self._links(targets)
+        yield from self._handoff(targets)
         yield from self._drafters(drafts)
         yield from self._router()
 
@@ -121,6 +122,24 @@ class _Cluster(Collector):
             if isinstance(found := target.get("warnings"), Sequence):
                 warnings.add_metric(self._labels(target), len(found))
         yield from (traffic, warnings)
+
+    def _handoff(self, targets: Sequence[ReplicaStatus]) -> Iterator[Metric]:
+        """A replica that left is not asked any more: what leaving ones sent is what the others received."""
+        sessions = self._family(
+            CounterMetricFamily, "paceline_handoff_sessions", "Sessions whose KV changed its replica.", "what"
+        )
+        traffic = self._family(CounterMetricFamily, "paceline_handoff_bytes", "KV that did so.", "direction")
+        told = [(self._labels(target), _mapping(target.get("handoff"))) for target in targets]
+        for labels, counts in told:
+            for what in ("sent", "received", "failed", "missing"):
+                if (count := _number(counts.get(what))) is not None:
+                    sessions.add_metric([*labels, what], count)
+            for direction in ("sent", "received"):
+                if (count := _number(counts.get(f"bytes_{direction}"))) is not None:
+                    traffic.add_metric([*labels, direction], count)
+        yield from (sessions, traffic)
+        seconds = [{**target, **_mapping(target.get("handoff"))} for target in targets]
+        yield self._counter("paceline_handoff_seconds", "Time spent sending.", seconds, "seconds")
 
     def _drafters(self, drafts: Sequence[ReplicaStatus]) -> Iterator[Metric]:
         yield self._counter("paceline_drafter_tokens", "Tokens a draft replica drew.", drafts, "drafted_tokens")

@@ -12,7 +12,7 @@ from paceline.errors import PacelineError
 from paceline.serving.departure import Departure
 from paceline.serving.handoff import Handoff, Peers, Receiver, Sender
 from paceline.serving.streams import Streams
-from paceline.sessions.handoff import HandoffCounts, Move, Outcome, Receipt, Room
+from paceline.sessions.handoff import BUSY, HandoffCounts, Move, Outcome, Receipt, Room
 
 if TYPE_CHECKING:
     from paceline.engine.kv_parts import KVPart
@@ -77,7 +77,7 @@ class Exchange:
         handoff = Handoff(self._sender, {name: held[name] for name in free[:count]}, to)
         for name in sessions or ():
             if name not in handoff.held:
-                handoff.outcome.left[name] = "being answered" if name in busy else "without KV"
+                handoff.outcome.left[name] = BUSY if name in busy else "without KV"
         await handoff.announce()
         await handoff.deliver(handoff.held)
         await self._sender.drop(handoff.outcome.arrived)

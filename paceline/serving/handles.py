@@ -15,7 +15,7 @@ from paceline.api.gateway import Targets
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.errors import EngineError, Overloaded, PacelineError, Unavailable
 from paceline.serving.calls import ask_all, call_alone
-from paceline.sessions.handoff import Move
+from paceline.sessions.handoff import Bound, Move, Outcome
 from paceline.sessions.placement import Route
 from paceline.types import Frame, Request
 
@@ -57,6 +57,15 @@ class ServeTargets(Targets):
 
     async def close_session(self, session_id: str) -> bool:
         return any(await ask_all(self._target, "close_session", session_id))
+
+    async def hand_off(
+        self, replica: str, sessions: Sequence[str] | None, count: int, to: str | None = None
+    ) -> Outcome | None:
+        try:
+            outcome: Outcome | None = await call_alone(self._target, "hand_off", Bound(replica), sessions, count, to)
+        except (RayError, RayServeException) as error:
+            raise _translate(error) from error
+        return outcome
 
     async def moved(self, moves: Sequence[Move]) -> None:
         """Tell each new holder what is to come. Whoever routes the call notes on the way where follow-ups go."""

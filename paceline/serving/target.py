@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,9 @@ class Target:
         """Take what another replica hands over; None if it is not for this one."""
         return await self._exchange.take(parts) if bound.replica == self.replica_id else None
 
-    async def hand_off(self, bound: Bound, sessions: list[str] | None, count: int, to: str | None) -> Outcome | None:
+    async def hand_off(
+        self, bound: Bound, sessions: Sequence[str] | None, count: int, to: str | None
+    ) -> Outcome | None:
         """Hand these sessions, or those used last, at most `count`, to another replica; None if it is not for this
         one."""
         return await self._exchange.give(sessions, count, to) if bound.replica == self.replica_id else None

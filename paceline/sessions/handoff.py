@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+BUSY = "being answered"
+"""Why a session stays that is asked to move."""
+
 
 @dataclass(frozen=True, slots=True)
 class Room:

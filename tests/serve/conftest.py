@@ -29,6 +29,7 @@ class Server:
     """A running cluster, and the few calls the tests make of it."""
 
     endpoints: Endpoints
+    cluster: LocalCluster
 
     def get(self, path: str) -> Any:
         return httpx.get(self.endpoints.http + path, timeout=30).raise_for_status().json()
@@ -69,8 +70,9 @@ def free_port() -> int:
 def cluster(smollm2: ModelFiles) -> Iterator[Server]:
     settings = parse_settings({"model": "smollm2-135m", **ARGS})
     deployment = default_deployment(settings, http_port=free_port(), grpc_port=free_port())
-    with LocalCluster(deployment) as endpoints:
-        yield Server(endpoints)
+    cluster = LocalCluster(deployment)
+    with cluster as endpoints:
+        yield Server(endpoints, cluster)
 
 
 @pytest.fixture

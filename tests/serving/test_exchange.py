@@ -8,6 +8,7 @@ import time
 import pytest
 
 from paceline.serving import handoff
+from paceline.sessions.handoff import Move
 from paceline.types import Failure, Request, SamplingParams
 from tests.serving.exchanges import GEOMETRY, World
 
@@ -181,5 +182,5 @@ async def test_both_sides_count() -> None:
     assert (received["received"], received["bytes_received"], received["missing"]) == (1, size, 0)
 
 
-def _move(session: str, within_s: float = 5.0) -> handoff.Move:
-    return handoff.Move((session,), ("a",), "b", within_s)
+def _move(session: str, within_s: float = 5.0) -> Move:
+    return Move((session,), ("a",), "b", within_s)
