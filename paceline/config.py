@@ -158,6 +158,11 @@ class TargetSettings(Settings):
     num_replicas: Positive = Field(2, description="Target replicas.")
     num_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="CPUs Ray reserves for one replica.")
     num_gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="GPUs Ray reserves for one replica.")
+    drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
+        20.0,
+        description="A replica that leaves goes on with what it is answering for so long; then those answers go on at "
+        "another replica.",
+    )
     engine: EngineSettings = Field(default_factory=EngineSettings, description="Its engine.")
 
 

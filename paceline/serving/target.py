@@ -43,7 +43,7 @@ class Target:
     """Verifies, holds sessions, answers. Decorated and bound by `paceline.serving.app.build`."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: AppSettings, draft_deployment: str | None, router_deployment: str, grace_s: float
+        self, settings: AppSettings, draft_deployment: str | None, router_deployment: str
     ) -> None:
         self._settings = settings
         self._context = serve.get_replica_context()
@@ -62,7 +62,7 @@ class Target:
             self._loop,
             lambda on_change: ServePeers(self._context, router_deployment, self._kv_identity, on_change),
             within_s=settings.sessions.handoff_timeout_s,
-            grace_s=grace_s,
+            grace_s=settings.target.drain_timeout_s,
         )
 
     def _watch_drafts(self, deployment: str) -> None:

@@ -17,7 +17,7 @@ from paceline.models import ModelFiles
 from paceline.serving.cluster import Endpoints, LocalCluster
 
 ARGS = {
-    "target": {"num_cpus": 0.1, "engine": {"threads": 1, "kv_tokens": 16384}},
+    "target": {"num_cpus": 0.1, "drain_timeout_s": 2, "engine": {"threads": 1, "kv_tokens": 16384}},
     "draft": {"num_cpus": 0.1, "engine": {"threads": 1, "kv_tokens": 16384}},
     # Four replicas on two busy cores: a candidate may take its time, the tests are about tokens.
     "speculation": {"depth": 4, "draft_timeout_ms": 10_000},

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.conftest import Server
+from tests.serve.conftest import Server, chat_tokens
 
 pytestmark = pytest.mark.serve
 
@@ -89,12 +90,17 @@ def opened(server: Server, **options: Any) -> Session:
     return session
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_in_the_end(cluster: Server) -> Iterator[None]:
+    yield
+    cluster.cluster.scale("Target", 2)
+
+
 @pytest.fixture
-def three(server: Server) -> Iterator[Server]:
+def three(cluster: Server) -> Server:
     """The cluster with three targets."""
-    server.cluster.scale("Target", 3)
-    yield server
-    server.cluster.scale("Target", 2)
+    cluster.cluster.scale("Target", 3)
+    return cluster
 
 
 def test_scaling_3_2_3_under_load_fails_no_request_and_keeps_every_session_s_kv(three: Server) -> None:
@@ -118,6 +124,33 @@ def test_scaling_3_2_3_under_load_fails_no_request_and_keeps_every_session_s_kv(
     assert set(load.statuses) == {200}
     received = sum(target["handoff"]["received"] for target in three.status()["targets"])
     assert received >= len(moved)
+
+
+async def test_answers_longer_than_a_leaving_replica_waits_go_on_elsewhere_with_their_kv(three: Server) -> None:
+    """With a third of them at each replica; three are enough, as they spread."""
+    options = {"max_tokens": 250, "ignore_eos": True, "temperature": 0.8, "speculation": False}
+    prompts = [f"{LONG} Begin with number {n}." for n in range(3)]
+    begun, tokens = asyncio.Event(), 0
+
+    def count(new: int) -> None:
+        nonlocal tokens
+        tokens += new
+        if tokens > 30:
+            begun.set()
+
+    async def answers(on_tokens: Callable[[int], None]) -> list[tuple[list[int], dict[str, Any]]]:
+        async with httpx.AsyncClient(base_url=three.endpoints.http, timeout=120) as client:
+            chats = (chat_tokens(client, content, on_tokens, seed=n, **options) for n, content in enumerate(prompts))
+            return await asyncio.gather(*chats)
+
+    running = asyncio.create_task(answers(count))
+    await asyncio.wait_for(begun.wait(), 60)
+    await asyncio.to_thread(three.cluster.scale, "Target", 2)
+    disturbed, undisturbed = await running, await answers(lambda _: None)
+    assert [tokens for tokens, _ in disturbed] == [tokens for tokens, _ in undisturbed]
+    resumed = [info for _, info in disturbed if info.get("resumptions")]
+    assert len(resumed) == 1
+    assert resumed[0]["cached_tokens"] > 100
 
 
 def test_a_session_moves_on_demand_and_goes_on_there(server: Server) -> None:
