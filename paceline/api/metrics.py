@@ -41,7 +41,7 @@ class _Cluster(Collector):
         yield from self._load(targets)
         yield from self._speculation(targets)
         yield from self._links(targets)
-        yield from self._handoff(targets)
+        yield from self._handoff((*targets, *drafts))
         yield from self._drafters(drafts)
         yield from self._router()
 
@@ -123,23 +123,24 @@ class _Cluster(Collector):
                 warnings.add_metric(self._labels(target), len(found))
         yield from (traffic, warnings)
 
-    def _handoff(self, targets: Sequence[ReplicaStatus]) -> Iterator[Metric]:
-        """A replica that left is not asked any more: what leaving ones sent is what the others received."""
+    def _handoff(self, replicas: Sequence[ReplicaStatus]) -> Iterator[Metric]:
+        """A replica that left is not asked any more: what it sent is what the others received."""
         sessions = self._family(
             CounterMetricFamily, "paceline_handoff_sessions", "Sessions whose KV changed its replica.", "what"
         )
         traffic = self._family(CounterMetricFamily, "paceline_handoff_bytes", "KV that did so.", "direction")
-        told = [(self._labels(target), _mapping(target.get("handoff"))) for target in targets]
-        for labels, counts in told:
-            for what in ("sent", "received", "failed", "missing"):
-                if (count := _number(counts.get(what))) is not None:
-                    sessions.add_metric([*labels, what], count)
-            for direction in ("sent", "received"):
-                if (count := _number(counts.get(f"bytes_{direction}"))) is not None:
-                    traffic.add_metric([*labels, direction], count)
-        yield from (sessions, traffic)
-        seconds = [{**target, **_mapping(target.get("handoff"))} for target in targets]
-        yield self._counter("paceline_handoff_seconds", "Time spent sending.", seconds, "seconds")
+        seconds = self._family(CounterMetricFamily, "paceline_handoff_seconds", "Time spent sending.")
+        kinds = {
+            **{name: (sessions, (name,)) for name in ("sent", "received", "failed", "missing")},
+            **{f"bytes_{name}": (traffic, (name,)) for name in ("sent", "received")},
+            "seconds": (seconds, ()),
+        }
+        for replica in replicas:
+            for name, value in _mapping(replica.get("handoff")).items():
+                if name in kinds and (count := _number(value)) is not None:
+                    family, labels = kinds[name]
+                    family.add_metric([*self._labels(replica), *labels], count)
+        yield from (sessions, traffic, seconds)
 
     def _drafters(self, drafts: Sequence[ReplicaStatus]) -> Iterator[Metric]:
         yield self._counter("paceline_drafter_tokens", "Tokens a draft replica drew.", drafts, "drafted_tokens")

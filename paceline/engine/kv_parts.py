@@ -64,15 +64,26 @@ def cut(export: KVExport, max_bytes: int) -> Iterator[KVPart]:
         yield KVPart(export.session_id, export.token_ids, export.window, geometry, start, some, data)
 
 
+def name_entries(kv: KVCache, prefix: str, limit: int) -> None:
+    """Make sessions of the entries that would be evicted last, at most `limit`, so that they can be exported. For a
+    cache that nobody uses any more; what a streaming window shifted stays as it is."""
+    for number, tokens in enumerate(kv.recent(limit)):
+        # An idle entry that is asked for as it is changes its owner in place.
+        entry = kv.reserve([*tokens.tolist(), 0], len(tokens), f"{prefix}-{number}")
+        if entry is not None:
+            kv.release(entry)
+
+
 class KVAssembly:
     """Puts parts together in a cache. Only in the thread that owns the cache.
 
     Room is taken for all of a session with its first part, as for a running sequence: idle entries are evicted for
-    it, never running ones.
+    it, never running ones. If `anonymous`, what arrives belongs to no session: whoever begins like it finds it.
     """
 
-    def __init__(self, kv: KVCache) -> None:
+    def __init__(self, kv: KVCache, *, anonymous: bool = False) -> None:
         self._kv = kv
+        self._anonymous = anonymous
         self._begun: dict[str, _Begun] = {}
 
     def take(self, part: KVPart) -> bool:
@@ -100,7 +111,8 @@ class KVAssembly:
 
     def _begin(self, part: KVPart) -> None:
         # The one token asked for is never taken from the cache: an entry of its own, and empty.
-        entry = self._kv.reserve(part.token_ids[:1].tolist(), part.held, part.session_id, part.window)
+        session = None if self._anonymous else part.session_id
+        entry = self._kv.reserve(part.token_ids[:1].tolist(), part.held, session, part.window)
         if entry is None:
             return
         self._begun[part.session_id] = _Begun(entry)

@@ -69,7 +69,8 @@ def _draft(args: AppSettings) -> Application | None:
         ray_actor_options=_resources(args.draft.num_cpus, args.draft.num_gpus),
         health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=SHUTDOWN_S,
+        graceful_shutdown_timeout_s=SHUTDOWN_S + args.sessions.handoff_timeout_s,
+        request_router_config=RequestRouterConfig(request_router_class=SessionRouter),  # knows calls for one replica
     ).bind(args)
 
 

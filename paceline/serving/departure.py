@@ -10,16 +10,16 @@ Serve ends the replica when its last request has ended, and kills it at `gracefu
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
+from typing import TYPE_CHECKING
 
 from paceline.errors import Unavailable
-from paceline.serving.handoff import Handoff, Sender
+from paceline.serving.handoff import Handoff, Sender, log_outcome
 from paceline.serving.streams import Streams
 from paceline.sessions.handoff import Outcome
 
-logger = logging.getLogger("ray.serve")
-"""Serve keeps what a replica says here, at this level, in the replica's log."""
+if TYPE_CHECKING:
+    from paceline.engine.loop import EngineLoop
 
 
 LEAVING = Unavailable("the replica serving this request is leaving; send it again")
@@ -28,8 +28,8 @@ LEAVING = Unavailable("the replica serving this request is leaving; send it agai
 class Departure:
     """One replica's. `grace_s` is how long running answers may go on here."""
 
-    def __init__(self, sender: Sender, streams: Streams, grace_s: float) -> None:
-        self._sender, self._streams, self._grace_s = sender, streams, grace_s
+    def __init__(self, sender: Sender, loop: EngineLoop, streams: Streams, grace_s: float) -> None:
+        self._sender, self._loop, self._streams, self._grace_s = sender, loop, streams, grace_s
 
     async def run(self) -> Outcome:
         """Hand over what can be, within the deadlines of grace and sender; log what became of it."""
@@ -42,7 +42,7 @@ class Departure:
         idle = [name for name in handoff.held if name not in busy]
         followed = (self._follow(handoff, session) for session in (*busy, None))
         await asyncio.gather(handoff.deliver(idle), *followed)
-        _log(handoff, time.monotonic() - began)
+        log_outcome(handoff, time.monotonic() - began)
         return handoff.outcome
 
     async def _follow(self, handoff: Handoff, session: str | None) -> None:
@@ -54,23 +54,9 @@ class Departure:
         except TimeoutError:
             cut = self._streams.of(session)
         for stream in cut:
-            await self._sender.abort(stream.request)
+            request = stream.request
+            await asyncio.wrap_future(self._loop.abort(request.request_id, request.params.n))
         if session is not None:
             await handoff.deliver([session])
         for stream in cut:
             stream.fail(LEAVING, self._sender.replica_id)
-
-
-def _log(handoff: Handoff, seconds: float) -> None:
-    outcome, peers = handoff.outcome, len(set(handoff.outcome.arrived.values()))
-    left = f"; left behind: {outcome.why()}" if outcome.left else ""
-    logger.info(
-        "leaving: %d of %d sessions handed over to %d peers: %d tokens, %.1f MB, %.2f s%s",
-        len(outcome.arrived),
-        len(handoff.held),
-        peers,
-        outcome.tokens,
-        outcome.bytes / 1e6,
-        seconds,
-        left,
-    )

@@ -107,7 +107,7 @@ class Exchange:
     async def _leave(self) -> None:
         assert self._sender is not None
         try:
-            await Departure(self._sender, self.streams, self._grace_s).run()
+            await Departure(self._sender, self._loop, self.streams, self._grace_s).run()
         except PacelineError as error:
             logger.warning("leaving: no session is handed over: %s", error.message)
         except Exception:

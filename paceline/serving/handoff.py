@@ -6,21 +6,24 @@ import asyncio
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from paceline.errors import PacelineError, Unavailable
 from paceline.sessions.handoff import HandoffCounts, Move, Outcome, Receipt, Room, by_holder, plan, wanted_first
-from paceline.types import Request
 
 if TYPE_CHECKING:
     # torch takes seconds to import; the application builder imports this module without it.
+    from paceline.engine.kv_cache import KVCache
     from paceline.engine.kv_parts import KVPart
-    from paceline.engine.loop import EngineLoop
 
 logger = logging.getLogger("ray.serve")
+"""Serve keeps what a replica says here, at this level, in the replica's log."""
+
+T = TypeVar("T")
 
 BATCH_BYTES = 16 << 20
 """Of one message, and of what an engine writes between two of its steps: about 10 ms of copying."""
@@ -30,8 +33,22 @@ STALLED_S = 10.0
 """A session whose parts stop coming, and that nobody announced, is given up after so long."""
 
 
+class KVLoop(Protocol):
+    """A thread that owns a KV cache, be it a target's or a drafter's."""
+
+    @property
+    def kv(self) -> KVCache: ...
+
+    @property
+    def call(self) -> Call: ...
+
+
+class Call(Protocol):
+    def __call__(self, function: Callable[[], T], /) -> Future[T]: ...
+
+
 class Peers(Protocol):
-    """The other target replicas, and the routers."""
+    """The other replicas of a deployment, and the routers."""
 
     @abstractmethod
     async def rooms(self) -> list[Room]:
@@ -54,7 +71,7 @@ class Sender:
     """What every hand-off of one replica needs."""
 
     def __init__(
-        self, replica_id: str, loop: EngineLoop, peers: Peers, within_s: float, counts: HandoffCounts | None = None
+        self, replica_id: str, loop: KVLoop, peers: Peers, within_s: float, counts: HandoffCounts | None = None
     ) -> None:
         self.replica_id, self.peers, self.within_s = replica_id, peers, within_s
         self.counts = counts or HandoffCounts()
@@ -62,7 +79,7 @@ class Sender:
 
     async def held(self) -> dict[str, int]:
         """Tokens held by session, the latest used first."""
-        kv = self._loop.engine.kv
+        kv = self._loop.kv
         sessions = await asyncio.wrap_future(self._loop.call(kv.sessions))
         return {name: tokens for name, (tokens, _) in reversed(sessions.items())}
 
@@ -70,17 +87,13 @@ class Sender:
         """What is held of a session, ready to be sent; nothing if it is gone."""
         from paceline.engine.kv_parts import cut
 
-        kv = self._loop.engine.kv
+        kv = self._loop.kv
         export = await asyncio.wrap_future(self._loop.call(lambda: kv.export_session(session_id)))
         return [] if export is None else await asyncio.to_thread(lambda: list(cut(export, BATCH_BYTES)))
 
-    async def abort(self, request: Request) -> None:
-        """End a request in the engine; its KV becomes idle."""
-        await asyncio.wrap_future(self._loop.abort(request.request_id, request.params.n))
-
     async def drop(self, sessions: Iterable[str]) -> None:
         """Forget idle KV."""
-        kv = self._loop.engine.kv
+        kv = self._loop.kv
         for session_id in sessions:
             await asyncio.wrap_future(self._loop.call(lambda name=session_id: kv.drop_session(name)))  # type: ignore[misc]
 
@@ -189,14 +202,30 @@ class Handoff:
         return [room for room in rooms if room.replica not in self._lost and self.to in (None, room.replica)]
 
 
-class Receiver:
-    """Takes the sessions of peers, and knows which are to come."""
+def log_outcome(handoff: Handoff, seconds: float) -> None:
+    """One line about a replica that leaves."""
+    outcome, peers = handoff.outcome, len(set(handoff.outcome.arrived.values()))
+    left = f"; left behind: {outcome.why()}" if outcome.left else ""
+    logger.info(
+        "leaving: %d of %d sessions handed over to %d peers: %d tokens, %.1f MB, %.2f s%s",
+        len(outcome.arrived),
+        len(handoff.held),
+        peers,
+        outcome.tokens,
+        outcome.bytes / 1e6,
+        seconds,
+        left,
+    )
 
-    def __init__(self, loop: EngineLoop, counts: HandoffCounts) -> None:
+
+class Receiver:
+    """Takes the sessions of peers, and knows which are to come; if `anonymous`, as entries of no session."""
+
+    def __init__(self, loop: KVLoop, counts: HandoffCounts, *, anonymous: bool = False) -> None:
         from paceline.engine.kv_parts import KVAssembly
 
         self._loop, self._counts = loop, counts
-        self._assembly = KVAssembly(loop.engine.kv)
+        self._assembly = KVAssembly(loop.kv, anonymous=anonymous)
         self._expected: dict[str, _Expected] = {}
 
     def expect(self, sessions: Iterable[str], within_s: float) -> None:

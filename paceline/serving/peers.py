@@ -1,4 +1,4 @@
-"""The other target replicas, and the routers, over Serve handles."""
+"""The other replicas of a deployment, and the routers, over Serve handles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from ray.serve.context import ReplicaContext
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from paceline.config import EngineSettings
 from paceline.errors import Unavailable
+from paceline.models import resolve, weights_fingerprint
 from paceline.serving.calls import ask_all, call_alone
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.handoff import Peers
@@ -28,14 +30,26 @@ KV_IDENTITY = "kv_identity"
 """Key of a replica's metadata: replicas with the same value compute the same keys and values from a text."""
 
 
+def kv_identity(model: str, geometry: object, engine: EngineSettings) -> str:
+    """The same where keys and values of a text are the same, as far as it is a matter of weights and settings."""
+    rounding = engine.model_dump_json(include={"dtype", "linear_backend", "compute_dtype"})
+    return f"{weights_fingerprint(resolve(model).path)} {geometry} {rounding}"
+
+
 class ServePeers(Peers):
     """Watches the replica set, itself included.
 
     `on_change` hears whether this replica belongs to it, whenever that changes. It is how a replica learns that it
-    leaves; from then on it gets no new request.
+    leaves; from then on it gets no new request. Without a `router` nobody is told where sessions go.
     """
 
-    def __init__(self, context: ReplicaContext, router: str, identity: str, on_change: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        context: ReplicaContext,
+        identity: str,
+        router: str | None = None,
+        on_change: Callable[[bool], None] = lambda _: None,
+    ) -> None:
         self._app, self._deployment, self._router = context.app_name, context.deployment, router
         self._own, self._identity = context.replica_id.unique_id, identity
         self._on_change = on_change
@@ -53,7 +67,8 @@ class ServePeers(Peers):
         return [room for room in answers if room is not None and room.replica in self._alike()]
 
     async def announce(self, moves: Sequence[Move]) -> None:
-        await ask_all(await self._handle(self._router), "moved", list(moves))
+        if self._router is not None:
+            await ask_all(await self._handle(self._router), "moved", list(moves))
 
     async def send(self, replica: str, parts: Sequence[KVPart]) -> Receipt:
         if replica not in self._alike():

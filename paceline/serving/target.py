@@ -13,11 +13,11 @@ from ray import serve
 
 from paceline.config import AppSettings
 from paceline.errors import PacelineError
-from paceline.models import resolve, weights_fingerprint
+from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.exchange import Exchange
-from paceline.serving.peers import KV_IDENTITY, ServePeers
+from paceline.serving.peers import KV_IDENTITY, ServePeers, kv_identity
 from paceline.sessions.handoff import Bound, Move, Outcome, Receipt, Room
 from paceline.sessions.placement import Route
 from paceline.sessions.prefixes import sketch
@@ -56,11 +56,13 @@ class Target:
         if draft_deployment is not None:
             self._watch_drafts(draft_deployment)
         self._loop = await asyncio.to_thread(_start, self._model, self._proposer, settings)
-        self._kv_identity = await asyncio.to_thread(_kv_identity, self._model, settings)
+        self._kv_identity = await asyncio.to_thread(
+            kv_identity, settings.model, self._model.kv_geometry, settings.target.engine
+        )
         self._exchange = Exchange(
             self.replica_id,
             self._loop,
-            lambda on_change: ServePeers(self._context, router_deployment, self._kv_identity, on_change),
+            lambda on_change: ServePeers(self._context, self._kv_identity, router_deployment, on_change),
             within_s=settings.sessions.handoff_timeout_s,
             grace_s=settings.target.drain_timeout_s,
         )
@@ -237,10 +239,3 @@ def _start(model: LoadedModel, proposer: RemoteProposer | None, settings: AppSet
     from paceline.engine.loop import EngineLoop
 
     return EngineLoop(model.engine(proposer, settings.speculation))
-
-
-def _kv_identity(model: LoadedModel, settings: AppSettings) -> str:
-    """The same where keys and values of a text are the same, as far as it is a matter of weights and settings."""
-    engine = settings.target.engine
-    rounding = engine.model_dump_json(include={"dtype", "linear_backend", "compute_dtype"})
-    return f"{weights_fingerprint(resolve(settings.model).path)} {model.kv_geometry} {rounding}"

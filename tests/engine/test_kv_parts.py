@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from paceline.engine.kv_cache import KVGeometry, SlabKVCache
-from paceline.engine.kv_parts import KVAssembly, KVPart, cut
+from paceline.engine.kv_parts import KVAssembly, KVPart, cut, name_entries
 from paceline.sessions.window import StreamingWindow
 
 GEOMETRY = KVGeometry(2, 2, 4, torch.float32, torch.device("cpu"))
@@ -20,8 +20,8 @@ def cache(geometry: KVGeometry = GEOMETRY, capacity: int = 200) -> SlabKVCache:
     return SlabKVCache(geometry, capacity, max_model_len=capacity)
 
 
-def holding(kv: SlabKVCache, tokens: list[int], session: str = "s") -> SlabKVCache:
-    """The cache with an idle session of these tokens; keys and values are noise."""
+def holding(kv: SlabKVCache, tokens: list[int], session: str | None = "s") -> SlabKVCache:
+    """The cache with an idle session of these tokens, or an entry of none; keys and values are noise."""
     entry = kv.reserve([*tokens, 0], len(tokens) + 1, session)
     assert entry is not None
     for each in entry.tensors:
@@ -139,3 +139,21 @@ def test_a_turn_that_was_faster_than_its_kv_keeps_the_longer_text() -> None:
     receiver.check()
     assert receiver.sessions() == {"s": (len(TOKENS) + 3, False)}
     assert np.array_equal(receiver.recent(1)[0], [*TOKENS, 7, 8, 9])
+
+
+def test_entries_of_no_session_are_named_in_place_and_arrive_for_anybody() -> None:
+    sender, receiver = holding(cache(), TOKENS, None), cache()
+    name_entries(sender, "x", 8)
+    assert sender.sessions() == {"x-0": (len(TOKENS), False)}
+    assembly = KVAssembly(receiver, anonymous=True)
+    assert all(assembly.take(part) for part in parts_of(sender, "x-0"))
+    assert (receiver.sessions(), receiver.match([*TOKENS, 1])) == ({}, len(TOKENS))
+
+
+def test_only_the_entries_used_last_are_named() -> None:
+    kv = cache()
+    for first in (1, 2, 3):
+        holding(kv, [first] * 20, None)
+    name_entries(kv, "x", 2)
+    kv.check()
+    assert {name: kv.export_session(name).token_ids[0] for name in kv.sessions()} == {"x-0": 3, "x-1": 2}  # type: ignore[union-attr]

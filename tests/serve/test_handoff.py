@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.conftest import Server, chat_tokens
+from tests.serve.conftest import Server, chat_all, chat_tokens
 
 pytestmark = pytest.mark.serve
 
@@ -160,6 +160,15 @@ def test_a_session_moves_on_demand_and_goes_on_there(server: Server) -> None:
     assert card["replica_id"] == other
     session.ask()
     assert (session.replica, session.route, session.kept) == (other, "holder", True)
+
+
+async def test_what_a_leaving_drafter_computed_is_taken_by_the_other(server: Server) -> None:
+    await chat_all(server, [f"{LONG} Begin with number {n}." for n in range(4)], **SHORT)
+    server.cluster.scale("Draft", 1)
+    (left,) = server.status()["drafts"]
+    server.cluster.scale("Draft", 2)
+    assert left["handoff"]["received"] > 0
+    assert left["handoff"]["bytes_received"] > 0
 
 
 def test_a_replica_that_dies_before_it_takes_a_session_costs_the_session_nothing(server: Server) -> None:

@@ -22,13 +22,13 @@ CAPACITY = 1000
 
 
 class Loop:
-    """As much of an EngineLoop as an exchange looks at; itself the engine."""
+    """As much of an EngineLoop or a DrafterLoop as an exchange looks at; itself the engine and the drafter."""
 
     def __init__(self) -> None:
         self.kv = SlabKVCache(GEOMETRY, CAPACITY, CAPACITY)
-        self.num_running = self.num_waiting = 0
+        self.num_running = self.num_waiting = self.num_sequences = 0
         self.aborted: list[str] = []
-        self.engine = self
+        self.engine = self.drafter = self
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
@@ -56,14 +56,14 @@ class Replica(Peers):
         self.name, self.world, self.loop = name, world, Loop()
         self.on_change: Callable[[bool], None] = lambda _: None
         self.stopped = False
-        self.exchange = Exchange(name, self.loop, self._found, within_s=within_s, grace_s=grace_s)  # type: ignore[arg-type]
+        self.exchange: Any = Exchange(name, self.loop, self._found, within_s=within_s, grace_s=grace_s)  # type: ignore[arg-type]
 
     @property
     def kv(self) -> SlabKVCache:
         return self.loop.kv
 
-    def hold(self, session: str, tokens: int) -> None:
-        """An idle session here."""
+    def hold(self, session: str | None, tokens: int) -> None:
+        """An idle session here, or an entry of none."""
         ids = [hash(session) % 1000, *range(tokens - 1)]
         entry = self.kv.reserve([*ids, 0], tokens + 1, session)
         assert entry is not None
@@ -81,7 +81,9 @@ class Replica(Peers):
     async def announce(self, moves: Sequence[Move]) -> None:
         for move in moves:
             self.world.routed.update(dict.fromkeys(move.sessions, move.holder))
-            self.world[move.holder].exchange.expect(move)
+            holder = self.world[move.holder].exchange
+            if isinstance(holder, Exchange):
+                holder.expect(move)
 
     async def send(self, replica: str, parts: Sequence[KVPart]) -> Receipt:
         await asyncio.sleep(0)
