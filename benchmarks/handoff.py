@@ -19,6 +19,7 @@ import random
 import re
 import statistics
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,8 @@ def unmoved(sessions: list[Session], gone: set[str]) -> dict[str, Any]:
         for before, after in zip(session.turns, session.turns[1:], strict=False)
         if before.replica not in gone
     ]
-    return {"turns": len(pairs), "kept": sum(pair.kept for pair in pairs)}
+    elsewhere = Counter(pair.after.route for pair in pairs if not pair.kept)
+    return {"turns": len(pairs), "kept": sum(pair.kept for pair in pairs), "others": dict(elsewhere)}
 
 
 def mean(values: Any) -> float:
@@ -224,7 +226,11 @@ def table(results: dict[str, Any]) -> str:
             "tokens of their follow-up: prompt, new, prefilled",
             f"{idle['prompt']:.0f}, {idle['new']:.1f}, {idle['prefilled']:.1f}",
         ),
-        ("turns of other sessions that kept their KV", f"{results['stayed']['kept']} of {results['stayed']['turns']}"),
+        (
+            "turns of other sessions that kept their KV",
+            f"{results['stayed']['kept']} of {results['stayed']['turns']}; routes of the others: "
+            + (", ".join(f"{route} {count}" for route, count in results["stayed"]["others"].items()) or "none"),
+        ),
         (
             "received by the others",
             f"{results['received']['received']} sessions, {results['received']['bytes_received'] / 1e6:.0f} MB",

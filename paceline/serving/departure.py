@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from paceline.errors import Unavailable
@@ -31,25 +32,36 @@ class Departure:
     def __init__(self, sender: Sender, loop: EngineLoop, streams: Streams, grace_s: float) -> None:
         self._sender, self._loop, self._streams, self._grace_s = sender, loop, streams, grace_s
 
-    async def run(self) -> Outcome:
+    async def run(self) -> None:
         """Hand over what can be, within the deadlines of grace and sender; log what became of it."""
+        due = time.monotonic() + self._grace_s
+        seen: dict[str, int] = {}
+        # More than once if requests were on their way when the replica left.
+        while (held := await self._unseen(seen)) or self._streams:
+            outcome = await self._hand_over(held, due)
+            seen |= held | outcome.tokens
+
+    async def _unseen(self, seen: Mapping[str, int]) -> dict[str, int]:
+        return {name: tokens for name, tokens in (await self._sender.held()).items() if seen.get(name) != tokens}
+
+    async def _hand_over(self, held: Mapping[str, int], due: float) -> Outcome:
+        """These sessions and those being answered, which come first: they are in use."""
         began = time.monotonic()
-        busy, held = self._streams.sessions(), await self._sender.held()
+        busy = self._streams.sessions()
         first = {name: max(tokens, held.get(name, 0)) for name, tokens in busy.items()}
-        handoff = Handoff(self._sender, first | {name: held[name] for name in held if name not in first})
-        if handoff.held:
-            await handoff.announce()
-        idle = [name for name in handoff.held if name not in busy]
-        followed = (self._follow(handoff, session) for session in (*busy, None))
-        await asyncio.gather(handoff.deliver(idle), *followed)
+        rest = {name: tokens for name, tokens in held.items() if name not in first}
+        handoff = Handoff(self._sender, first | rest, grace_s=max(0.0, due - began))
+        await handoff.announce()
+        followed = (self._follow(handoff, session, due) for session in (*busy, None))
+        await asyncio.gather(handoff.deliver(rest), *followed)
         log_outcome(handoff, time.monotonic() - began)
         return handoff.outcome
 
-    async def _follow(self, handoff: Handoff, session: str | None) -> None:
-        """Deliver a session once its answers are over, or cut off where the grace is; None are answers of none."""
+    async def _follow(self, handoff: Handoff, session: str | None, due: float) -> None:
+        """Deliver a session once its answers are over, or cut off when that is due; None are answers of none."""
         cut = []
         try:
-            async with asyncio.timeout(self._grace_s):
+            async with asyncio.timeout(due - time.monotonic()):
                 await self._streams.over(session)
         except TimeoutError:
             cut = self._streams.of(session)
@@ -59,4 +71,4 @@ class Departure:
         if session is not None:
             await handoff.deliver([session])
         for stream in cut:
-            stream.fail(LEAVING, self._sender.replica_id)
+            self._streams.fail(stream, LEAVING, self._sender.replica_id)

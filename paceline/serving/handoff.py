@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from paceline.errors import PacelineError, Unavailable
@@ -95,19 +96,21 @@ class Sender:
         """Forget idle KV."""
         kv = self._loop.kv
         for session_id in sessions:
-            await asyncio.wrap_future(self._loop.call(lambda name=session_id: kv.drop_session(name)))  # type: ignore[misc]
+            await asyncio.wrap_future(self._loop.call(partial(kv.drop_session, session_id)))
 
 
 @dataclass(eq=False)
 class Handoff:
     """Some sessions on their way: announced all at once, delivered in any order.
 
-    `held` has tokens by session, those first that are wanted first; `to` names the only replica to take them.
+    `held` has tokens by session, those first that are wanted first; `to` names the only replica to take them. Some
+    may be delivered only `grace_s` after the announcement.
     """
 
     sender: Sender
     held: Mapping[str, int]
     to: str | None = None
+    grace_s: float = 0.0
     outcome: Outcome = field(default_factory=Outcome)
     _holders: dict[str, str] = field(default_factory=dict)
     _lost: set[str] = field(default_factory=set)
@@ -115,15 +118,13 @@ class Handoff:
     async def announce(self, sessions: Collection[str] | None = None) -> None:
         """Choose a holder for each of them, and say so. From then on follow-ups go there."""
         chosen = {name: self.held[name] for name in (self.held if sessions is None else sessions)}
-        rooms = await self._rooms()
+        rooms = await self._rooms() if chosen else []
         holders = plan(chosen, rooms)
         self._holders.update(holders)
         why = "without room" if rooms else "without a peer"
         self.outcome.left.update({name: why for name in chosen if name not in holders})
-        sources = (self.sender.replica_id, *sorted(self._lost))
-        moves = [
-            Move(tuple(share), sources, holder, self.sender.within_s) for holder, share in by_holder(holders).items()
-        ]
+        sources, within_s = (self.sender.replica_id, *sorted(self._lost)), self.grace_s + self.sender.within_s
+        moves = [Move(tuple(share), sources, holder, within_s) for holder, share in by_holder(holders).items()]
         if moves:
             try:
                 await self.sender.peers.announce(moves)
@@ -182,9 +183,7 @@ class Handoff:
         counts.sent += len(receipt.arrived)
         counts.failed += len(receipt.refused)
         self.outcome.bytes += size
-        self.outcome.tokens += sum(
-            len(part.token_ids) for part in batch if part.last and part.session_id in receipt.arrived
-        )
+        self.outcome.tokens.update({part.session_id: part.held for part in batch if part.session_id in receipt.arrived})
         self.outcome.arrived.update(dict.fromkeys(receipt.arrived, holder))
         self.outcome.left.update(dict.fromkeys(receipt.refused, "refused"))
 
@@ -211,7 +210,7 @@ def log_outcome(handoff: Handoff, seconds: float) -> None:
         len(outcome.arrived),
         len(handoff.held),
         peers,
-        outcome.tokens,
+        sum(outcome.tokens.values()),
         outcome.bytes / 1e6,
         seconds,
         left,

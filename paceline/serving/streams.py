@@ -19,10 +19,6 @@ class OpenStream:
     frames: asyncio.Queue[Delta | Failure] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def fail(self, error: PacelineError, replica_id: str) -> None:
-        """End it with an error, behind what was said already."""
-        self.frames.put_nowait(Failure.of(error, replica_id))
-
 
 class Streams:
     """All of them, in the order of their arrival."""
@@ -37,8 +33,15 @@ class Streams:
         try:
             yield stream
         finally:
-            del self._open[stream]
-            stream.ended.set()
+            self._close(stream)
+
+    def fail(self, stream: OpenStream, error: PacelineError, replica_id: str) -> None:
+        """End one with an error, behind what was said already. From now on it counts as over."""
+        stream.frames.put_nowait(Failure.of(error, replica_id))
+        self._close(stream)
+
+    def __bool__(self) -> bool:
+        return bool(self._open)
 
     def of(self, session_id: str | None) -> list[OpenStream]:
         """Those of a session; of None, those of none."""
@@ -53,3 +56,7 @@ class Streams:
         """Wait until none of a session is open."""
         while open_ones := self.of(session_id):
             await open_ones[0].ended.wait()
+
+    def _close(self, stream: OpenStream) -> None:
+        self._open.pop(stream, None)
+        stream.ended.set()

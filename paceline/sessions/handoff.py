@@ -70,11 +70,12 @@ class HandoffCounts:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of the sessions of one hand-off: those that arrived, by their new holder, and why others did not."""
+    """What became of the sessions of one hand-off: the new holders of those that arrived, with the tokens of their KV,
+    and why others did not."""
 
     arrived: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
-    tokens: int = 0
     bytes: int = 0
 
     def why(self) -> str:

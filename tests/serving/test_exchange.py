@@ -84,6 +84,27 @@ async def test_an_answer_that_takes_too_long_is_cut_off_after_its_kv_is_elsewher
     assert (frame.code, frame.replica_id, world["a"].loop.aborted) == ("service_unavailable", "a", ["r"])
 
 
+async def test_an_answer_of_no_session_is_cut_off_as_well() -> None:
+    world = World("a", "b", grace_s=0.01)
+    with world["a"].exchange.streams.open(request(None)) as stream:
+        world["a"].on_change(False)
+        assert isinstance(await asyncio.wait_for(stream.frames.get(), 5), Failure)
+        await world["a"].exchange.finish()
+    assert world.sent == []
+
+
+async def test_a_session_whose_request_was_on_its_way_when_the_replica_left_goes_too() -> None:
+    world = World("a", "b")
+    world["a"].hold("late", 20)
+    with world["a"].exchange.streams.open(request(None)):
+        world["a"].on_change(False)
+        await asyncio.sleep(0.01)
+        with world["a"].exchange.streams.open(request("late", "r2")):
+            world["a"].hold("late", 30)
+    await world["a"].exchange.finish()
+    assert world["b"].kv.sessions() == {"late": (30, False)}
+
+
 async def test_a_leaving_replica_takes_nothing() -> None:
     world = World("a", "b")
     world["b"].on_change(False)
