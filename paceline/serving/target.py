@@ -98,7 +98,10 @@ class Target:
                 yield Accepted(self.replica_id, request.params.seed, len(request.token_ids), reason)
                 while left:
                     frame = await frames.get()
-                    left = 0 if isinstance(frame, Failure) else left - frame.finished
+                    if isinstance(frame, Failure):
+                        yield frame
+                        break
+                    left -= frame.finished
                     yield frame
             except PacelineError as error:
                 left = 0
