@@ -183,7 +183,7 @@ def moved(sessions: list[Session], gone: set[str]) -> dict[str, Any]:
     return {
         "sessions": len(pairs),
         "kept": sum(pair.kept for pair in pairs),
-        "routes": sorted({pair.after.route for pair in pairs}),
+        "others": dict(Counter(pair.after.route for pair in pairs if not pair.kept)),
         "prefilled": mean(pair.prefilled for pair in pairs),
         "new": mean(pair.new for pair in pairs),
         "prompt": mean(pair.after.prompt_tokens for pair in pairs),
@@ -216,22 +216,22 @@ def log_lines() -> list[str]:
     return [found for text in texts for found in re.findall(r"leaving: .*|hand-off: .*", text)]
 
 
+def shares(counts: dict[str, Any], what: str) -> str:
+    others = ", ".join(f"{route} {count}" for route, count in counts["others"].items())
+    return f"{counts['kept']} of {counts[what]}" + (f"; routes of the others: {others}" if others else "")
+
+
 def table(results: dict[str, Any]) -> str:
     idle, load = results["idle"], results["busy"]
     rows = [
         ("requests that failed", f"{len(results['failures'])} of {results['requests']}"),
-        ("sessions of the replica that left that kept their KV", f"{idle['kept']} of {idle['sessions']}"),
-        ("the same, of those under way meanwhile", f"{load['kept']} of {load['sessions']}"),
-        ("their routes", ", ".join(sorted({*idle["routes"], *load["routes"]}))),
+        ("sessions of the replica that left that kept their KV", shares(idle, "sessions")),
+        ("the same, of those under way meanwhile", shares(load, "sessions")),
         (
             "tokens of their follow-up: prompt, new, prefilled",
             f"{idle['prompt']:.0f}, {idle['new']:.1f}, {idle['prefilled']:.1f}",
         ),
-        (
-            "turns of other sessions that kept their KV",
-            f"{results['stayed']['kept']} of {results['stayed']['turns']}; routes of the others: "
-            + (", ".join(f"{route} {count}" for route, count in results["stayed"]["others"].items()) or "none"),
-        ),
+        ("turns of other sessions that kept their KV", shares(results["stayed"], "turns")),
         (
             "received by the others",
             f"{results['received']['received']} sessions, {results['received']['bytes_received'] / 1e6:.0f} MB",
