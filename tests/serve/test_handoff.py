@@ -127,9 +127,10 @@ def test_scaling_3_2_3_under_load_fails_no_request_and_keeps_every_session_s_kv(
 
 
 async def test_answers_longer_than_a_leaving_replica_waits_go_on_elsewhere_with_their_kv(three: Server) -> None:
-    """With a third of them at each replica; three are enough, as they spread."""
     options = {"max_tokens": 250, "ignore_eos": True, "temperature": 0.8, "speculation": False}
-    prompts = [f"{LONG} Begin with number {n}." for n in range(3)]
+    sessions = [opened(three, **SHORT) for _ in range(3)]
+    for session, home in zip(sessions, sorted(replicas(three)), strict=True):
+        session.move(home).raise_for_status()
     begun, tokens = asyncio.Event(), 0
 
     def count(new: int) -> None:
@@ -140,7 +141,11 @@ async def test_answers_longer_than_a_leaving_replica_waits_go_on_elsewhere_with_
 
     async def answers(on_tokens: Callable[[int], None]) -> list[tuple[list[int], dict[str, Any]]]:
         async with httpx.AsyncClient(base_url=three.endpoints.http, timeout=120) as client:
-            chats = (chat_tokens(client, content, on_tokens, seed=n, **options) for n, content in enumerate(prompts))
+            chats = (
+                # Text that only the session's own KV begins like.
+                chat_tokens(client, f"{each.name}: {LONG}", on_tokens, session_id=each.name, seed=1, **options)
+                for each in sessions
+            )
             return await asyncio.gather(*chats)
 
     running = asyncio.create_task(answers(count))
