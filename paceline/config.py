@@ -158,6 +158,11 @@ class TargetSettings(Settings):
     num_replicas: Positive = Field(2, description="Target replicas.")
     num_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="CPUs Ray reserves for one replica.")
     num_gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="GPUs Ray reserves for one replica.")
+    drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
+        20.0,
+        description="A replica that leaves goes on with what it is answering for so long; then those answers go on at "
+        "another replica.",
+    )
     engine: EngineSettings = Field(default_factory=EngineSettings, description="Its engine.")
 
 
@@ -223,6 +228,12 @@ class SessionSettings(Settings):
     )
     kv_restore_timeout_s: Annotated[float, Field(gt=0)] = Field(
         10.0, description="Longest a request waits for its session's KV from host memory or disk; then it is computed."
+    )
+    handoff_timeout_s: Annotated[float, Field(ge=0)] = Field(
+        10.0,
+        description="A target replica that leaves (scale-down, redeploy, a node that drains) may take so long to hand "
+        "the KV of its sessions to the others, beyond the time of its running answers; what does not make it is "
+        "prefilled when its session comes back. 0 hands over nothing.",
     )
 
     @field_validator("kv_disk_path")

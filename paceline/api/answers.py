@@ -238,6 +238,15 @@ class SessionDeleted(Answer):
     deleted: Literal[True] = True
 
 
+class Relief(Answer):
+    """Sessions a replica gave away, with who has them now, and those that stay, with why."""
+
+    object: Literal["relief"] = "relief"
+    replica_id: str
+    moved: dict[str, str]
+    stay: dict[str, str]
+
+
 class Health(Answer):
     status: Literal["ok"] = "ok"
     model: str

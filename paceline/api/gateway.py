@@ -25,7 +25,8 @@ from paceline.api.resume import RouterCounts, resuming
 from paceline.api.state import ClusterStatus, SessionInfo, with_histories
 from paceline.api.stream import Stream
 from paceline.config import SchedulingPolicy
-from paceline.errors import InvalidRequest, RequestTimeout, UnknownModel
+from paceline.errors import InvalidRequest, PacelineError, RequestTimeout, SessionConflict, Unavailable, UnknownModel
+from paceline.sessions.handoff import BUSY, Outcome
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.store import MemoryStore, SessionStore
 from paceline.types import Frame, Prompt, Request, SamplingParams
@@ -51,6 +52,13 @@ class Targets(Protocol):
     @abstractmethod
     async def close_session(self, session_id: str) -> bool:
         """Drop a session's KV cache; False if nobody holds it."""
+
+    @abstractmethod
+    async def hand_off(
+        self, replica: str, sessions: Sequence[str] | None, count: int, to: str | None = None
+    ) -> Outcome | None:
+        """Have a replica hand the KV of these sessions, or of those used last, at most `count`, to others, or to one.
+        None if there is no such replica."""
 
     @abstractmethod
     async def status(self) -> ClusterStatus:
@@ -228,6 +236,27 @@ class Gateway:
         if not (dropped or deleted):
             raise unknown_session(session_id)
 
+    async def move_session(self, session_id: str, to: str | None = None) -> SessionInfo:
+        """Hand a session's KV to another replica, or to a certain one. Raises UnknownSession if no replica holds any,
+        SessionConflict if a turn is under way, Unavailable if no replica can take it."""
+        held = [info for info in await _bounded(self._targets.sessions()) if info.session_id == session_id]
+        if not held:
+            raise unknown_session(session_id)
+        holder = max(held, key=lambda info: info.cached_tokens).replica_id
+        assert holder is not None
+        outcome = None if to == holder else await _bounded(self._targets.hand_off(holder, [session_id], 1, to))
+        if outcome is not None and session_id in outcome.left:
+            raise _stays(session_id, outcome.left[session_id])
+        return await self.session(session_id)
+
+    async def relieve(self, replica: str, count: int) -> Outcome:
+        """Hand the KV of idle sessions of a replica, those used last, to others. Raises InvalidRequest if there is no
+        such replica."""
+        outcome = await _bounded(self._targets.hand_off(replica, None, count))
+        if outcome is None:
+            raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
+        return outcome
+
     async def close(self) -> None:
         """Release the session store."""
         await self._conversations.close()
@@ -280,6 +309,11 @@ class Gateway:
                 param="max_tokens",
             )
         return params
+
+
+def _stays(session_id: str, why: str) -> PacelineError:
+    kind = SessionConflict if why == BUSY else Unavailable
+    return kind(f"session_id: {shown(session_id)} stays where it is: {why}", param="session_id")
 
 
 async def _bounded(answer: Awaitable[T]) -> T:

@@ -42,6 +42,7 @@ class _Cluster(Collector):
         yield from self._tiers(targets)
         yield from self._speculation(targets)
         yield from self._links(targets)
+        yield from self._handoff((*targets, *drafts))
         yield from self._drafters(drafts)
         yield from self._router()
 
@@ -151,6 +152,25 @@ class _Cluster(Collector):
             if isinstance(found := target.get("warnings"), Sequence):
                 warnings.add_metric(self._labels(target), len(found))
         yield from (traffic, warnings)
+
+    def _handoff(self, replicas: Sequence[ReplicaStatus]) -> Iterator[Metric]:
+        """A replica that left is not asked any more: what it sent is what the others received."""
+        sessions = self._family(
+            CounterMetricFamily, "paceline_handoff_sessions", "Sessions whose KV changed its replica.", "what"
+        )
+        traffic = self._family(CounterMetricFamily, "paceline_handoff_bytes", "KV that did so.", "direction")
+        seconds = self._family(CounterMetricFamily, "paceline_handoff_seconds", "Time spent sending.")
+        kinds = {
+            **{name: (sessions, (name,)) for name in ("sent", "received", "failed", "missing")},
+            **{f"bytes_{name}": (traffic, (name,)) for name in ("sent", "received")},
+            "seconds": (seconds, ()),
+        }
+        for replica in replicas:
+            for name, value in _mapping(replica.get("handoff")).items():
+                if name in kinds and (count := _number(value)) is not None:
+                    family, labels = kinds[name]
+                    family.add_metric([*self._labels(replica), *labels], count)
+        yield from (sessions, traffic, seconds)
 
     def _drafters(self, drafts: Sequence[ReplicaStatus]) -> Iterator[Metric]:
         yield self._counter("paceline_drafter_tokens", "Tokens a draft replica drew.", drafts, "drafted_tokens")

@@ -19,6 +19,7 @@ from paceline.api.answers import (
     Health,
     ModelCard,
     ModelList,
+    Relief,
     RouterStatus,
     SessionCard,
     SessionDeleted,
@@ -37,6 +38,8 @@ from paceline.api.schema import (
     CreateSessionBody,
     ForkSessionBody,
     GenerationBody,
+    MoveSessionBody,
+    RelieveBody,
 )
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.api.wording import ChatWording, CompletionWording
@@ -145,6 +148,19 @@ async def append_turn(session_id: str, body: ChatCompletionRequest, request: Req
 async def fork_session(session_id: str, gateway: TheGateway, body: ForkSessionBody | None = None) -> Response:
     """Another session with the same history, and the same KV where it is held."""
     return _json(_session_card(await gateway.fork_session(session_id, body.session_id if body else None)))
+
+
+@router.post("/v1/sessions/{session_id:path}/move", response_model=SessionCard)
+async def move_session(session_id: str, gateway: TheGateway, body: MoveSessionBody | None = None) -> Response:
+    """Hand its KV to another replica; the next turn goes there."""
+    return _json(_session_card(await gateway.move_session(session_id, body.replica if body else None)))
+
+
+@router.post("/v1/replicas/{replica_id}/relieve", response_model=Relief)
+async def relieve(replica_id: str, body: RelieveBody, gateway: TheGateway) -> Response:
+    """Hand some of a target replica's idle sessions, those used last, to the others."""
+    outcome = await gateway.relieve(replica_id, body.sessions)
+    return _json(Relief(replica_id=replica_id, moved=outcome.arrived, stay=outcome.left))
 
 
 @router.get("/v1/sessions", response_model=SessionList)

@@ -296,3 +296,15 @@ class ForkSessionBody(Body):
     """Body of POST /v1/sessions/{id}/fork."""
 
     session_id: str | None = Field(None, description="The fork's name; one is made up if there is none.")
+
+
+class MoveSessionBody(Body):
+    """Body of POST /v1/sessions/{id}/move."""
+
+    replica: str | None = Field(None, description="The target replica to take its KV; one is chosen if there is none.")
+
+
+class RelieveBody(Body):
+    """Body of POST /v1/replicas/{id}/relieve."""
+
+    sessions: Annotated[int, Field(ge=1)] = Field(description="How many to hand to other replicas, at most.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 REPLICAS_ABREAST = 4  # fits in 80 columns
-_ELSEWHERE = ("replica_id", "speculation", "warnings")
+_ELSEWHERE = ("replica_id", "speculation", "handoff", "warnings")
 """What a replica reports that is no row of the table."""
 
 EPILOG = """\b

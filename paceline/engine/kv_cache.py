@@ -106,7 +106,8 @@ class KVCache(ABC):
 
     @abstractmethod
     def sessions(self) -> dict[str, tuple[int, bool]]:
-        """Session id to (tokens held, running), over all entries that belong to one."""
+        """Session id to (tokens held, running), over all entries that belong to one; about in the order of their use,
+        the latest last."""
 
     @property
     @abstractmethod
@@ -258,7 +259,7 @@ class SlabKVCache(KVCache):
 
     def sessions(self) -> dict[str, tuple[int, bool]]:
         return {
-            session_id: (max(entry.length for entry in held), any(entry.running for entry in held))
+            session_id: (max(entry.held for entry in held), any(entry.running for entry in held))
             for session_id, held in self._by_session.items()
         }
 

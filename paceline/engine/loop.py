@@ -12,6 +12,7 @@ from typing import TypeVar
 from paceline.engine.draft_streams import DraftStreams
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine
+from paceline.engine.kv_cache import KVCache
 from paceline.errors import EngineError, PacelineError, Unavailable
 from paceline.speculation.frames import Candidates, DraftFrame
 from paceline.types import Delta, Failure, Request, choice_ids
@@ -123,6 +124,11 @@ class EngineLoop:
     def healthy(self) -> bool:
         return self._thread.healthy
 
+    @property
+    def kv(self) -> KVCache:
+        """To be touched in the thread alone."""
+        return self.engine.kv
+
     def submit(self, request: Request, sink: Sink) -> Future[None]:
         """Hand over a request, all its outputs. The future resolves once it is queued, or raises the refusal."""
         choices = request.choices()
@@ -177,6 +183,11 @@ class DrafterLoop:
     @property
     def healthy(self) -> bool:
         return self._thread.healthy
+
+    @property
+    def kv(self) -> KVCache:
+        """To be touched in the thread alone."""
+        return self.drafter.kv
 
     def connect(self, stream: str, sink: DraftSink) -> Future[None]:
         """A target's stream begins."""

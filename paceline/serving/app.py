@@ -15,6 +15,11 @@ from paceline.serving.routing import SessionRouter
 from paceline.serving.target import Target
 
 ROUTING_STATS_PERIOD_S = 2.0
+ROUTER = "Router"
+SHUTDOWN_S = 20.0
+"""A router or draft that is told to leave is killed after so long."""
+SPARE_S = 3.0
+"""Between the last deadline of a replica that leaves and the moment it is killed."""
 SPARE_REQUESTS = 16
 """Requests a target accepts beyond what its engine runs and queues, so that the engine refuses, not Serve."""
 
@@ -25,12 +30,12 @@ def build(args: AppSettings) -> Application:
     target = _target(args, draft is not None)
     router = serve.deployment(
         serve.ingress()(Router),
-        name="Router",
+        name=ROUTER,
         num_replicas=args.num_routers,
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=1000,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=SHUTDOWN_S,
     )
     return router.bind(args, target, draft) if draft is not None else router.bind(args, target)
 
@@ -45,13 +50,13 @@ def _target(args: AppSettings, with_drafts: bool) -> Application:
         max_ongoing_requests=engine.max_num_seqs + engine.max_queued_requests + SPARE_REQUESTS,
         health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=args.target.drain_timeout_s + args.sessions.handoff_timeout_s + SPARE_S,
         request_router_config=RequestRouterConfig(
             request_router_class=SessionRouter,
             request_router_kwargs={"mode": args.sessions.routing, "load_bound": args.sessions.load_bound},
             request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
         ),
-    ).bind(args, "Draft" if with_drafts and args.speculation.enabled else None)
+    ).bind(args, "Draft" if with_drafts and args.speculation.enabled else None, ROUTER)
 
 
 def _draft(args: AppSettings) -> Application | None:
@@ -64,7 +69,8 @@ def _draft(args: AppSettings) -> Application | None:
         ray_actor_options=_resources(args.draft.num_cpus, args.draft.num_gpus),
         health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=SHUTDOWN_S + args.sessions.handoff_timeout_s,
+        request_router_config=RequestRouterConfig(request_router_class=SessionRouter),  # knows calls for one replica
     ).bind(args)
 
 

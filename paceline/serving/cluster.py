@@ -81,6 +81,25 @@ class LocalCluster:
             finally:
                 ray.shutdown()
 
+    def scale(self, deployment: str, num_replicas: int, timeout_s: float = DEPLOY_TIMEOUT_S) -> None:
+        """Apply the config again with another number of replicas of one deployment; the others stay as they are.
+
+        Returns when so many run and none is leaving. Raises Unavailable if that takes longer.
+        """
+        from ray import serve
+
+        application = _application(self._config)
+        others = [each for each in application.get("deployments", ()) if each["name"] != deployment]
+        application["deployments"] = [*others, {"name": deployment, "num_replicas": num_replicas}]
+        self._apply()
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            states = serve.status().applications[_app_name(self._config)].deployments[deployment].replica_states
+            if {state: count for state, count in states.items() if count} == {"RUNNING": num_replicas}:
+                return
+            time.sleep(POLL_S)
+        raise Unavailable(f"{deployment} did not get to {num_replicas} replicas in {timeout_s:g} s: {states}")
+
     def __enter__(self) -> Endpoints:
         return self.start()
 
@@ -108,8 +127,6 @@ class LocalCluster:
 
     def _deploy(self) -> None:
         from ray import serve
-        from ray.serve.context import _get_global_client
-        from ray.serve.schema import ServeDeploySchema
 
         self._on_status("starting Serve")
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -118,8 +135,14 @@ class LocalCluster:
             http_options=self._config.get("http_options"),
             grpc_options=self._config.get("grpc_options"),
         )
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(self._config), _blocking=False)
+        self._apply()
         self._wait_until_running()
+
+    def _apply(self) -> None:
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(self._config), _blocking=False)
 
     def _wait_until_running(self) -> None:
         from ray import serve

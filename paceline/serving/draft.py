@@ -12,10 +12,15 @@ from ray import serve
 from paceline.config import AppSettings
 from paceline.models import resolve
 from paceline.rpc.draft_server import DraftService, start_draft_server
+from paceline.serving.draft_exchange import DraftExchange
+from paceline.serving.peers import KV_IDENTITY, ServePeers, kv_identity
+from paceline.sessions.handoff import Bound, Receipt, Room
 from paceline.speculation.frames import Hello
 
 if TYPE_CHECKING:
     # torch and transformers take seconds to import; the application builder imports this module without them.
+    from paceline.engine.kv_parts import KVPart
+    from paceline.engine.load import LoadedModel
     from paceline.engine.loop import DrafterLoop
 
 DRAIN_GRACE_S = 2.0
@@ -30,16 +35,34 @@ class Draft:
     """
 
     async def __init__(self, settings: AppSettings) -> None:  # type: ignore[misc]  # Serve awaits it
-        self.replica_id: str = serve.get_replica_context().replica_id.unique_id
-        self._loop, fingerprint = await asyncio.to_thread(_start, settings)
-        self._service = DraftService(self._loop, Hello(self.replica_id, settings.draft_model, fingerprint))
+        context = serve.get_replica_context()
+        self.replica_id: str = context.replica_id.unique_id
+        self._loop, model = await asyncio.to_thread(_start, settings)
+        self._service = DraftService(self._loop, Hello(self.replica_id, settings.draft_model, model.fingerprint))
+        self._kv_identity = await asyncio.to_thread(
+            kv_identity, settings.draft_model, model.kv_geometry, settings.draft.engine
+        )
+        self._exchange = DraftExchange(
+            self.replica_id,
+            self._loop,
+            lambda: ServePeers(context, self._kv_identity),
+            within_s=settings.sessions.handoff_timeout_s,
+        )
         host = ray.util.get_node_ip_address() if settings.draft.host == "auto" else settings.draft.host
         self._server, self.address = await start_draft_server(self._service, host, settings.draft.port)
         self._model = settings.draft_model
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Captured once, after `__init__`."""
-        return {"address": self.address}
+        return {"address": self.address, KV_IDENTITY: self._kv_identity}
+
+    async def room(self) -> Room | None:
+        """What another replica may hand over to this one; None if it leaves itself."""
+        return await self._exchange.room()
+
+    async def receive(self, bound: Bound, parts: list[KVPart]) -> Receipt | None:
+        """Take what another replica hands over; None if it is not for this one."""
+        return await self._exchange.take(parts) if bound.replica == self.replica_id else None
 
     async def status(self) -> dict[str, Any]:
         """Numbers about this replica, for /status and `paceline status`."""
@@ -57,6 +80,7 @@ class Draft:
             "kv_tokens_total": usage.total,
             "kv_tokens_in_use": usage.in_use,
             "kv_tokens_cached": usage.cached,
+            "handoff": self._exchange.numbers(),
         }
 
     def check_health(self) -> None:
@@ -68,12 +92,13 @@ class Draft:
         if not hasattr(self, "_server"):
             return
         await self._server.stop(grace=DRAIN_GRACE_S)
+        await self._exchange.finish()
         await asyncio.to_thread(self._loop.stop)
 
 
-def _start(settings: AppSettings) -> tuple[DrafterLoop, str]:
+def _start(settings: AppSettings) -> tuple[DrafterLoop, LoadedModel]:
     from paceline.engine.load import load_model
     from paceline.engine.loop import DrafterLoop
 
     model = load_model(resolve(settings.draft_model).path, settings.draft.engine)
-    return DrafterLoop(model.drafter()), model.fingerprint
+    return DrafterLoop(model.drafter()), model

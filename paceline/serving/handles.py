@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 from ray.exceptions import RayActorError, RayError
@@ -15,12 +14,14 @@ from ray.serve.handle import DeploymentHandle
 from paceline.api.gateway import Targets
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.errors import EngineError, Overloaded, PacelineError, Unavailable
+from paceline.serving.calls import ask_all, call_alone
+from paceline.sessions.handoff import Bound, Move, Outcome
 from paceline.sessions.placement import Route
 from paceline.types import Frame, Request
 
 logger = logging.getLogger(__name__)
 
-BROADCAST_TIMEOUT_S = 5.0
+NOTICE_TIMEOUT_S = 2.0
 
 
 class ServeTargets(Targets):
@@ -48,39 +49,34 @@ class ServeTargets(Targets):
                 response.cancel()
 
     async def sessions(self) -> list[SessionInfo]:
-        answers = await _ask_all(self._target, "sessions")
+        answers = await ask_all(self._target, "sessions")
         return sorted(
             (SessionInfo(*held) for answer in answers for held in answer),
             key=lambda info: (info.session_id, -info.cached_tokens),
         )
 
     async def close_session(self, session_id: str) -> bool:
-        return any(await _ask_all(self._target, "close_session", session_id))
+        return any(await ask_all(self._target, "close_session", session_id))
+
+    async def hand_off(
+        self, replica: str, sessions: Sequence[str] | None, count: int, to: str | None = None
+    ) -> Outcome | None:
+        try:
+            outcome: Outcome | None = await call_alone(self._target, "hand_off", Bound(replica), sessions, count, to)
+        except (RayError, RayServeException) as error:
+            raise _translate(error) from error
+        return outcome
+
+    async def moved(self, moves: Sequence[Move]) -> None:
+        """Tell each new holder what is to come. Whoever routes the call notes on the way where follow-ups go."""
+        calls = (call_alone(self._target, "expect", move) for move in moves)
+        async with asyncio.timeout(NOTICE_TIMEOUT_S):
+            await asyncio.gather(*calls, return_exceptions=True)
 
     async def status(self) -> ClusterStatus:
-        asked = _ask_all(self._target, "status"), _ask_all(self._draft, "status")
+        asked = ask_all(self._target, "status"), ask_all(self._draft, "status")
         targets, drafts = await asyncio.gather(*asked)
         return ClusterStatus(tuple(targets), tuple(drafts))
-
-
-async def _ask_all(handle: DeploymentHandle | None, method: str, *args: Any) -> list[Any]:
-    """The answers of every replica that gave one; one that dies or hangs meanwhile is left out."""
-    if handle is None:
-        return []
-    deadline = asyncio.get_running_loop().time() + BROADCAST_TIMEOUT_S
-    try:
-        async with asyncio.timeout_at(deadline):
-            # `results_async` has one deadline for all: a replica that hangs would take the others' answers along.
-            replicas = await handle.broadcast(method, *args)._fetch_replica_results_async()
-    except (RayError, RayServeException, TimeoutError) as error:
-        raise Unavailable("the replicas did not answer; try again shortly") from error
-    answers = await asyncio.gather(*(_answer(replica, deadline) for replica in replicas), return_exceptions=True)
-    return [answer for answer in answers if not isinstance(answer, BaseException)]
-
-
-async def _answer(replica: Any, deadline: float) -> Any:
-    async with asyncio.timeout_at(deadline):
-        return await replica.get_async()
 
 
 def _translate(error: Exception) -> PacelineError:

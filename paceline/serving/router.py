@@ -17,6 +17,7 @@ from paceline.models import load_config, load_tokenizer, resolve
 from paceline.models.positions import shift_refusal
 from paceline.rpc.inference_service import InferenceHandlers
 from paceline.serving.handles import ServeTargets
+from paceline.sessions.handoff import Move
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.stores import open_store
 from paceline.v1 import inference_pb2 as pb
@@ -33,8 +34,9 @@ class Router:
         self, settings: AppSettings, target: DeploymentHandle, draft: DeploymentHandle | None = None
     ) -> None:
         tokenizer, windows = await asyncio.to_thread(_load, settings)
+        self._targets = ServeTargets(target, draft)
         self._gateway = Gateway(
-            ServeTargets(target, draft),
+            self._targets,
             tokenizer,
             settings.public_name,
             windows.largest,
@@ -49,6 +51,10 @@ class Router:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._gateway, request_ids=False)  # Serve's proxy adds them
+
+    async def moved(self, moves: list[Move]) -> None:
+        """A target tells of sessions it hands over."""
+        await self._targets.moved(moves)
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: Any) -> AsyncIterator[pb.GenerateEvent]:
         async with aclosing(self._rpc.Chat(request, grpc_context)) as events:

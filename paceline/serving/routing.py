@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from paceline.sessions.handoff import Bound, Move
 from paceline.sessions.placement import Holders, Mode, Ongoing, Route, Wish, place
 from paceline.sessions.prefixes import block_hashes, held_tokens, marks
 from paceline.types import Request
@@ -48,6 +49,9 @@ class SessionRouter(RequestRouter):  # type: ignore[misc]  # Ray has no type inf
         for replica in candidate_replicas:
             by_name[replica.replica_id.unique_id] = replica
         self._ongoing.forget(request_id)
+        if (addressee := self._addressee(pending_request)) is not None:
+            # A call for one replica. If that is gone any other gets it, and refuses: no choice at all would hang it.
+            return [[by_name[addressee]] if addressee in by_name else candidate_replicas]
         self._turn += 1
         placement = place(
             self._wish(pending_request, by_name),
@@ -83,6 +87,16 @@ class SessionRouter(RequestRouter):  # type: ignore[misc]  # Ray has no type inf
             replica.replica_id.unique_id: _Told.of(replica, self._told.get(replica.replica_id.unique_id))
             for replica in replicas
         }
+
+    def _addressee(self, pending: PendingRequest) -> str | None:
+        """The replica a call is for, if it is about a hand-off. Where sessions go is noted in passing."""
+        if (move := _argument(pending, Move)) is not None:
+            for session in move.sessions:
+                if self._sessions.get(session) in (None, *move.sources):
+                    self._sessions.put(session, move.holder)
+            return move.holder
+        bound = _argument(pending, Bound)
+        return bound.replica if bound is not None else None
 
     def _ended_unrouted(self, request_id: str, future: asyncio.Future[Any]) -> None:
         """Nobody waits for this request any more."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,9 @@ from paceline.errors import PacelineError
 from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
 from paceline.serving.discovery import ReplicaWatch
+from paceline.serving.exchange import Exchange
+from paceline.serving.peers import KV_IDENTITY, ServePeers, kv_identity
+from paceline.sessions.handoff import Bound, Move, Outcome, Receipt, Room
 from paceline.sessions.placement import Route
 from paceline.sessions.prefixes import sketch
 from paceline.speculation.acceptance import Kind
@@ -24,11 +27,12 @@ from paceline.speculation.idle import Facts, IdleWatch
 from paceline.speculation.proposer import Source
 from paceline.speculation.remote import RemoteProposer
 from paceline.speculation.telemetry import merged
-from paceline.types import Accepted, Delta, Failure, Frame, Request, SourceMetrics
+from paceline.types import Accepted, Failure, Frame, Request, SourceMetrics
 
 if TYPE_CHECKING:
     # torch and transformers take seconds to import; the application builder imports this module without them.
     from paceline.engine.kv_entry import SessionKV
+    from paceline.engine.kv_parts import KVPart
     from paceline.engine.load import LoadedModel
     from paceline.engine.loop import EngineLoop
 
@@ -41,7 +45,9 @@ MAX_ADVERTISED_ENTRIES = 128
 class Target:
     """Verifies, holds sessions, answers. Decorated and bound by `paceline.serving.app.build`."""
 
-    async def __init__(self, settings: AppSettings, draft_deployment: str | None) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: AppSettings, draft_deployment: str | None, router_deployment: str
+    ) -> None:
         self._settings = settings
         self._context = serve.get_replica_context()
         self.replica_id: str = self._context.replica_id.unique_id
@@ -53,6 +59,16 @@ class Target:
         if draft_deployment is not None:
             self._watch_drafts(draft_deployment)
         self._loop = await asyncio.to_thread(_start, self._model, self._proposer, settings)
+        self._kv_identity = await asyncio.to_thread(
+            kv_identity, settings.model, self._model.kv_geometry, settings.target.engine
+        )
+        self._exchange = Exchange(
+            self.replica_id,
+            self._loop,
+            lambda on_change: ServePeers(self._context, self._kv_identity, router_deployment, on_change),
+            within_s=settings.sessions.handoff_timeout_s,
+            grace_s=settings.target.drain_timeout_s,
+        )
 
     def _watch_drafts(self, deployment: str) -> None:
         speculation = self._settings.speculation
@@ -71,26 +87,31 @@ class Target:
         `route` says why the request came here, as whoever routed it filled it in.
         """
         request = replace(request, params=request.params.with_seed())
-        frames: asyncio.Queue[Delta | Failure] = asyncio.Queue()
         events = asyncio.get_running_loop()
         left = len(request.choices())
-        try:
-            await asyncio.wrap_future(
-                self._loop.submit(request, lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
-            )
-            assert request.params.seed is not None
-            reason = route.told_by(self.replica_id) if route is not None else ""
-            yield Accepted(self.replica_id, request.params.seed, len(request.token_ids), reason)
-            while left:
-                frame = await frames.get()
-                left = 0 if isinstance(frame, Failure) else left - frame.finished
-                yield frame
-        except PacelineError as error:
-            left = 0
-            yield Failure.of(error, self.replica_id)
-        finally:
-            if left:
-                self._loop.abort(request.request_id, request.params.n)
+        with self._exchange.streams.open(request) as stream:
+            frames = stream.frames
+            try:
+                await self._exchange.arrival(request.session_id)
+                await asyncio.wrap_future(
+                    self._loop.submit(request, lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
+                )
+                assert request.params.seed is not None
+                reason = route.told_by(self.replica_id) if route is not None else ""
+                yield Accepted(self.replica_id, request.params.seed, len(request.token_ids), reason)
+                while left:
+                    frame = await frames.get()
+                    if isinstance(frame, Failure):
+                        yield frame
+                        break
+                    left -= frame.finished
+                    yield frame
+            except PacelineError as error:
+                left = 0
+                yield Failure.of(error, self.replica_id)
+            finally:
+                if left:
+                    self._loop.abort(request.request_id, request.params.n)
 
     async def sessions(self) -> list[tuple[str, str, int, bool, int, str]]:
         """(session, replica, tokens held, running, their bytes, tier) of every session held here."""
@@ -103,6 +124,29 @@ class Target:
         """Drop a session's idle KV; whether there was any."""
         engine = self._loop.engine
         return await asyncio.wrap_future(self._loop.call(lambda: engine.drop_session(session_id)))
+
+    async def room(self) -> Room | None:
+        """What another replica may hand over to this one; None if it leaves itself."""
+        return await self._exchange.room()
+
+    async def expect(self, move: Move) -> None:
+        """Sessions are on their way to this replica."""
+        self._exchange.expect(move)
+
+    async def receive(self, bound: Bound, parts: list[KVPart]) -> Receipt | None:
+        """Take what another replica hands over; None if it is not for this one."""
+        return await self._exchange.take(parts) if bound.replica == self.replica_id else None
+
+    async def hand_off(
+        self, bound: Bound, sessions: Sequence[str] | None, count: int, to: str | None
+    ) -> Outcome | None:
+        """Hand these sessions, or those used last, at most `count`, to another replica; None if it is not for this
+        one."""
+        return await self._exchange.give(sessions, count, to) if bound.replica == self.replica_id else None
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Captured once, after `__init__`."""
+        return {KV_IDENTITY: self._kv_identity}
 
     async def status(self) -> dict[str, Any]:
         """Numbers about this replica, for /status and `paceline status`."""
@@ -121,6 +165,7 @@ class Target:
             "accepted_tokens": engine.tally.accepted,
             "drafters_connected": 0,
             "speculation": self._speculation(),
+            "handoff": self._exchange.numbers(),
             "warnings": list(self._warnings()),
         }
         if engine.restores is not None:
@@ -186,11 +231,13 @@ class Target:
 
     async def __del__(self) -> None:
         """Awaited by Serve on a graceful shutdown, after the last request."""
+        if hasattr(self, "_exchange"):  # it may be called while __init__ is still loading
+            await self._exchange.finish()
         if self._watch is not None:
             self._watch.stop()
         if self._pool is not None:
             await self._pool.close()
-        if hasattr(self, "_loop"):  # it may be called while __init__ is still loading
+        if hasattr(self, "_loop"):
             await asyncio.to_thread(self._loop.stop)
 
     async def _sessions(self) -> list[SessionKV]:

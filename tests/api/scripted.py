@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from paceline.api import ClusterStatus, Gateway, SessionInfo, Targets, create_app
 from paceline.config import SchedulingPolicy
+from paceline.sessions.handoff import BUSY, Outcome
 from paceline.sessions.rules import WindowRules
 from paceline.types import Accepted, Delta, FinishReason, Frame, Metrics, Request, SourceMetrics
 
@@ -97,6 +99,23 @@ class ScriptedTargets(Targets):
         known = [session for session in self.held if session.session_id == session_id]
         self.held = [session for session in self.held if session not in known]
         return bool(known)
+
+    async def hand_off(
+        self, replica: str, sessions: Sequence[str] | None, count: int, to: str | None = None
+    ) -> Outcome | None:
+        """To a replica "target-9". Running sessions stay, as does everything if that is not the one asked for."""
+        if replica not in {session.replica_id for session in self.held}:
+            return None
+        outcome = Outcome()
+        for n, session in enumerate(self.held):
+            if session.replica_id != replica or (sessions is not None and session.session_id not in sessions):
+                continue
+            if session.running or to not in (None, "target-9"):
+                outcome.left[session.session_id] = BUSY if session.running else "without a peer"
+            elif len(outcome.arrived) < count:
+                outcome.arrived[session.session_id] = "target-9"
+                self.held[n] = replace(session, replica_id="target-9")
+        return outcome
 
     async def status(self) -> ClusterStatus:
         return self.cluster

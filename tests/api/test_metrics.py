@@ -31,6 +31,15 @@ TARGET: dict[str, Any] = {
         "late": 6,
         "synthetic_acceptance": None,
     },
+    "handoff": {
+        "sent": 2,
+        "received": 5,
+        "failed": 1,
+        "missing": 3,
+        "bytes_sent": 200,
+        "bytes_received": 500,
+        "seconds": 0.5,
+    },
     "warnings": ["no drafter"],
 }
 DRAFT = {"replica_id": "d1", "streams": 2, "sequences": 5, "drafted_tokens": 99, "rolled_back_tokens": 11}
@@ -52,6 +61,10 @@ def samples(*targets: dict[str, Any], drafts: tuple[dict[str, Any], ...] = ()) -
     [
         ("vllm:num_requests_running", (), 3),
         ("vllm:num_requests_waiting", (), 2),
+        ("paceline_handoff_sessions_total", ("what=received",), 5),
+        ("paceline_handoff_sessions_total", ("what=missing",), 3),
+        ("paceline_handoff_bytes_total", ("direction=sent",), 200),
+        ("paceline_handoff_seconds_total", (), 0.5),
         ("vllm:kv_cache_usage_perc", (), 0.25),
         ("vllm:spec_decode_num_draft_tokens_total", (), 28),
         ("vllm:spec_decode_num_accepted_tokens_total", (), 18),

@@ -103,3 +103,46 @@ async def test_kv_on_a_disk_that_replicas_share_is_told_once_and_not_if_it_is_at
         one = (await client.get("/v1/sessions/both")).json()
     assert [(card["session_id"], card["kv_tier"]) for card in listed] == [("both", "device"), ("shared", "disk")]
     assert (one["replica_id"], one["cached_tokens"]) == ("target-2", 80)
+
+
+async def test_a_session_moves_to_another_replica() -> None:
+    async with http() as client:
+        moved = await client.post("/v1/sessions/s2/move")
+    assert (moved.status_code, moved.json()["replica_id"]) == (200, "target-9")
+
+
+async def test_a_session_that_is_where_it_shall_go_stays() -> None:
+    async with http() as client:
+        moved = await client.post("/v1/sessions/s2/move", json={"replica": "target-2"})
+    assert moved.json()["replica_id"] == "target-2"
+
+
+@pytest.mark.parametrize(
+    ("session", "body", "status", "message"),
+    [
+        ("s/1", {}, 409, "session_id: 's/1' stays where it is: being answered"),
+        ("s2", {"replica": "target-3"}, 503, "session_id: 's2' stays where it is: without a peer"),
+        ("nobody", {}, 404, "session_id: nobody holds a session 'nobody'"),
+    ],
+)
+async def test_a_session_that_cannot_move_says_why(
+    session: str, body: dict[str, str], status: int, message: str
+) -> None:
+    async with http() as client:
+        refused = await client.post(f"/v1/sessions/{session}/move", json=body)
+    assert (refused.status_code, refused.json()["error"]["message"]) == (status, message)
+
+
+async def test_a_replica_is_relieved_of_idle_sessions() -> None:
+    async with http() as client:
+        relief = await client.post("/v1/replicas/target-2/relieve", json={"sessions": 3})
+    assert relief.json() == {"object": "relief", "replica_id": "target-2", "moved": {"s2": "target-9"}, "stay": {}}
+
+
+@pytest.mark.parametrize(
+    ("replica", "sessions", "param"), [("target-7", 1, "replica"), ("target-2", 0, "sessions")], ids=["unknown", "none"]
+)
+async def test_a_relief_that_makes_no_sense_names_the_field(replica: str, sessions: int, param: str) -> None:
+    async with http() as client:
+        refused = await client.post(f"/v1/replicas/{replica}/relieve", json={"sessions": sessions})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)

@@ -17,7 +17,7 @@ from paceline.models import ModelFiles
 from paceline.serving.cluster import Endpoints, LocalCluster
 
 ARGS = {
-    "target": {"num_cpus": 0.1, "engine": {"threads": 1, "kv_tokens": 16384}},
+    "target": {"num_cpus": 0.1, "drain_timeout_s": 2, "engine": {"threads": 1, "kv_tokens": 16384}},
     "draft": {"num_cpus": 0.1, "engine": {"threads": 1, "kv_tokens": 16384}},
     # Four replicas on two busy cores: a candidate may take its time, the tests are about tokens.
     "speculation": {"depth": 4, "draft_timeout_ms": 10_000},
@@ -29,6 +29,7 @@ class Server:
     """A running cluster, and the few calls the tests make of it."""
 
     endpoints: Endpoints
+    cluster: LocalCluster
 
     def get(self, path: str) -> Any:
         return httpx.get(self.endpoints.http + path, timeout=30).raise_for_status().json()
@@ -69,8 +70,9 @@ def free_port() -> int:
 def cluster(smollm2: ModelFiles) -> Iterator[Server]:
     settings = parse_settings({"model": "smollm2-135m", **ARGS})
     deployment = default_deployment(settings, http_port=free_port(), grpc_port=free_port())
-    with LocalCluster(deployment) as endpoints:
-        yield Server(endpoints)
+    cluster = LocalCluster(deployment)
+    with cluster as endpoints:
+        yield Server(endpoints, cluster)
 
 
 @pytest.fixture

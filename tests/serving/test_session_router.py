@@ -11,6 +11,7 @@ from ray.serve._private.request_router.common import PendingRequest, ReplicaQueu
 from ray.serve._private.request_router.request_router import RequestRouter
 
 from paceline.serving.routing import SessionRouter
+from paceline.sessions.handoff import Bound, Move
 from paceline.sessions.placement import Route
 from paceline.sessions.prefixes import sketch
 from paceline.types import Request, SamplingParams
@@ -142,3 +143,38 @@ async def test_a_call_without_a_request_of_ours_is_routed_too() -> None:
     a = Replica("a")
     call = PendingRequest(args=[], kwargs={}, metadata=RequestMetadata(request_id="r", internal_request_id="i"))
     assert await router(a).choose_replicas([a], call) == [[a]]
+
+
+def call(*args: Any) -> PendingRequest:
+    return PendingRequest(args=list(args), kwargs={}, metadata=RequestMetadata(request_id="r", internal_request_id="i"))
+
+
+async def test_a_moved_session_is_routed_to_its_new_holder_at_once() -> None:
+    a, b, c = Replica("a"), Replica("b"), Replica("c")
+    by = router(b, c)
+    by.on_request_routed(pending("s"), a.replica_id, None)
+    assert await by.choose_replicas([b, c], call(Move(("s", "unknown"), ("a",), "c", 5.0))) == [[c]]
+    assert [await choose(by, pending(name), b, c) for name in ("s", "unknown")] == [("c", "holder")] * 2
+
+
+async def test_a_session_that_went_elsewhere_meanwhile_stays_there() -> None:
+    a, b, c = Replica("a"), Replica("b"), Replica("c")
+    by = router(a, b, c)
+    by.on_request_routed(pending("s"), b.replica_id, None)
+    await by.choose_replicas([b, c], call(Move(("s",), ("a",), "c", 5.0)))
+    assert await choose(by, pending("s"), b, c) == ("b", "holder")
+
+
+async def test_a_session_whose_new_holder_was_lost_on_the_way_is_routed_to_the_next() -> None:
+    b, c = Replica("b"), Replica("c")
+    by = router(b, c)
+    for move in (Move(("s",), ("a",), "b", 5.0), Move(("s",), ("a", "b"), "c", 5.0)):
+        await by.choose_replicas([b, c], call(move))
+    assert await choose(by, pending("s"), b, c) == ("c", "holder")
+
+
+async def test_a_call_for_one_replica_goes_there_or_to_any_that_will_refuse_it() -> None:
+    a, b = Replica("a"), Replica("b")
+    by = router(a, b)
+    assert await by.choose_replicas([a, b], call(Bound("b"))) == [[b]]
+    assert await by.choose_replicas([a, b], call(Bound("gone"))) == [[a, b]]
