@@ -65,8 +65,8 @@ class LoadedModel:
     kv_tokens: int
     key_shift: KeyShift | str
     fingerprint: str
-    identity: str
-    """Of what computes keys and values: weights, and how they are multiplied."""
+    kv_identity: str
+    """The same where keys and values of a text are the same: of weights, how they are multiplied and what is stored."""
     choices: tuple[Choice, ...]
 
     def engine(
@@ -117,7 +117,7 @@ class LoadedModel:
         host_bytes, files = int(sessions.kv_host_gib * GIB), None
         if sessions.kv_disk_path is not None:
             # What was rounded is of no use to a server that promises not to round.
-            identity = f"{self.identity} {self.kv_geometry} {sessions.kv_tier_dtype}"
+            identity = f"{self.kv_identity} {sessions.kv_tier_dtype}"
             folder = Path(sessions.kv_disk_path).expanduser()
             files = KVFiles(folder, identity, int(sessions.kv_disk_gib * GIB), sessions.ttl_s)
         if files is None and not host_bytes:
@@ -150,9 +150,10 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
         fingerprint, eos = draft_folder.read_card(path).fingerprint, frozenset[int]()
     else:
         fingerprint, eos = tokenizer_fingerprint(tokenizer), eos_token_ids(path, tokenizer=tokenizer)
-    identity = f"{weights_fingerprint(path)} {settings.dtype} {settings.linear_backend} {settings.compute_dtype}"
+    rounding = f"{settings.dtype} {settings.linear_backend} {settings.compute_dtype}"
+    kv_identity = f"{weights_fingerprint(path)} {rounding} {kv_geometry}"
     return LoadedModel(
-        runner, tokenizer, eos, limits, kv_geometry, kv_tokens, key_shift, fingerprint, identity, choices
+        runner, tokenizer, eos, limits, kv_geometry, kv_tokens, key_shift, fingerprint, kv_identity, choices
     )
 
 

@@ -13,7 +13,7 @@ from paceline.config import AppSettings
 from paceline.models import resolve
 from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.serving.draft_exchange import DraftExchange
-from paceline.serving.peers import KV_IDENTITY, ServePeers, kv_identity
+from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.sessions.handoff import Bound, Receipt, Room
 from paceline.speculation.frames import Hello
 
@@ -39,9 +39,7 @@ class Draft:
         self.replica_id: str = context.replica_id.unique_id
         self._loop, model = await asyncio.to_thread(_start, settings)
         self._service = DraftService(self._loop, Hello(self.replica_id, settings.draft_model, model.fingerprint))
-        self._kv_identity = await asyncio.to_thread(
-            kv_identity, settings.draft_model, model.kv_geometry, settings.draft.engine
-        )
+        self._kv_identity = model.kv_identity
         self._exchange = DraftExchange(
             self.replica_id,
             self._loop,

@@ -13,9 +13,7 @@ from ray.serve.context import ReplicaContext
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from paceline.config import EngineSettings
 from paceline.errors import Unavailable
-from paceline.models import resolve, weights_fingerprint
 from paceline.serving.calls import ask_all, call_alone
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.handoff import Peers
@@ -28,12 +26,6 @@ SEND_TIMEOUT_S = 5.0
 """For one message to be written at the other end; a peer that takes longer counts as lost."""
 KV_IDENTITY = "kv_identity"
 """Key of a replica's metadata: replicas with the same value compute the same keys and values from a text."""
-
-
-def kv_identity(model: str, geometry: object, engine: EngineSettings) -> str:
-    """The same where keys and values of a text are the same, as far as it is a matter of weights and settings."""
-    rounding = engine.model_dump_json(include={"dtype", "linear_backend", "compute_dtype"})
-    return f"{weights_fingerprint(resolve(model).path)} {geometry} {rounding}"
 
 
 class ServePeers(Peers):

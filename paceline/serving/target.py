@@ -17,7 +17,7 @@ from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.exchange import Exchange
-from paceline.serving.peers import KV_IDENTITY, ServePeers, kv_identity
+from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.sessions.handoff import Bound, Move, Outcome, Receipt, Room
 from paceline.sessions.placement import Route
 from paceline.sessions.prefixes import sketch
@@ -59,13 +59,10 @@ class Target:
         if draft_deployment is not None:
             self._watch_drafts(draft_deployment)
         self._loop = await asyncio.to_thread(_start, self._model, self._proposer, settings)
-        self._kv_identity = await asyncio.to_thread(
-            kv_identity, settings.model, self._model.kv_geometry, settings.target.engine
-        )
         self._exchange = Exchange(
             self.replica_id,
             self._loop,
-            lambda on_change: ServePeers(self._context, self._kv_identity, router_deployment, on_change),
+            lambda on_change: ServePeers(self._context, self._model.kv_identity, router_deployment, on_change),
             within_s=settings.sessions.handoff_timeout_s,
             grace_s=settings.target.drain_timeout_s,
         )
@@ -146,7 +143,7 @@ class Target:
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Captured once, after `__init__`."""
-        return {KV_IDENTITY: self._kv_identity}
+        return {KV_IDENTITY: self._model.kv_identity}
 
     async def status(self) -> dict[str, Any]:
         """Numbers about this replica, for /status and `paceline status`."""
