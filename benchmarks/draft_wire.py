@@ -35,7 +35,8 @@ from paceline.rpc.draft_client import DraftPool
 from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.speculation.controller import FixedDepth
 from paceline.speculation.frames import Candidates, DraftFrame, Hello
-from paceline.speculation.remote import DraftLink, RemoteProposer
+from paceline.speculation.links import DraftLink
+from paceline.speculation.remote import RemoteProposer
 from paceline.speculation.speculator import Speculator
 from tests import tiny
 

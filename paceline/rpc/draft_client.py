@@ -15,7 +15,8 @@ from paceline.errors import DraftError
 from paceline.rpc import convert
 from paceline.rpc.mailbox import Mailbox
 from paceline.speculation.frames import DraftFrame, Hello
-from paceline.speculation.remote import DraftLink, RemoteProposer
+from paceline.speculation.links import DraftLink
+from paceline.speculation.remote import RemoteProposer
 from paceline.v1 import draft_pb2 as pb
 from paceline.v1.draft_pb2_grpc import DraftStub
 

@@ -21,16 +21,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from paceline.errors import DraftError
-from paceline.speculation.frames import Advance, Candidates, DraftFailureReason, DraftFrame, Open
+from paceline.speculation.frames import Advance, Candidates, DraftFailureReason, Open
+from paceline.speculation.links import DraftLink, LinkState, SequenceState
 from paceline.speculation.proposer import Proposal, Proposer, Source, Wanted
 from paceline.speculation.run import Run, RunCounts
-from paceline.speculation.waiting import RoundTrip, WaitCurve
+from paceline.speculation.waiting import WaitCurve
 from paceline.types import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -48,21 +47,6 @@ COLD_S = 30.0
 """A sequence whose opening was not answered for so long, on a link that answers others, is opened again."""
 FIRST_REFUSAL_S = 0.5
 """How long a sequence stays away from a drafter that had no room for it; doubling as a rest does."""
-MAX_OPENING_TOKENS = 1 << 18
-"""Histories in one frame, in tokens: at most 1.3 MB of them, unless one alone is longer."""
-MAX_ASKS = 16
-
-
-class DraftLink(ABC):
-    """One stream to one draft replica. The transport counts what crosses."""
-
-    replica_id: str
-    bytes_sent: int = 0
-    bytes_received: int = 0
-
-    @abstractmethod
-    def send(self, frame: DraftFrame) -> None:
-        """Hand a frame to the transport. Never blocks, never raises; a broken link is reported by `remove_link`."""
 
 
 @dataclass(slots=True)
@@ -107,90 +91,6 @@ class LinkReport:
     bytes_received: int
 
 
-@dataclass(eq=False, slots=True)
-class _LinkState:
-    """`unanswered_since`: a question was sent then and nothing at all was heard after it."""
-
-    link: DraftLink
-    sequences: set[int] = field(default_factory=set)
-    round_trip: RoundTrip = field(default_factory=RoundTrip)
-    asked_at: float = 0.0
-    unanswered_since: float | None = None
-    suspect: bool = False
-    misses: int = 0
-    rests: int = 0
-    resting_until: float = 0.0
-    full_until: float = 0.0
-    retired: bool = False
-    opens: list[Open] = field(default_factory=list)
-    advances: list[Advance] = field(default_factory=list)
-    closes: list[int] = field(default_factory=list)
-
-    def forget(self, sequence: int) -> None:
-        """Take back what was not sent yet, since a frame's closes come first, and have it closed there."""
-        self.sequences.discard(sequence)
-        self.opens = [opened for opened in self.opens if opened.sequence != sequence]
-        self.advances = [step for step in self.advances if step.sequence != sequence]
-        self.closes.append(sequence)
-        if not self.sequences:
-            self.unanswered_since = None
-
-    def ask(self, now: float) -> None:
-        if self.unanswered_since is None:
-            self.unanswered_since = now
-
-    def take_frames(self) -> list[DraftFrame]:
-        """Everything there is to say, in one frame unless that were too long."""
-        if not (self.opens or self.advances or self.closes):
-            return []
-        bundles: list[list[Open]] = [[]]
-        tokens = 0
-        for opened in self.opens:
-            if bundles[-1] and tokens + len(opened.tokens) > MAX_OPENING_TOKENS:
-                bundles.append([])
-                tokens = 0
-            bundles[-1].append(opened)
-            tokens += len(opened.tokens)
-        # Advances come last: one of them may follow an opening.
-        *before, last = [tuple(bundle) for bundle in bundles]
-        closes, advances = tuple(self.closes), tuple(self.advances)
-        self.opens, self.advances, self.closes = [], [], []
-        frames = [DraftFrame(opens=bundle) for bundle in before] + [DraftFrame(last, advances)]
-        frames[0] = DraftFrame(frames[0].opens, frames[0].advances, closes)
-        return frames
-
-
-@dataclass(eq=False, slots=True)
-class _SequenceState:
-    """`opened` and `opened_at`: the agreed length its link was told, and when. `ready`: the link answered that.
-
-    `depth` candidates are wanted now. `ends`: the drafter's context is full. `asks` are the agreed lengths at which
-    its drafter was asked for more, and when.
-    """
-
-    run: Run
-    params: SamplingParams
-    prompt_length: int
-    link: str | None = None
-    opened: int = 0
-    opened_at: float = 0.0
-    ready: bool = False
-    ends: bool = False
-    depth: int = 0
-    asks: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=MAX_ASKS))
-    refused: dict[str, float] = field(default_factory=dict)
-    refusals: int = 0
-
-    @property
-    def hungry(self) -> bool:
-        return not self.ends and len(self.run.candidates) < self.depth
-
-    def unassign(self) -> None:
-        self.link, self.ready, self.ends = None, False, False
-        self.asks.clear()
-        self.run.restart()
-
-
 class RemoteProposer(Proposer):
     """Spreads sequences over the links there are, and goes on without any.
 
@@ -213,8 +113,8 @@ class RemoteProposer(Proposer):
         self._ahead, self._rejection = ahead, rejection
         self._wait = wait
         self._changed = threading.Condition()
-        self._links: dict[str, _LinkState] = {}
-        self._sequences: dict[int, _SequenceState] = {}
+        self._links: dict[str, LinkState] = {}
+        self._sequences: dict[int, SequenceState] = {}
         self._waits = WaitCurve()
 
     # Called by the transport.
@@ -223,7 +123,7 @@ class RemoteProposer(Proposer):
         """A stream is up and its drafter shares our tokenizer. One of the same replica before it is gone."""
         with self._changed:
             self._lose(link.replica_id)
-            self._links[link.replica_id] = _LinkState(link)
+            self._links[link.replica_id] = LinkState(link)
 
     def remove_link(self, link: DraftLink) -> None:
         """A stream is gone. Its sequences decode plainly until another drafter takes them."""
@@ -291,7 +191,7 @@ class RemoteProposer(Proposer):
         with self._changed:
             self._forget(sequence)
             run = Run(list(tokens), self.stats.tokens)
-            state = self._sequences[sequence] = _SequenceState(run, params, len(tokens))
+            state = self._sequences[sequence] = SequenceState(run, params, len(tokens))
             self._assign(sequence, state)
         self._flush()
 
@@ -355,7 +255,7 @@ class RemoteProposer(Proposer):
 
     # State changes, under the lock.
 
-    def _state_of(self, link: DraftLink) -> _LinkState | None:
+    def _state_of(self, link: DraftLink) -> LinkState | None:
         """None of a link that was replaced or removed."""
         state = self._links.get(link.replica_id)
         return state if state is not None and state.link is link else None
@@ -379,7 +279,7 @@ class RemoteProposer(Proposer):
         if (state := self._sequences.pop(sequence, None)) is not None:
             self._unassign(sequence, state)
 
-    def _advance_one(self, state: _SequenceState, update: Advance, now: float) -> None:
+    def _advance_one(self, state: SequenceState, update: Advance, now: float) -> None:
         state.depth = update.depth
         if update.base != state.run.length:
             self._unassign(update.sequence, state)
@@ -397,8 +297,11 @@ class RemoteProposer(Proposer):
             link.ask(now)
             state.asks.append((state.run.length, now))
 
-    def _assign(self, sequence: int, state: _SequenceState) -> None:
-        """Give a sequence to the link with the fewest, of those that may have it; rather to one that has room."""
+    def _assign(self, sequence: int, state: SequenceState) -> None:
+        """Give a sequence to the link with the fewest, of those that may have it; rather to one that has room.
+
+        Among equals the text's beginning decides.
+        """
         now = self._clock()
         awake = [
             link
@@ -407,7 +310,10 @@ class RemoteProposer(Proposer):
         ]
         if not awake:
             return
-        link = min(awake, key=lambda link: (link.full_until > now, len(link.sequences)))
+        link = min(
+            awake,
+            key=lambda each: (each.full_until > now, len(each.sequences), -each.affinity(state.run.tokens)),
+        )
         state.run.restart()
         state.link, state.opened, state.opened_at = link.link.replica_id, state.run.length, now
         link.sequences.add(sequence)
@@ -417,7 +323,7 @@ class RemoteProposer(Proposer):
             Open(sequence, history, state.params, state.depth, state.prompt_length, self._ahead, self._rejection)
         )
 
-    def _take(self, link: _LinkState | None, reply: Candidates) -> None:
+    def _take(self, link: LinkState | None, reply: Candidates) -> None:
         state = self._sequences.get(reply.sequence)
         mine = link is not None and state is not None and state.link == link.link.replica_id
         if link is None or state is None or not mine or reply.base < state.opened:
@@ -435,7 +341,7 @@ class RemoteProposer(Proposer):
             if not state.run.take(reply):
                 self._reopen(reply.sequence, state)
 
-    def _fail(self, link: _LinkState, state: _SequenceState, reply: Candidates) -> None:
+    def _fail(self, link: LinkState, state: SequenceState, reply: Candidates) -> None:
         name = link.link.replica_id
         logger.info("drafter %s: sequence %d: %s", name, reply.sequence, reply.failure)
         if reply.failure is not None and reply.failure.reopen:
@@ -454,12 +360,12 @@ class RemoteProposer(Proposer):
         else:
             self._rest(link)
 
-    def _reopen(self, sequence: int, state: _SequenceState) -> None:
+    def _reopen(self, sequence: int, state: SequenceState) -> None:
         """Out of step: the next advance opens it again, with the whole history."""
         self.stats.reopened += 1
         self._unassign(sequence, state)
 
-    def _unassign(self, sequence: int, state: _SequenceState) -> None:
+    def _unassign(self, sequence: int, state: SequenceState) -> None:
         if state.link is not None:
             self._links[state.link].forget(sequence)
         state.unassign()
@@ -470,7 +376,7 @@ class RemoteProposer(Proposer):
 
     # Waiting.
 
-    def _waited_for(self, want: Wanted) -> _LinkState | None:
+    def _waited_for(self, want: Wanted) -> LinkState | None:
         """The link from which candidates are missing that may still come in time."""
         state = self._sequences.get(want.sequence)
         if state is None or state.link is None or state.run.length != want.base:
@@ -520,7 +426,7 @@ class RemoteProposer(Proposer):
             link.suspect = True
             self._miss(link)
 
-    def _note_round_trip(self, link: _LinkState, state: _SequenceState, base: int) -> None:
+    def _note_round_trip(self, link: LinkState, state: SequenceState, base: int) -> None:
         while state.asks and state.asks[0][0] <= base:
             length, asked_at = state.asks.popleft()
             if length == base:
@@ -532,14 +438,14 @@ class RemoteProposer(Proposer):
             if since is not None and now - since > max(self._timeout_s, SILENCE_S):
                 self._rest(link)
 
-    def _miss(self, link: _LinkState) -> None:
+    def _miss(self, link: LinkState) -> None:
         if link.resting_until > self._clock():
             return
         link.misses += 1
         if link.misses >= (LATE_BEFORE_REST if link.rests == 0 else 1):
             self._rest(link)
 
-    def _rest(self, link: _LinkState) -> None:
+    def _rest(self, link: LinkState) -> None:
         """Leave a drafter alone for a while; it forgets our sequences, so that it catches up on nothing stale."""
         self._unassign_all(link.link.replica_id)
         pause = _backoff(FIRST_REST_S, link.rests)

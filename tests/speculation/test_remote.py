@@ -19,6 +19,7 @@ from paceline.speculation.frames import (
     Open,
     SparseRow,
 )
+from paceline.speculation.links import AFFINITY_TOKENS, MAX_OPENING_TOKENS, DraftLink
 from paceline.speculation.proposer import Wanted
 from paceline.speculation.remote import (
     AHEAD,
@@ -27,9 +28,7 @@ from paceline.speculation.remote import (
     FIRST_REST_S,
     LATE_BEFORE_REST,
     LONGEST_REST_S,
-    MAX_OPENING_TOKENS,
     SILENCE_S,
-    DraftLink,
     RemoteProposer,
 )
 from paceline.speculation.waiting import SLACK_S
@@ -239,7 +238,8 @@ def test_a_reply_of_a_link_that_does_not_hold_the_sequence_is_wasted() -> None:
     setup = Setup(links=("a", "b"))
     setup.open()
     setup.advance()
-    setup.links["b"].reply(right(setup))
+    (other,) = (link for link in setup.links.values() if not link.held)
+    other.reply(right(setup))
     assert (setup.propose(), setup.proposer.stats.wasted) == ({}, 4)
 
 
@@ -264,9 +264,27 @@ def test_sequences_go_to_the_least_loaded_link() -> None:
     setup = Setup(links=("a", "b", "c"))
     for sequence in range(7):
         setup.open(sequence)
-    setup.close(1)
+    assert sorted(len(link.held) for link in setup.links.values()) == [2, 2, 3]
+    (idlest, *_) = sorted(setup.links.values(), key=lambda link: len(link.held))
+    for sequence in list(idlest.held):
+        setup.close(sequence)
     setup.open(7)
-    assert [sorted(link.held) for link in setup.links.values()] == [[0, 3, 6], [4, 7], [2, 5]]
+    setup.open(8)
+    assert sorted(idlest.held) == [7, 8]
+
+
+def test_the_next_turn_of_a_text_goes_where_the_last_one_went() -> None:
+    """Links that are equally busy share texts by how they begin, whoever begins and in whatever order."""
+    setup = Setup(links=("a", "b", "c"))
+    beginnings = [tuple(range(n, n + AFFINITY_TOKENS)) for n in range(40)]
+    where = []
+    for turn in ((1,), (1, 2, 3)):
+        for beginning in beginnings:
+            setup.open(1, (*beginning, *turn))
+            where.append(next(name for name, link in setup.links.items() if link.held))
+            setup.close()
+    assert where[:40] == where[40:]
+    assert set(where) == {"a", "b", "c"}
 
 
 def test_opening_again_replaces_the_sequence() -> None:
@@ -623,10 +641,11 @@ def test_long_histories_are_spread_over_frames() -> None:
     long = tuple(range(MAX_OPENING_TOKENS // 2 + 1))
     for sequence in (1, 2, 3, 4):
         setup.open(sequence, long)
-    setup.links["b"].kill()
-    before = len(setup.links["a"].frames)
+    lost, left = setup.links.values()
+    lost.kill()
+    before = len(left.frames)
     setup.advance(1, 2, 3, 4)
-    assert [len(frame.opens) for frame in setup.links["a"].frames[before:]] == [1, 1]
+    assert [len(frame.opens) for frame in left.frames[before:]] == [1, 1]
 
 
 def test_rows_of_rejection_sampling_follow_their_tokens() -> None:
@@ -891,9 +910,11 @@ def test_a_full_drafter_gets_nothing_new_while_another_has_room() -> None:
     setup = Setup(links=("a", "b"))
     for sequence in (1, 2, 3):
         setup.open(sequence)
-    setup.links["b"].reply(failure(setup, DraftFailureReason.BUSY, 2))
+    full, other = sorted(setup.links.values(), key=lambda link: len(link.held))
+    (refused,) = full.held
+    full.reply(failure(setup, DraftFailureReason.BUSY, refused))
     setup.open(4)
-    assert sorted(setup.links["a"].held) == [1, 3, 4]
+    assert sorted(other.held) == sorted({1, 2, 3, 4} - {refused})
 
 
 def test_a_failure_of_an_earlier_opening_is_not_this_one_s() -> None:

@@ -15,7 +15,8 @@ from paceline.engine.draft_streams import DraftStreams
 from paceline.engine.runner import ModelRunner
 from paceline.rpc import convert
 from paceline.speculation.frames import DraftFrame
-from paceline.speculation.remote import DraftLink, RemoteProposer
+from paceline.speculation.links import DraftLink
+from paceline.speculation.remote import RemoteProposer
 from paceline.types import Delta, Request
 from paceline.v1 import draft_pb2 as pb
 from tests import tiny
