@@ -205,7 +205,9 @@ class SessionSettings(Settings):
         "leaves that replica while it lives, and waits.",
     )
     load_bound: Annotated[float, Field(ge=1)] = Field(
-        1.5, description="A replica with more requests than this times the mean is overloaded; never one below 4."
+        1.5,
+        description="A replica with more requests than this times the mean is overloaded; never one below 4, nor for "
+        "the sessions it holds below 8.",
     )
     kv_host_gib: Annotated[float, Field(ge=0)] = Field(
         0.0,

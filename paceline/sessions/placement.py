@@ -21,6 +21,8 @@ Mode = Literal["soft", "hard"]
 
 ALWAYS_FREE = 4
 """A replica with fewer requests is not overloaded, however idle the others are: a batch has room."""
+HOLDER_FREE = 8
+"""The same of a session's holder: elsewhere the session costs a prefill, which takes longer than a batch of eight."""
 PREFIX_SHARE = 0.5
 """A prefix decides only if it is that much of the prompt; else the rest is what costs."""
 
@@ -93,7 +95,7 @@ def place(wish: Wish, load: Mapping[str, int], *, mode: Mode = "soft", factor: f
     holder = wish.holder if wish.holder in names else None
     if holder is not None and mode == "hard":
         return Placement((holder,), Reason.HOLDER)
-    if holder is not None and holder not in overloaded:
+    if holder is not None and load[holder] < max(bound, HOLDER_FREE):
         return Placement((holder, *(name for name in order if name != holder)), Reason.HOLDER)
     return Placement(tuple(order), _reason(wish, holder, order[0]))
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from paceline.sessions.placement import (
     ALWAYS_FREE,
+    HOLDER_FREE,
     Holders,
     Mode,
     Ongoing,
@@ -72,8 +73,14 @@ def test_an_overloaded_holder_gives_way_to_the_longest_prefix() -> None:
 
 
 def test_a_few_requests_overload_no_holder_however_idle_the_others_are() -> None:
-    assert place(Wish("a"), {"a": ALWAYS_FREE - 1, "b": 0, "c": 0}).order[0] == "a"
-    assert place(Wish("a"), {"a": ALWAYS_FREE, "b": 0, "c": 0}).order[0] != "a"
+    assert place(Wish("a"), {"a": HOLDER_FREE - 1, "b": 0, "c": 0}).order[0] == "a"
+    assert place(Wish("a"), {"a": HOLDER_FREE, "b": 0, "c": 0}).order[0] != "a"
+
+
+def test_a_replica_that_only_shares_a_prefix_is_overloaded_sooner() -> None:
+    wish = Wish(prefixes={"a": 640}, prompt_tokens=640)
+    assert place(wish, {"a": ALWAYS_FREE - 1, "b": 0, "c": 0}).order[0] == "a"
+    assert place(wish, {"a": ALWAYS_FREE, "b": 0, "c": 0}).order[0] != "a"
 
 
 def test_where_all_are_busy_alike_a_holder_keeps_its_session() -> None:
@@ -132,7 +139,9 @@ def test_softly_nothing_goes_to_an_overloaded_replica_while_another_is_free(
 ) -> None:
     bound = load_bound(load, factor)
     order = place(wish, load, factor=factor, turn=turn).order
-    overloaded = [load[name] >= bound for name in order]
+    overloaded = [load[name] >= (max(bound, HOLDER_FREE) if name == wish.holder else bound) for name in order]
+    if order[0] != wish.holder:
+        overloaded = [load[name] >= bound for name in order]
     assert overloaded == sorted(overloaded)
 
 
