@@ -107,4 +107,5 @@ def test_exported_names() -> None:
         "load_tokenizer",
         "resolve",
         "tokenizer_fingerprint",
+        "weights_fingerprint",
     ]
