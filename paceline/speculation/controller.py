@@ -155,10 +155,11 @@ class Controller(Policy):
         self._guard = Guard()
         self._idle = self._probes = 0
         self._probed: int | None = None
+        self._asked: tuple[int, int, frozenset[int]] | None = None
         self._with_drafts = self._accidents = 0
 
     def ask(self, offers: Offers, prefill: int, wait: Callable[[int], float]) -> dict[int, int]:
-        self._probed = None
+        self._probed = self._asked = None
         if not self._allowed(Kind.DRAFT, offers, prefill):
             return {}
         runs = self._runs(offers, prefill)
@@ -172,10 +173,16 @@ class Controller(Policy):
         depths = {sequence: choice.depth for sequence, choice in choices.items() if choice.kind is Kind.DRAFT}
         if depths:
             self._idle = 0
+            self._asked = len(offers), prefill, frozenset(depths)
             return depths
         return self._probe(offers, wait(1))
 
     def take(self, offers: Offers, prefill: int) -> dict[int, Choice]:
+        drafts = {sequence: each[0] for sequence, each in offers.items() if each}
+        only_drafts = all(each.kind is Kind.DRAFT for each in drafts.values())
+        if only_drafts and self._asked == (len(offers), prefill, frozenset(drafts)):
+            # Nothing has changed since they were asked for, and the wait for them is over.
+            return {sequence: Choice(Kind.DRAFT, each.count) for sequence, each in drafts.items()}
         runs = self._runs(offers, prefill)
         choices = runs.choices(MAX_DEPTH, self._weigh(len(offers), runs, prefill)(MAX_DEPTH, 0.0).count)
         if self._probed is not None and _of_kind(offers.get(self._probed, ()), Kind.DRAFT) is not None:

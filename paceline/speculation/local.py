@@ -56,7 +56,7 @@ class LocalProposer(Proposer):
         self._ready: dict[int, Answer] = {}
         self._open: set[Hashable] = set()
         self._new = False
-        self._token_s = Typical()
+        self._first_s, self._next_s = Typical(), Typical()
 
     def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
         self._open.add(sequence)
@@ -70,6 +70,7 @@ class LocalProposer(Proposer):
                 self._drafter.advance(update.sequence, update.base, update.tokens, update.depth)
 
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:
+        drafting = 0
         while self._drafter.has_work:
             began, drafted = self._clock(), self._drafter.drafted_tokens
             for answer in self._drafter.step():
@@ -79,7 +80,8 @@ class LocalProposer(Proposer):
                 elif isinstance(answer.key, int):
                     self._ready[answer.key] = answer
             if self._drafter.drafted_tokens > drafted:
-                self._note_step(self._clock() - began)
+                self._note_step(drafting, self._clock() - began)
+                drafting += 1
         found = {}
         for want in wanted:
             ready = self._ready.get(want.sequence)
@@ -96,10 +98,12 @@ class LocalProposer(Proposer):
         return sequence in self._open
 
     def latency(self, depth: int) -> float:
-        return depth * (self._token_s.mean or 0.0)
+        """A first token costs more than one after it: the target's pass has had the caches in between. What is not
+        known yet is believed to cost nothing, so that it is tried."""
+        return (self._first_s.mean or 0.0) + (depth - 1) * (self._next_s.mean or 0.0) if depth else 0.0
 
-    def _note_step(self, seconds: float) -> None:
+    def _note_step(self, place: int, seconds: float) -> None:
         """The first step after an opening has computed a prompt as well, and does not say what a token costs."""
         if not self._new:
-            self._token_s.note(seconds)
+            (self._next_s if place else self._first_s).note(seconds)
         self._new = False

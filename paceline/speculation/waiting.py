@@ -48,15 +48,13 @@ class Typical:
 
     def __init__(self) -> None:
         self._latest: deque[float] = deque(maxlen=LATEST)
+        self.mean: float | None = None
+        """None until there are two."""
 
     def note(self, value: float) -> None:
         self._latest.append(value)
-
-    @property
-    def mean(self) -> float | None:
-        """None until there are two."""
         kept = sorted(self._latest)[: len(self._latest) - -(-len(self._latest) // ONE_IN)]
-        return sum(kept) / len(kept) if kept else None
+        self.mean = sum(kept) / len(kept) if kept else None
 
 
 class WaitCurve:
