@@ -7,8 +7,7 @@ Sessions with some history are spread over three target replicas. Then, while ot
 taken away and later added again, as `serve deploy` with another `num_replicas` does. After each change every session
 asks once more. Reported: requests that failed, how many sessions of the replica that left found their KV at another,
 how many of their tokens were prefilled, and what the replica that left logged. A holder that is overloaded just then
-is passed over, and the KV is there and not used; the routes tell. With so few clients that is often chance, so the
-bound is higher here than by default (`--load-bound`). Prints a table; `--json FILE` keeps the numbers.
+is passed over, and the KV is there and not used; the routes tell. Prints a table; `--json FILE` keeps the numbers.
 """
 
 from __future__ import annotations
@@ -255,7 +254,7 @@ def main() -> None:
     parser.add_argument("--pause-s", type=float, default=1.0)
     parser.add_argument("--lead-s", type=float, default=5.0, help="of load before the first change")
     parser.add_argument("--handoff-timeout-s", type=float, default=10.0)
-    parser.add_argument("--load-bound", type=float, default=3.0, help="sessions.load_bound; 1.5 by default elsewhere")
+    parser.add_argument("--load-bound", type=float, default=1.5, help="sessions.load_bound")
     parser.add_argument("--json", type=Path, help="where to keep the numbers")
     options = parser.parse_args()
     settings = parse_settings(
