@@ -22,6 +22,7 @@ Examples:
   paceline chat
   paceline chat "What is the capital of France?" --temperature 0
   paceline chat --system "You answer in one sentence." --session trip-planning
+  paceline chat --ctx-size 512
 """
 
 COMMANDS = "/new starts over, /stats sums up, /exit leaves"
@@ -35,6 +36,7 @@ def chat(
     temperature: options.Temperature = 0.7,
     seed: options.Seed = None,
     max_tokens: options.MaxTokens = 512,
+    ctx_size: options.CtxSize = None,
     no_speculation: options.NoSpeculation = False,
 ) -> None:
     """Chat with a running server, or ask it one question.
@@ -48,7 +50,12 @@ def chat(
     if message is None and session is None:
         session = new_session_id()
     chosen = ChatOptions(
-        session_id=session, speculation=not no_speculation, temperature=temperature, seed=seed, max_tokens=max_tokens
+        session_id=session,
+        speculation=not no_speculation,
+        temperature=temperature,
+        seed=seed,
+        max_tokens=max_tokens,
+        ctx_size=ctx_size,
     )
     console = stdout()
     with Client(url) as client:

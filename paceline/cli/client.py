@@ -41,6 +41,7 @@ class ChatOptions:
     seed: int | None = None
     max_tokens: int | None = None
     return_token_ids: bool = False
+    ctx_size: int | None = None
 
     def body(self) -> dict[str, Any]:
         """The request fields that are set."""
@@ -51,6 +52,7 @@ class ChatOptions:
             "seed": self.seed,
             "max_tokens": self.max_tokens,
             "return_token_ids": self.return_token_ids or None,
+            "ctx_size": self.ctx_size,
         }
         return {name: value for name, value in fields.items() if value is not None}
 

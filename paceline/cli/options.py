@@ -135,6 +135,17 @@ Seed = Annotated[
     ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer, in tokens.")]
+CtxSize = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx-size",
+        metavar="N",
+        min=0,
+        help="Streaming window: a conversation without an end, of which the model sees so many tokens, the first and "
+        "the latest; 0 is none.",
+        show_default="the server's",
+    ),
+]
 NoSpeculation = Annotated[
     bool, typer.Option("--no-speculation", help="Decode without drafts; the tokens are the same.")
 ]

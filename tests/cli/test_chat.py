@@ -50,9 +50,21 @@ def test_one_question_without_a_session_names_none(run: Run, server: FakeServer)
 
 def test_options_reach_the_server(run: Run, server: FakeServer) -> None:
     server.answers = [answer_events()]
-    options = ["--session", "s", "--temperature", "0", "--seed", "3", "--max-tokens", "5", "--no-speculation"]
+    options = [
+        "--session",
+        "s",
+        "--temperature",
+        "0",
+        "--seed",
+        "3",
+        "--max-tokens",
+        "5",
+        "--ctx-size",
+        "512",
+        "--no-speculation",
+    ]
     run("chat", "hi", "--url", server.url, *options)
-    wanted = {"session_id": "s", "temperature": 0.0, "seed": 3, "max_tokens": 5, "speculation": False}
+    wanted = {"session_id": "s", "temperature": 0.0, "seed": 3, "max_tokens": 5, "ctx_size": 512, "speculation": False}
     assert wanted.items() <= server.requests[0].items()
 
 
