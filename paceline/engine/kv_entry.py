@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from paceline.errors import EngineError
-from paceline.sessions.window import StreamingWindow
+from paceline.sessions.window import StreamingWindow, dropped_under
 
 SCALE_DTYPE = torch.float32
 """Of a quantized key or value: 4 bytes beside 64 or 128. Half precision would save 2 of them and need a rounding of
@@ -25,6 +25,13 @@ class KVGeometry:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+
+    @classmethod
+    def of(cls, keys: torch.Tensor) -> KVGeometry:
+        """Of keys [num_layers, num_kv_heads, tokens, head_dim] of any device, as if they lay in host memory, where
+        those of one replica are compared with another's."""
+        layers, heads, _, head_dim = keys.shape
+        return cls(layers, heads, head_dim, keys.dtype, torch.device("cpu"))
 
     @property
     def bytes_per_token(self) -> int:
@@ -97,7 +104,7 @@ class KVEntry:
     def outline(cls, session_id: str, token_ids: np.ndarray, window: StreamingWindow | None) -> KVEntry:
         """One without keys and values: for what is kept elsewhere to be found and compared by."""
         nothing = torch.empty(0)
-        dropped = window.dropped(len(token_ids)) if window is not None else 0
+        dropped = dropped_under(window, len(token_ids))
         length = len(token_ids)
         return cls(nothing, nothing, None, token_ids, 0, session_id, length, False, window, dropped)
 
@@ -179,7 +186,7 @@ class KVEntry:
         room = min(each.shape[2] for each in self.tensors)
         if not 0 <= self.held <= self.charged <= room or self.length > len(self.ids):
             raise EngineError(f"KV entry out of bounds: {self.held}, {self.charged}, {self.keys.shape}")
-        if self.dropped != (self.window.dropped(self.length) if self.window is not None else 0):
+        if self.dropped != dropped_under(self.window, self.length):
             raise EngineError(f"KV entry with {self.length} tokens has dropped {self.dropped}: {self.window}")
 
     @property
@@ -268,7 +275,7 @@ class KVExport:
 
     @property
     def dropped(self) -> int:
-        return self.window.dropped(len(self.token_ids)) if self.window is not None else 0
+        return dropped_under(self.window, len(self.token_ids))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -276,8 +283,7 @@ class KVExport:
 
     @property
     def geometry(self) -> KVGeometry:
-        layers, heads, _, head_dim = self.keys.shape
-        return KVGeometry(layers, heads, head_dim, self.keys.dtype, torch.device("cpu"))
+        return KVGeometry.of(self.keys)
 
     @property
     def num_bytes(self) -> int:

@@ -17,7 +17,7 @@ import torch
 
 from paceline.engine.kv_cache import KVCache
 from paceline.engine.kv_entry import KVEntry, KVExport, KVGeometry
-from paceline.sessions.window import StreamingWindow
+from paceline.sessions.window import StreamingWindow, dropped_under
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -43,7 +43,7 @@ class KVPart:
 
     @property
     def dropped(self) -> int:
-        return self.window.dropped(len(self.token_ids)) if self.window is not None else 0
+        return dropped_under(self.window, len(self.token_ids))
 
     @property
     def last(self) -> bool:
@@ -116,7 +116,7 @@ class KVAssembly:
         if entry is None:
             return
         self._begun[part.session_id] = _Begun(entry)
-        if _geometry(entry) != part.geometry:
+        if KVGeometry.of(entry.keys) != part.geometry:
             self.give_up(part.session_id)
 
 
@@ -132,11 +132,6 @@ class _Begun:
         for whole, data in zip(self.entry.tensors, part.data, strict=True):
             whole[:, :, part.start : end] = _as_tensor(data, whole.dtype)
         self.rows = end
-
-
-def _geometry(entry: KVEntry) -> KVGeometry:
-    layers, heads, _, head_dim = entry.keys.shape
-    return KVGeometry(layers, heads, head_dim, entry.keys.dtype, torch.device("cpu"))
 
 
 def _as_bytes(rows: torch.Tensor) -> np.ndarray:

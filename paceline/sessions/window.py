@@ -60,3 +60,8 @@ class StreamingWindow:
     def edge(self, length: int) -> int:
         """The length at which the window that holds the last of `length` tokens is full, and shifts before the next."""
         return self.ctx_size + self.dropped(length)
+
+
+def dropped_under(window: StreamingWindow | None, length: int) -> int:
+    """`StreamingWindow.dropped`; 0 without a window."""
+    return window.dropped(length) if window is not None else 0
