@@ -66,7 +66,7 @@ class KeyShift:
         """Bring the tokens at [first, end) of an entry `by` positions forward, over whatever is there."""
         before = torch.arange(first, end)
         turns = {rotation: _turns(rotation, before, before - by, entry.keys.device) for rotation in self._distinct()}
-        source, target = slice(first, end), slice(first - by, end - by)
+        source, target = entry.at(slice(first, end)), entry.at(slice(first - by, end - by))
         for layer, rotation in enumerate(self.rotations):
             if rotation is None:
                 entry.keys[layer, :, target] = entry.keys[layer, :, source].clone()

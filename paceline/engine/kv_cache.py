@@ -22,7 +22,7 @@ import numpy as np
 from paceline.engine.key_shift import KeyShift
 from paceline.engine.kv_entry import KVEntry, KVExport, KVGeometry, KVUsage
 from paceline.engine.kv_index import CHUNK, PrefixIndex
-from paceline.engine.kv_memory import Slabs, copy_tokens
+from paceline.engine.kv_memory import KVMemory, Slabs
 from paceline.errors import EngineError
 from paceline.sessions.window import StreamingWindow
 
@@ -143,12 +143,14 @@ class SlabKVCache(KVCache):
         max_model_len: int,
         shift: KeyShift | str = "this cache was made without",
         spill: Callable[[KVExport], None] | None = None,
+        memory: KVMemory | None = None,
     ) -> None:
         self.geometry, self.capacity = geometry, capacity
         self._key_shift = shift
         self._spill = spill
         self.max_model_len = min(max_model_len, capacity)
         self._slabs = Slabs(geometry, self.max_model_len)
+        self._memory = self._slabs if memory is None else memory
         self._running: dict[KVEntry, None] = {}
         # Least recently used first. Anonymous entries go before any session's.
         self._anonymous: dict[KVEntry, None] = {}
@@ -170,6 +172,7 @@ class SlabKVCache(KVCache):
     ) -> KVEntry | None:
         if room > self.max_model_len:
             return None
+        room = self._memory.rounded(room)
         source, shared = self._best_source(_ids(tokens)[:-1], session_id, window)
         if source is not None and _may_take_over(source, shared, session_id):
             return self._take_over(source, shared, room, session_id, window)
@@ -189,9 +192,12 @@ class SlabKVCache(KVCache):
     def extend(self, entry: KVEntry, room: int) -> bool:
         if room <= entry.charged:
             return True
-        if room > self.max_model_len or not self._make_room(room - entry.charged, keep=entry):
+        if room > self.max_model_len:
             return False
-        self._widen(entry, room)
+        room = self._memory.rounded(room)
+        if not self._make_room(room - entry.charged, keep=entry):
+            return False
+        self._memory.widen(entry, room)
         self._in_use += room - entry.charged
         entry.charged = room
         return True
@@ -231,23 +237,23 @@ class SlabKVCache(KVCache):
         return KVExport.of(longest) if longest is not None and longest.length else None
 
     def import_session(self, export: KVExport) -> bool:
-        self._slabs.check(export)
+        self._slabs.refuse_other(export)
         length = export.keys.shape[2]
         replaced = [entry for entry in self._by_session.get(export.session_id, ()) if not entry.running]
-        if length > self.capacity - self._in_use:
+        if self._memory.rounded(length) > self.capacity - self._in_use:
             return False
         for entry in replaced:
             self._drop(entry)
-        self._make_room(length, keep=None)
+        self._make_room(self._memory.rounded(length), keep=None)
         self._take_in(self._slabs.filled(export))
         return True
 
     def adopt(self, entry: KVEntry) -> bool:
-        if entry.held > self.capacity - self._in_use:
+        room = self._memory.rounded(entry.held)
+        if room > self.capacity - self._in_use:
             return False
-        self._make_room(entry.held, keep=None)
-        self._take_in(entry)
-        self._drop_redundant(entry)
+        self._make_room(room, keep=None)
+        self._drop_redundant(self._take_in(entry))
         return True
 
     def drop_session(self, session_id: str) -> bool:
@@ -284,6 +290,7 @@ class SlabKVCache(KVCache):
             entry.check()
             if len(entry.chain) != entry.length // CHUNK or entry.running != (entry in self._running):
                 raise EngineError(f"KV entry out of place: {entry.length}, {len(entry.chain)}, {entry.running}")
+        self._memory.check([*self._running, *idle])
         named = {id(entry) for held in self._by_session.values() for entry in held}
         if named != {id(entry) for entry in (*self._running, *idle) if entry.session_id is not None}:
             raise EngineError("KV entries and sessions disagree")
@@ -306,11 +313,12 @@ class SlabKVCache(KVCache):
         self, entry: KVEntry, shared: int, room: int, session_id: str | None, window: StreamingWindow | None
     ) -> KVEntry | None:
         """Continue an idle entry in place, under the new owner. None, and nothing changed, if there is no room."""
-        needed = max(room, shared - entry.dropped_at(shared))
+        needed = max(room, self._memory.rounded(shared - entry.dropped_at(shared)))
         if not self._make_room(needed - entry.charged, keep=entry):
             return None
         self.truncate(entry, shared)
-        self._widen(entry, needed)
+        self._memory.trim(entry, needed)
+        self._memory.widen(entry, needed)
         self._leave(entry)
         entry.running, entry.charged, entry.session_id, entry.window = True, needed, session_id, window
         self._enter(entry)
@@ -358,32 +366,28 @@ class SlabKVCache(KVCache):
         return None
 
     def _new_entry(self, room: int, session_id: str | None, window: StreamingWindow | None) -> KVEntry:
-        entry = self._slabs.entry(room, session_id, window)
+        entry = self._memory.entry(room, session_id, window)
         self._enter(entry)
         return entry
 
-    def _take_in(self, entry: KVEntry) -> None:
+    def _take_in(self, entry: KVEntry) -> KVEntry:
         """An idle entry from elsewhere, for which there is room."""
+        entry = self._memory.taken_in(entry)
         self._enter(entry)
         self._index.update(entry)
+        return entry
 
     def _fork(self, source: KVEntry, entry: KVEntry, length: int) -> None:
         """Copy the first `length` tokens, as far as they are held."""
         entry.dropped = source.dropped_at(length)
-        copy_tokens(entry.tensors, source.tensors, length - entry.dropped)
+        entry.put(0, source.taken(slice(0, length - entry.dropped)))
         self.append(entry, source.ids[:length].tolist())
         self._touch(source)
 
-    def _widen(self, entry: KVEntry, room: int) -> None:
-        if room <= entry.room:
-            return
-        before = entry.tensors
-        entry.keys, entry.values, entry.scales = self._slabs.tensors(room)
-        copy_tokens(entry.tensors, before, entry.held)
-
     def _set_idle(self, entry: KVEntry) -> None:
         self._leave(entry)
-        entry.running, entry.charged = False, entry.held
+        entry.running, entry.charged = False, self._memory.rounded(entry.held)
+        self._memory.trim(entry, entry.charged)
         self._enter(entry)
 
     def _touch(self, entry: KVEntry) -> None:
@@ -395,9 +399,7 @@ class SlabKVCache(KVCache):
     def _drop(self, entry: KVEntry) -> None:
         self._leave(entry)
         self._index.remove(entry)
-        # Whoever still holds the entry must not hold its slab.
-        entry.keys = entry.values = entry.keys.new_empty(0)
-        entry.scales = None
+        self._memory.drop(entry)
 
     def _kind(self, entry: KVEntry) -> dict[KVEntry, None]:
         if entry.running:

@@ -80,6 +80,9 @@ class KVEntry:
     is stored. `length` tokens were computed; their ids are `ids[:length]`. `charged` is the room it takes from the
     cache's account. `chain` and `names` belong to the cache's index of prefixes.
 
+    An entry in blocks has the whole pool as `keys`, `values` and `scales`, and its token at position p in slot
+    `slots[p]`, int64 [room], of it; without `slots` that is p. `at` says so for both.
+
     Of the tokens computed the streaming `window` has `dropped` some behind the first; the `held` others lie at
     positions 0, 1, … in their order.
 
@@ -99,6 +102,8 @@ class KVEntry:
     dropped: int = 0
     chain: list[int] = field(default_factory=list)
     names: dict[int, int] = field(default_factory=dict)
+    slots: torch.Tensor | None = None
+    blocks: list[int] = field(default_factory=list)
 
     @classmethod
     def outline(cls, session_id: str, token_ids: np.ndarray, window: StreamingWindow | None) -> KVEntry:
@@ -115,7 +120,22 @@ class KVEntry:
 
     @property
     def room(self) -> int:
-        return self.keys.shape[2]
+        return self.keys.shape[2] if self.slots is None else len(self.slots)
+
+    def at(self, rows: slice) -> slice | torch.Tensor:
+        """Where positions lie in dimension 2 of `tensors`."""
+        return rows if self.slots is None else self.slots[rows]
+
+    def taken(self, rows: slice) -> tuple[torch.Tensor, ...]:
+        """All it holds at these positions: views, or copies of what lies in blocks."""
+        place = self.at(rows)
+        return tuple(each[:, :, place] for each in self.tensors)
+
+    def put(self, start: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Write what `taken` gave, of any device, at positions from `start` on."""
+        place = self.at(slice(start, start + tensors[0].shape[2]))
+        for to, of in zip(self.tensors, tensors, strict=True):
+            to[:, :, place] = of.to(to.device)
 
     @property
     def held(self) -> int:
@@ -165,7 +185,7 @@ class KVEntry:
 
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put one layer's keys and values, each [num_kv_heads, tokens, head_dim], at positions from `start` on."""
-        rows = slice(start, start + keys.shape[1])
+        rows = self.at(slice(start, start + keys.shape[1]))
         if self.scales is not None:
             keys, self.scales[0][layer, :, rows] = quantize(keys)
             values, self.scales[1][layer, :, rows] = quantize(values)
@@ -173,17 +193,18 @@ class KVEntry:
         self.values[layer, :, rows] = values
 
     def read(self, layer: int, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer's keys and values, each [num_kv_heads, tokens, head_dim]: views, or copies in `dtype` if they
-        are quantized."""
-        keys, values = self.keys[layer, :, rows], self.values[layer, :, rows]
+        """One layer's keys and values, each [num_kv_heads, tokens, head_dim]: views, or copies if they lie in blocks,
+        in `dtype` if they are quantized."""
+        place = self.at(rows)
+        keys, values = self.keys[layer, :, place], self.values[layer, :, place]
         if self.scales is None:
             return keys, values
-        by_key, by_value = (scales[layer, :, rows, None] for scales in self.scales)
+        by_key, by_value = (scales[layer, :, place, None] for scales in self.scales)
         return (keys * by_key).to(dtype), (values * by_value).to(dtype)
 
     def check(self) -> None:
         """Raise EngineError unless it is sound in itself."""
-        room = min(each.shape[2] for each in self.tensors)
+        room = self.room if self.slots is not None else min(each.shape[2] for each in self.tensors)
         if not 0 <= self.held <= self.charged <= room or self.length > len(self.ids):
             raise EngineError(f"KV entry out of bounds: {self.held}, {self.charged}, {self.keys.shape}")
         if self.dropped != dropped_under(self.window, self.length):
@@ -238,9 +259,9 @@ class KVExport:
     def of(cls, entry: KVEntry) -> KVExport:
         """A copy of an entry's valid part. It must belong to a session."""
         assert entry.session_id is not None
-        n = entry.held
         # A clone, because pickling a view writes the whole slab behind it.
-        keys, values, *scales = (each[:, :, :n].to("cpu", copy=True).contiguous() for each in entry.tensors)
+        held = entry.taken(slice(0, entry.held))
+        keys, values, *scales = (each.to("cpu", copy=True).contiguous() for each in held)
         by_token = (scales[0], scales[1]) if scales else None
         return cls(entry.session_id, entry.token_ids.copy(), keys, values, by_token, entry.window)
 
@@ -248,10 +269,10 @@ class KVExport:
     def moved(cls, entry: KVEntry) -> KVExport:
         """The valid part of an entry that is given up: on a CPU nothing is copied, its slab lives on in the export and
         is no more contiguous than it was (`packed`)."""
-        if entry.keys.device.type != "cpu":
+        if entry.keys.device.type != "cpu" or entry.slots is not None:
             return cls.of(entry)
         assert entry.session_id is not None
-        keys, values, *scales = (each[:, :, : entry.held] for each in entry.tensors)
+        keys, values, *scales = entry.taken(slice(0, entry.held))
         by_token = (scales[0], scales[1]) if scales else None
         return cls(entry.session_id, entry.token_ids, keys, values, by_token, entry.window)
 

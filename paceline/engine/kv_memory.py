@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,15 +33,52 @@ def lazy_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+class KVMemory(ABC):
+    """Where entries get the memory for their keys and values."""
+
+    geometry: KVGeometry
+
+    @abstractmethod
+    def rounded(self, tokens: int) -> int:
+        """Room that is given for so many tokens."""
+
+    @abstractmethod
+    def entry(self, room: int, session_id: str | None, window: StreamingWindow | None) -> KVEntry:
+        """One that holds nothing yet; `room` is rounded."""
+
+    @abstractmethod
+    def widen(self, entry: KVEntry, room: int) -> None:
+        """Give an entry room for so many tokens, at least; what it holds stays."""
+
+    @abstractmethod
+    def trim(self, entry: KVEntry, room: int) -> None:
+        """Take back what an entry has beyond that, if that can be."""
+
+    @abstractmethod
+    def drop(self, entry: KVEntry) -> None:
+        """Take back all of it. Whoever still holds the entry must not hold its memory."""
+
+    @abstractmethod
+    def taken_in(self, entry: KVEntry) -> KVEntry:
+        """An entry that `Slabs.filled` made, in memory of this kind."""
+
+    @abstractmethod
+    def check(self, entries: Sequence[KVEntry]) -> None:
+        """Raise EngineError unless these are all the entries that have memory, each as much as it is charged."""
+
+
 @dataclass(frozen=True, slots=True)
-class Slabs:
-    """Where entries get their memory. On a CPU a slab spans `max_model_len` tokens; on a GPU the room asked for.
+class Slabs(KVMemory):
+    """Contiguous memory of each entry's own. On a CPU a slab spans `max_model_len` tokens; on a GPU the room asked for.
 
     Nothing here is shared: any thread may ask.
     """
 
     geometry: KVGeometry
     max_model_len: int
+
+    def rounded(self, tokens: int) -> int:
+        return tokens
 
     def tensors(self, room: int) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Keys, values and scales of a new entry."""
@@ -56,11 +94,30 @@ class Slabs:
         return both[0], both[1], (scales[0], scales[1])
 
     def entry(self, room: int, session_id: str | None, window: StreamingWindow | None) -> KVEntry:
-        """One that holds nothing yet."""
         ids = np.zeros(room, dtype=np.int32)
         return KVEntry(*self.tensors(room), ids, charged=room, session_id=session_id, window=window)
 
-    def check(self, export: KVExport) -> None:
+    def widen(self, entry: KVEntry, room: int) -> None:
+        if room <= entry.room:
+            return
+        held = entry.taken(slice(0, entry.held))
+        entry.keys, entry.values, entry.scales = self.tensors(room)
+        entry.put(0, held)
+
+    def trim(self, entry: KVEntry, room: int) -> None:
+        """A slab's pages beyond `room` were never written, or stay until it goes."""
+
+    def drop(self, entry: KVEntry) -> None:
+        entry.keys = entry.values = entry.keys.new_empty(0)
+        entry.scales = None
+
+    def taken_in(self, entry: KVEntry) -> KVEntry:
+        return entry
+
+    def check(self, entries: Sequence[KVEntry]) -> None:
+        """Each has its own; `KVEntry.check` looks at it."""
+
+    def refuse_other(self, export: KVExport) -> None:
         """Raise EngineError if keys and values of another geometry or type are in it, or more than a sequence has."""
         ours = replace(self.geometry, device=torch.device("cpu"))
         length = export.keys.shape[2]
@@ -70,16 +127,10 @@ class Slabs:
             raise EngineError(f"KV import: {length} tokens, where a sequence has at most {self.max_model_len}")
 
     def filled(self, export: KVExport) -> KVEntry:
-        """An idle entry, in no cache yet, with what an export holds (`check`)."""
+        """An idle entry, in no cache yet, with what an export holds (`refuse_other`)."""
         length = export.keys.shape[2]
         entry = self.entry(length, export.session_id, export.window)
-        copy_tokens(entry.tensors, export.tensors, length)
+        entry.put(0, export.tensors)
         entry.running, entry.ids, entry.length = False, export.token_ids.copy(), len(export.token_ids)
         entry.dropped = export.dropped
         return entry
-
-
-def copy_tokens(to: Sequence[torch.Tensor], of: Sequence[torch.Tensor], length: int) -> None:
-    """The first `length` tokens of everything an entry holds, to any device."""
-    for target, source in zip(to, of, strict=True):
-        target[:, :, :length] = source[:, :, :length]

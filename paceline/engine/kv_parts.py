@@ -128,10 +128,9 @@ class _Begun:
     rows: int = 0
 
     def write(self, part: KVPart) -> None:
-        end = part.start + part.rows
-        for whole, data in zip(self.entry.tensors, part.data, strict=True):
-            whole[:, :, part.start : end] = _as_tensor(data, whole.dtype)
-        self.rows = end
+        whole = zip(self.entry.tensors, part.data, strict=True)
+        self.entry.put(part.start, [_as_tensor(data, each.dtype) for each, data in whole])
+        self.rows = part.start + part.rows
 
 
 def _as_bytes(rows: torch.Tensor) -> np.ndarray:

@@ -35,7 +35,7 @@ def measure_verify_cost(
     entry = kv.reserve([0] * room, room)
     assert entry is not None
     for tensor in (entry.keys, entry.values):
-        tensor[:, :, :context].fill_(0.5)  # what is in them costs nothing, as long as it is in memory
+        tensor[:, :, entry.at(slice(0, context))] = 0.5  # what is in them costs nothing, as long as it is in memory
     kv.append(entry, [0] * context)
     began, seconds, apart = clock(), dict[int, float](), float("inf")
     _time(runner, entry, [1], clock)  # the first pass allocates
