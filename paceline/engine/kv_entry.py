@@ -122,6 +122,11 @@ class KVEntry:
     def room(self) -> int:
         return self.keys.shape[2] if self.slots is None else len(self.slots)
 
+    @property
+    def block(self) -> int:
+        """Tokens of each of its `blocks`."""
+        return self.room // len(self.blocks)
+
     def at(self, rows: slice) -> slice | torch.Tensor:
         """Where positions lie in dimension 2 of `tensors`."""
         return rows if self.slots is None else self.slots[rows]

@@ -87,7 +87,7 @@ class LeanRunner(Runner):
         self._vocab_size, self._max_model_len = shape.vocab_size, shape.max_model_len
         self._geometry = replace(shape.kv_geometry(), device=torch.device("cpu"))
         body: Any = model.model
-        self._cos, self._sin = _rotary_tables(body, int(body.layers[0].self_attn.head_dim), shape.max_model_len)
+        self._cos, self._sin = rotary_tables(body, int(body.layers[0].self_attn.head_dim), shape.max_model_len)
         # The largest first, while nothing else is held.
         self._head = take([model.lm_head])
         with align_module_device(body.embed_tokens):
@@ -305,7 +305,7 @@ def refuse_other_structures(model: PreTrainedModel) -> ModelRunner:
             _check_layer(layer)
         _check_linears(model.lm_head)
         _check_norms(_part(body, "norm"))
-        _rotary_tables(body, int(body.layers[0].self_attn.head_dim), 1)
+        rotary_tables(body, int(body.layers[0].self_attn.head_dim), 1)
         return _shape(model.config)
     except AttributeError as error:
         raise NotLeanError(f"its modules are arranged differently ({error})") from None
@@ -367,7 +367,7 @@ def _check_layer(layer: Any) -> None:
     _check_linears(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
-def _groups(layer: Any) -> tuple[list[Any], ...]:
+def layer_groups(layer: Any) -> tuple[list[Any], ...]:
     """A layer's products, by those that share their input."""
     attention, mlp = layer.self_attn, layer.mlp
     return (
@@ -382,7 +382,7 @@ def _take_layer(layer: Any, take: Take) -> Layer:
     attention = layer.self_attn
     norms = [_norm(attention.q_norm), _norm(attention.k_norm)] if hasattr(attention, "q_norm") else []
     heads = _heads(attention, norms)
-    qkv, out, gate_up, down = map(take, _groups(layer))
+    qkv, out, gate_up, down = map(take, layer_groups(layer))
     return Layer(
         qkv=qkv,
         out=out,
@@ -409,11 +409,11 @@ def _heads(attention: Any, norms: list[tuple[torch.Tensor, float]]) -> HeadsStru
         norm_eps=norms[0][1] if norms else 0.0,
         q_norm=norms[0][0].data_ptr() if norms else None,
         k_norm=norms[1][0].data_ptr() if norms else None,
-        sliding_window=_sliding_window(attention) or 0,
+        sliding_window=layer_window(attention) or 0,
     )
 
 
-def _sliding_window(attention: Any) -> int | None:
+def layer_window(attention: Any) -> int | None:
     """The layer's own, else the whole model's."""
     if hasattr(attention, "sliding_window"):
         found: int | None = attention.sliding_window
@@ -475,7 +475,7 @@ def _narrowed(table: torch.Tensor) -> torch.Tensor:
     return table.clone()
 
 
-def _rotary_tables(body: Any, head_dim: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(body: Any, head_dim: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every position, [length, rotary_dim / 2], from the model's own rotary module."""
     rotary = body.rotary_emb
     if "dynamic" in getattr(rotary, "rope_type", "") or "longrope" in getattr(rotary, "rope_type", ""):

@@ -12,8 +12,20 @@ from paceline.engine.attention import ATTENTION_NAME, RaggedBatch, Window
 from paceline.engine.geometry import Observer, Seen, kv_geometry, max_model_len, text_config
 from paceline.engine.key_shift import PROBE, KeyReader, KeyShift, found_key_shift
 from paceline.engine.kv_cache import KVGeometry
+from paceline.engine.kv_memory import KVMemory, Slabs
 from paceline.errors import ModelError
-from paceline.speculation.sampling import Columns
+from paceline.speculation.sampling import Columns, Rows
+
+
+class Launched(ABC):
+    """A step under way whose tokens are drawn where its logits are."""
+
+    logits: torch.Tensor
+    """float32 [rows, vocab]; those of the next step to be launched may take their place."""
+
+    @abstractmethod
+    def tokens(self) -> list[int]:
+        """Waits for them: one for each row."""
 
 
 class Runner(ABC):
@@ -52,6 +64,24 @@ class Runner(ABC):
         Keys and values are written at each window's positions; the entries' lengths are the caller's to
         advance, once it knows what stays.
         """
+
+    def launch(
+        self, windows: Sequence[Window], rows: Sequence[Rows], feeds: Sequence[int] | None = None
+    ) -> Launched | None:
+        """Begin a step all of whose rows draw, as `rows` say, and do not wait for it; None if that cannot be here.
+
+        Row n begins with token feeds[n] of the step launched before, which nobody needs to have seen; where that is
+        negative, and without `feeds`, with the window's own.
+        """
+        return None
+
+    def kv_memory(self, geometry: KVGeometry, capacity: int, max_model_len: int) -> KVMemory:
+        """Memory for a KV cache this runs over."""
+        return Slabs(geometry, max_model_len)
+
+    def warm_up(self, memory: KVMemory) -> int:
+        """Prepare whatever the first steps over such memory would wait for. Returns how many shapes are ready."""
+        return 0
 
     def flatten(self, windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids, positions and sampled rows of a batch, each int64 [n], laid end to end."""

@@ -54,7 +54,7 @@ def random_bits(
     seed: int, positions: Sequence[int], vocab_size: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """64 random bits of every token id at each position: int64 [len(positions), vocab_size], bit-equal everywhere."""
-    starts = torch.tensor([_signed(_start(seed, position)) for position in positions], dtype=torch.int64)
+    starts = torch.tensor([signed(_start(seed, position)) for position in positions], dtype=torch.int64)
     return _bits(starts.to(device), torch.arange(vocab_size, device=device)[None])
 
 
@@ -80,7 +80,7 @@ def draw_rows(
     if isinstance(found, str):
         columns = columns_by_definition(logits, params, positions, ids)
     else:
-        columns, decided = found.draw(logits, params, _counters(params, positions), ids)
+        columns, decided = found.draw(logits, params, counters(params, positions), ids)
         if not decided:
             left = (columns == UNDECIDED).nonzero()[:, 0]
             its = [params[n] for n in left.tolist()], [positions[n] for n in left.tolist()]
@@ -137,7 +137,7 @@ def _right(kernel: DrawKernel) -> bool:
     logits = 3 * torch.randn(32, 1000, generator=torch.Generator().manual_seed(0))
     each = SamplingParams(seed=1), SamplingParams(seed=2, top_k=40), SamplingParams(seed=3, temperature=0.7, top_p=0.9)
     params, positions = [*each, SamplingParams(seed=4, min_p=0.02)] * 8, range(32)
-    columns, _ = kernel.draw(logits, params, _counters(params, positions), None)
+    columns, _ = kernel.draw(logits, params, counters(params, positions), None)
     return torch.equal(columns, columns_by_definition(logits, params, positions))
 
 
@@ -145,12 +145,12 @@ def _draw_sampled(
     logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int], ids: torch.Tensor | None
 ) -> torch.Tensor:
     """The columns drawn."""
-    counters = torch.tensor([_signed(x) for x in _counters(params, positions)], dtype=torch.int64).to(logits.device)
+    starts = torch.tensor([signed(x) for x in counters(params, positions)], dtype=torch.int64).to(logits.device)
     columns = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     everyone = torch.arange(logits.shape[-1], device=logits.device)[None]
     for part in survivors(logits, params, lazy=True):
         places = everyone if isinstance(part, Unfiltered) or part.ids is None else part.ids
-        totals = _to_gumbel(_bits(counters[part.rows], places if ids is None else ids[places])).add_(part.scores)
+        totals = _to_gumbel(_bits(starts[part.rows], places if ids is None else ids[places])).add_(part.scores)
         best = totals.argmax(dim=-1)
         if isinstance(part, Unfiltered):
             best = _best_kept(part, totals, best)
@@ -175,7 +175,7 @@ def _where(wanted: Sequence[bool], device: torch.device) -> torch.Tensor:
     return torch.tensor([n for n, found in enumerate(wanted) if found], device=device)
 
 
-def _counters(params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+def counters(params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
     """Where the counter of each row starts, in 64 bits; 0 if it is greedy."""
     return [0 if p.greedy else _start(_seed(p), position) for p, position in zip(params, positions, strict=True)]
 
@@ -192,9 +192,9 @@ def _start(seed: int, position: int) -> int:
 
 def _bits(starts: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Of each row's token ids, [n or 1, m]: the output of its generator after that many steps and one."""
-    x = (ids + 1).mul_(_signed(GOLDEN)) + starts[:, None]
-    x = (x ^ _shift_right(x, 30)).mul_(_signed(MIX_1))
-    x = (x ^ _shift_right(x, 27)).mul_(_signed(MIX_2))
+    x = (ids + 1).mul_(signed(GOLDEN)) + starts[:, None]
+    x = (x ^ _shift_right(x, 30)).mul_(signed(MIX_1))
+    x = (x ^ _shift_right(x, 27)).mul_(signed(MIX_2))
     return x ^ _shift_right(x, 31)
 
 
@@ -204,7 +204,7 @@ def _to_gumbel(bits: torch.Tensor) -> torch.Tensor:
     return u.neg_().log1p_().neg_().log_().neg_()
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
     """The int64 with the same bits."""
     return x - (1 << 64) if x >> 63 else x
 

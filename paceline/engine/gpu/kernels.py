@@ -324,3 +324,36 @@ def gate_rows(gate_up, out, width, BLOCK: tl.constexpr):
     up = tl.load(gate_up + row * 2 * width + width + i, mask=inside, other=0.0)
     gated = (gate * tl.sigmoid(gate)).to(up.dtype)
     tl.store(out + row * width + i, gated * up, mask=inside)
+
+
+@triton.jit
+def rotate_rows(
+    x, stride, positions, cos, sin, weights, eps, first_head,
+    DIM: tl.constexpr, HALF: tl.constexpr, ROTATES: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    """In place, heads [rows, first_head + head, DIM]: RMS norm by `weights`, if any, and the turn to their positions."""
+    row = tl.program_id(0)
+    d = tl.arange(0, HALF)
+    whole = d < DIM // 2
+    at = x + row.to(tl.int64) * stride + (first_head + tl.program_id(1)) * DIM + d[None, :]
+    low = tl.load(at, mask=whole[None, :], other=0.0).to(tl.float32)
+    high = tl.load(at + DIM // 2, mask=whole[None, :], other=0.0).to(tl.float32)
+    if NORMED:
+        low, high = _normed(low, high, weights, eps, d, whole, DIM, x.dtype.element_ty)
+    if ROTATES:
+        angle = tl.load(positions + row) * (DIM // 2) + d
+        c = tl.load(cos + angle, mask=whole, other=0.0)[None, :]
+        s = tl.load(sin + angle, mask=whole, other=0.0)[None, :]
+        low, high = _turned(low, high, c, s)
+    tl.store(at, low.to(x.dtype.element_ty), mask=whole[None, :])
+    tl.store(at + DIM // 2, high.to(x.dtype.element_ty), mask=whole[None, :])
+
+
+@triton.jit
+def take_ids(ids, feeds, tokens, out, count, BLOCK: tl.constexpr):
+    """out[r] = tokens[feeds[r]] where that is not negative, else ids[r]."""
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = r < count
+    feed = tl.load(feeds + r, mask=inside, other=-1)
+    fed = tl.load(tokens + feed, mask=inside & (feed >= 0), other=0).to(tl.int32)
+    tl.store(out + r, tl.where(feed >= 0, fed, tl.load(ids + r, mask=inside, other=0)), mask=inside)

@@ -1,0 +1,41 @@
+"""What computes a step's logits from its inputs on a GPU, in a graph or not."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from paceline.engine.gpu.attention import PagedStep, Scratch
+from paceline.engine.gpu.inputs import Batch
+from paceline.engine.runner import ModelRunner
+
+
+class Body(ABC):
+    """A model's forward pass over keys and values in blocks."""
+
+    shape: ModelRunner
+    """Knows the model's sizes; may have no weights."""
+
+    @abstractmethod
+    def logits(self, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 [rows wanted, vocab], in `out` if it is given."""
+
+
+class OwnCode(Body):
+    """A Transformers model that runs its own code, all but attention."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.shape = runner
+        self._scratch = Scratch(runner.device)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        found = self.shape.model(
+            input_ids=batch.ids[None].long(),
+            position_ids=batch.positions[None].long(),
+            use_cache=False,
+            logits_to_keep=0 if batch.sampled is None else batch.sampled,
+            paceline_step=PagedStep(batch, self._scratch),
+        ).logits[0]
+        return found.float() if out is None else out.copy_(found)

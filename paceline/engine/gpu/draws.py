@@ -1,0 +1,128 @@
+"""Coupled draws on the device: what `paceline.speculation.coupling` defines, in two launches for any batch.
+
+Nothing here looks at a result, so a step's draws can be part of its graph and the next step can begin from tokens the
+host has not seen. A row's filters need no sorting: the token drawn from all is also the one drawn from those that
+the filters leave, if it is one of them, which is a count and two sums; else the next best is tried.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
+MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
+MIX_2 = tl.constexpr(0x94D049BB133111EB)
+"""`paceline.seeds`' constants; a kernel takes globals only in this form."""
+CHUNK = 4096
+"""Tokens of a program of `draw_chunks`."""
+MOST_TRIES = tl.constexpr(256)
+
+
+@triton.jit
+def _gumbel(start, ids):
+    """Gumbel(0, 1) noise, float64, of token ids under the counter that starts at `start`."""
+    x = (ids.to(tl.int64) + 1).to(tl.uint64) * GOLDEN + start.to(tl.uint64)
+    x = (x ^ (x >> 30)) * MIX_1
+    x = (x ^ (x >> 27)) * MIX_2
+    x = x ^ (x >> 31)
+    u = ((x >> 11).to(tl.int64).to(tl.float64) + 0.5) * 1.1102230246251565e-16
+    # -log(1 - u); its series where 1 - u would lose the digits that matter, those of the likeliest winners.
+    small = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * (0.25 + u * 0.2))))
+    wait = tl.where(u < 0.0009765625, small, -tl.log(1.0 - u))
+    return -tl.log(wait)
+
+
+@triton.jit
+def _totals(logits, ids, inside, start, temperature):
+    """What a row's draw maximizes, float64; -inf outside. Greedy rows, of temperature 0, have no noise."""
+    values = tl.load(logits + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    found = values.to(tl.float64)
+    if temperature > 0:
+        found = _gumbel(start, ids) + (values / temperature).to(tl.float64)
+    return tl.where(inside, found, float("-inf"))
+
+
+@triton.jit
+def draw_chunks(
+    logits, stride, vocab, starts, temperatures, best, where, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Program (chunk, row): the best total of a chunk of a row, `best` float64 [rows, chunks], and its token."""
+    chunk = tl.program_id(0)
+    row = tl.program_id(1)
+    start = tl.load(starts + row)
+    temperature = tl.load(temperatures + row)
+    i = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), float("-inf"), tl.float64)
+    at = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, CHUNK, BLOCK):
+        ids = chunk * CHUNK + first + i
+        found = _totals(logits + row.to(tl.int64) * stride, ids, ids < vocab, start, temperature)
+        at = tl.where(found > top, ids, at)
+        top = tl.maximum(top, found)
+    value = tl.max(top, axis=0)
+    # Of equal ones the first.
+    token = tl.min(tl.where(top == value, at, 2147483647), axis=0)
+    tl.store(best + row * tl.num_programs(0) + chunk, value)
+    tl.store(where + row * tl.num_programs(0) + chunk, token)
+
+
+@triton.jit
+def draw_rows(
+    logits, stride, vocab, starts, temperatures, log_min_ps, top_ps, top_ks, best, where, chunks, tokens,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (row): the best of its chunks that its filters leave. `tokens` int64 [rows]."""
+    row = tl.program_id(0)
+    c = tl.arange(0, CHUNKS)
+    found = tl.load(best + row * chunks + c, mask=c < chunks, other=float("-inf"))
+    ids = tl.load(where + row * chunks + c, mask=c < chunks, other=2147483647)
+    value = tl.max(found, axis=0)
+    token = tl.min(tl.where(found == value, ids, 2147483647), axis=0)
+    token = tl.minimum(token, vocab - 1)
+    temperature = tl.load(temperatures + row)
+    log_min_p = tl.load(log_min_ps + row)
+    top_p = tl.load(top_ps + row)
+    top_k = tl.load(top_ks + row)
+    filtered = (temperature > 0) & ((top_p < 1) | (top_k > 0) | (log_min_p > float("-inf")))
+    if filtered:
+        start = tl.load(starts + row)
+        mine = logits + row.to(tl.int64) * stride
+        i = tl.arange(0, BLOCK)
+        tops = tl.full((BLOCK,), float("-inf"), tl.float32)
+        for first in range(0, vocab, BLOCK):
+            scores = tl.load(mine + first + i, mask=first + i < vocab, other=float("-inf")) / temperature
+            tops = tl.maximum(tops, scores)
+        highest = tl.max(tops, axis=0)
+        tries = 0
+        while tries < MOST_TRIES:
+            own = tl.load(mine + token) / temperature
+            count = tl.zeros((BLOCK,), tl.int32)
+            above = tl.zeros((BLOCK,), tl.float64)
+            total = tl.zeros((BLOCK,), tl.float64)
+            for first in range(0, vocab, BLOCK):
+                scores = tl.load(mine + first + i, mask=first + i < vocab, other=float("-inf")) / temperature
+                mass = tl.exp(scores - highest).to(tl.float64)
+                total += mass
+                above += tl.where(scores > own, mass, 0.0)
+                count += (scores > own).to(tl.int32)
+            all_mass = tl.sum(total, axis=0)
+            kept = (tl.sum(above, axis=0) < top_p * all_mass) | (top_p >= 1)
+            kept = kept & (own >= highest + log_min_p) & ((top_k <= 0) | (tl.sum(count, axis=0) < top_k))
+            # A row with a NaN or an infinity has no distribution; whatever it gets, it must get it now.
+            kept = kept | (all_mass != all_mass) | (all_mass == float("inf"))
+            tries += 1
+            if kept:
+                tries = MOST_TRIES
+            else:
+                leading = tl.full((BLOCK,), float("-inf"), tl.float64)
+                at = tl.zeros((BLOCK,), tl.int32)
+                for first in range(0, vocab, BLOCK):
+                    others = first + i
+                    scores = tl.load(mine + others, mask=others < vocab, other=float("-inf")) / temperature
+                    sums = _totals(mine, others, (others < vocab) & (scores > own), start, temperature)
+                    at = tl.where(sums > leading, others, at)
+                    leading = tl.maximum(leading, sums)
+                lead = tl.max(leading, axis=0)
+                token = tl.min(tl.where(leading == lead, at, 2147483647), axis=0)
+    tl.store(tokens + row, token.to(tl.int64))

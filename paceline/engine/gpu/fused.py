@@ -1,0 +1,160 @@
+"""Models built like Llama, on a GPU: their weights fused, five launches a layer where a step has few rows.
+
+A model is taken apart by its modules, as `paceline.engine.lean` does on a CPU. The modules stay and share the fused
+weights, so that nothing is held twice and the model's own code still runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from paceline.engine.attention import Scoring
+from paceline.engine.gpu import kernels
+from paceline.engine.gpu.attention import SHORT, Heads, Scratch, attend
+from paceline.engine.gpu.body import Body
+from paceline.engine.gpu.inputs import Batch
+from paceline.engine.gpu.linear import Linears
+from paceline.engine.lean import NotLeanError, layer_groups, layer_window, refuse_other_structures, rotary_tables
+from paceline.engine.runner import ModelRunner
+
+Weight = tuple[torch.Tensor, torch.Tensor | None]
+"""Of a product: [outputs, inputs] and a bias."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer. `heads` turn and norm what they attend with; `plain` find that done."""
+
+    qkv: Weight
+    out: Weight
+    gate_up: Weight
+    down: Weight
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    heads: Heads
+    scoring: Scoring
+
+    @property
+    def plain(self) -> Heads:
+        return replace(self.heads, cos=None, sin=None, q_norm=None, k_norm=None)
+
+
+class FusedBody(Body):
+    """The layers of a Transformers model, which shares their weights from now on."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises NotLeanError, with the reason, if the model is built differently, before anything is changed."""
+        self.shape: ModelRunner = refuse_other_structures(model)
+        body: Any = model.model
+        _refuse_other_weights(model)
+        config = model.config
+        self._scratch = Scratch(model.device)
+        self._eps = float(body.norm.variance_epsilon)
+        self._linears = Linears(self._eps, self._scratch)
+        cos, sin = rotary_tables(body, int(body.layers[0].self_attn.head_dim), self.shape.max_model_len)
+        self._turns = cos.to(model.device), sin.to(model.device)
+        self._embedding = body.embed_tokens.weight.detach()
+        self._head = model.lm_head.weight.detach(), _bias(model.lm_head)
+        self._final_norm = body.norm.weight.detach()
+        self._layers = [self._taken(layer) for layer in body.layers]
+        self._embedding_scale = float(getattr(config, "embedding_multiplier", 1.0) or 1.0)
+        self._residual_scale = float(getattr(config, "residual_multiplier", 1.0) or 1.0)
+        self._logits_scale = 1.0 / float(getattr(config, "logits_scaling", 1.0) or 1.0)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        x = F.embedding(batch.ids, self._embedding)
+        if self._embedding_scale != 1.0:
+            x *= self._embedding_scale
+        for number, layer in enumerate(self._layers):
+            qkv = self._linears.normed(x, layer.attention_norm, *layer.qkv)
+            attended = self._attended(batch, number, layer, qkv)
+            x = self._linears.added(x, attended, *layer.out, self._residual_scale)
+            gated = self._linears.gated(x, layer.mlp_norm, *layer.gate_up)
+            x = self._linears.added(x, gated, *layer.down, self._residual_scale)
+        if batch.sampled is not None:
+            x = x[batch.sampled]
+        if out is None:
+            out = torch.empty((x.shape[0], self._head[0].shape[0]), dtype=torch.float32, device=x.device)
+        self._linears.normed(x, self._final_norm, *self._head, out=out)
+        return out if self._logits_scale == 1.0 else out.mul_(self._logits_scale)
+
+    def _attended(self, batch: Batch, number: int, layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
+        heads = layer.heads
+        q, k, v = qkv.view(qkv.shape[0], -1, heads.dim).split([heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
+        if batch.longest > SHORT:
+            self._turn(batch, heads, qkv)
+            heads = layer.plain
+        return attend(batch, number, heads, layer.scoring, q, k, v, self._scratch)
+
+    def _turn(self, batch: Batch, heads: Heads, qkv: torch.Tensor) -> None:
+        """What our attention kernel does on the way, for others."""
+        for first, count, norm in ((0, heads.heads, heads.q_norm), (heads.heads, heads.kv_heads, heads.k_norm)):
+            if heads.cos is None and norm is None:
+                continue
+            kernels.rotate_rows[(qkv.shape[0], count)](
+                qkv, qkv.stride(0), batch.positions, heads.cos, heads.sin, norm, heads.norm_eps, first,
+                DIM=heads.dim, HALF=heads.half, ROTATES=heads.cos is not None, NORMED=norm is not None, num_warps=1,
+            )  # fmt: skip
+
+    def _taken(self, layer: Any) -> Layer:
+        attention = layer.self_attn
+        qkv, out, gate_up, down = map(_fused, layer_groups(layer))
+        normed = hasattr(attention, "q_norm")
+        turns = self._turns if getattr(attention, "use_rope", True) else (None, None)
+        dim = int(attention.head_dim)
+        heads = Heads(
+            attention.q_proj.out_features // dim,
+            attention.k_proj.out_features // dim,
+            dim,
+            *turns,
+            q_norm=attention.q_norm.weight.detach() if normed else None,
+            k_norm=attention.k_norm.weight.detach() if normed else None,
+            norm_eps=float(attention.q_norm.variance_epsilon) if normed else 0.0,
+        )
+        return Layer(
+            qkv,
+            out,
+            gate_up,
+            down,
+            layer.input_layernorm.weight.detach(),
+            layer.post_attention_layernorm.weight.detach(),
+            heads,
+            Scoring(float(attention.scaling), layer_window(attention)),
+        )
+
+
+def _refuse_other_weights(model: Any) -> None:
+    """Quantized linear layers look like Linear and are none; products of float32 are for other hardware."""
+    linears = [linear for layer in model.model.layers for group in layer_groups(layer) for linear in group]
+    for linear in (*linears, model.lm_head):
+        if type(linear) is not nn.Linear or linear.weight.dtype not in (torch.bfloat16, torch.float16):
+            raise NotLeanError(f"its products are {type(linear).__name__} of {linear.weight.dtype}")
+    devices = {weight.device for weight in model.parameters()}
+    if len(devices) != 1:
+        raise NotLeanError(f"its weights are on {len(devices)} devices")
+
+
+def _fused(linears: list[Any]) -> Weight:
+    """The weights of products that share their input, one above the other; the modules keep views of them."""
+    if len(linears) == 1:
+        return linears[0].weight.detach(), _bias(linears[0])
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    parts = weight.split([linear.out_features for linear in linears])
+    for linear, part in zip(linears, parts, strict=True):
+        linear.weight = nn.Parameter(part, requires_grad=False)
+    biases = [_bias(linear) for linear in linears]
+    if all(bias is None for bias in biases):
+        return weight, None
+    filled = [weight.new_zeros(linear.out_features) if b is None else b for linear, b in zip(linears, biases, strict=True)]
+    return weight, torch.cat(filled)
+
+
+def _bias(linear: Any) -> torch.Tensor | None:
+    return None if linear.bias is None else linear.bias.detach()

@@ -1,0 +1,161 @@
+"""What a step needs to know, in memory whose addresses never change: written by the host in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from paceline.engine.attention import Window
+from paceline.speculation import coupling, sampling
+from paceline.speculation.sampling import Rows
+
+IN_FLIGHT = 3
+"""Host copies of a step's inputs: one is filled while others are being read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The windows of one step, or of a graph: all shapes may be larger than what is in them.
+
+    `ids` int32 and `slots` int64 are [rows], of which the windows have `lengths` from `first_rows` on, at positions
+    `starts` and after; int32 [sequences], 0 long where there is none. `tables` int32 [sequences, columns] are their
+    blocks of `block` tokens. No window has more than `longest` rows. `keys` and `values` are the pool's, [layers, slots,
+    kv_heads, head_dim]. Logits are wanted of the rows `sampled`, int64, None: of all. `windows` are None where what is
+    computed must not depend on them: in a graph.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    first_rows: torch.Tensor
+    lengths: torch.Tensor
+    starts: torch.Tensor
+    tables: torch.Tensor
+    block: int
+    longest: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    sampled: torch.Tensor | None
+    windows: Sequence[Window] | None
+
+    @property
+    def rows(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def sequences(self) -> int:
+        return self.lengths.shape[0]
+
+
+class StepBuffers:
+    """Inputs of any step of at most `rows` rows of `sequences` windows whose tables have `columns` blocks."""
+
+    def __init__(self, rows: int, sequences: int, columns: int, device: torch.device) -> None:
+        by_row, by_sequence = (rows,), (sequences,)
+        self._shapes = {
+            "slots": (np.int64, by_row),
+            "counters": (np.int64, by_row),
+            "top_ps": (np.float64, by_row),
+            "ids": (np.int32, by_row),
+            "feeds": (np.int32, by_row),
+            "positions": (np.int32, by_row),
+            "temperatures": (np.float32, by_row),
+            "log_min_ps": (np.float32, by_row),
+            "top_ks": (np.int32, by_row),
+            "first_rows": (np.int32, by_sequence),
+            "lengths": (np.int32, by_sequence),
+            "starts": (np.int32, by_sequence),
+            "tables": (np.int32, (sequences, columns)),
+        }
+        self.rows, self.sequences, self.columns = rows, sequences, columns
+        size = sum(_padded(np.dtype(kind).itemsize * int(np.prod(shape))) for kind, shape in self._shapes.values())
+        on_gpu = device.type == "cuda"
+        self._hosts = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(IN_FLIGHT)]
+        self._events = [torch.cuda.Event() if on_gpu else None for _ in range(IN_FLIGHT)]
+        self._views = [self._cut(host) for host in self._hosts]
+        self._numbers = [{name: view.numpy() for name, view in views.items()} for views in self._views]
+        self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.on_device = self._cut(self._device)
+        """By name; see `Batch`. `feeds` int32 [rows] say which of the last step's tokens a row's id is, -1: `ids`."""
+        self._turn = 0
+
+    def _cut(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        found, start = {}, 0
+        for name, (kind, shape) in self._shapes.items():
+            size = np.dtype(kind).itemsize * int(np.prod(shape))
+            dtype = torch.from_numpy(np.zeros(0, kind)).dtype
+            found[name] = memory[start : start + size].view(dtype).view(shape)
+            start += _padded(size)
+        return found
+
+    def load(
+        self,
+        windows: Sequence[Window],
+        draws: Sequence[Rows] = (),
+        feeds: Sequence[int] | None = None,
+        rows: int | None = None,
+        sequences: int | None = None,
+    ) -> None:
+        """Bring a step to the device: windows, how each row draws, and whose tokens they begin with.
+
+        What lies beyond, up to `rows` rows and `sequences` windows, is empty.
+        """
+        turn, self._turn = self._turn, (self._turn + 1) % IN_FLIGHT
+        if (event := self._events[turn]) is not None:
+            event.synchronize()
+        host = self._numbers[turn]
+        self._write_windows(host, windows)
+        count = sum(len(window.token_ids) for window in windows)
+        host["feeds"][:count] = -1 if feeds is None else feeds
+        if draws:
+            _write_draws(host, draws)
+        beyond, idle = slice(count, rows), slice(len(windows), sequences)
+        for name in ("ids", "positions", "slots", "temperatures"):
+            host[name][beyond] = 0
+        host["feeds"][beyond] = -1
+        host["lengths"][idle] = 0
+        self._device.copy_(self._hosts[turn], non_blocking=True)
+        if event is not None:
+            event.record()
+
+    def _write_windows(self, host: dict[str, np.ndarray], windows: Sequence[Window]) -> None:
+        row = 0
+        for number, window in enumerate(windows):
+            count, start, blocks = len(window.token_ids), window.start, window.entry.blocks
+            end = row + count
+            positions = np.arange(start, start + count)
+            host["ids"][row:end] = window.token_ids
+            host["positions"][row:end] = positions
+            table = host["tables"][number]
+            table[: len(blocks)] = blocks
+            block = window.entry.block
+            host["slots"][row:end] = table[positions // block].astype(np.int64) * block + positions % block
+            host["first_rows"][number], host["lengths"][number], host["starts"][number] = row, count, start
+            row = end
+
+
+def drawn_on_device(draws: Sequence[Rows]) -> bool:
+    """Whether the device draws rows like these: without their history, and under no two filters that depend on each
+    other."""
+    return not any(
+        rows.params.adjusts or (rows.params.top_k > 0 and rows.params.top_p < 1 and not rows.params.greedy)
+        for rows in draws
+    )
+
+
+def _write_draws(host: dict[str, np.ndarray], draws: Sequence[Rows]) -> None:
+    params, positions = sampling.by_row(draws)
+    n = len(params)
+    host["counters"][:n] = [coupling.signed(start) for start in coupling.counters(params, positions)]
+    host["temperatures"][:n] = [0.0 if each.greedy else each.temperature for each in params]
+    host["top_ps"][:n] = [each.top_p for each in params]
+    host["top_ks"][:n] = [max(0, each.top_k) for each in params]
+    with np.errstate(divide="ignore"):
+        host["log_min_ps"][:n] = np.log(np.asarray([each.min_p for each in params], dtype=np.float32))
+
+
+def _padded(size: int) -> int:
+    return -(-size // 16) * 16

@@ -1,0 +1,297 @@
+"""Runs steps on a GPU: short ones as CUDA graphs, captured once for each shape, with their draws.
+
+    windows ── one copy ──► inputs ──► graph: ids, layers, logits, draws ── one copy ──► tokens
+                               ▲                                              │
+                               └──────── the next step's, if it is launched ◄─┘
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from paceline.engine.attention import Window
+from paceline.engine.gpu import draws, kernels
+from paceline.engine.gpu.attention import SHORT
+from paceline.engine.gpu.body import Body
+from paceline.engine.gpu.inputs import IN_FLIGHT, Batch, StepBuffers, drawn_on_device
+from paceline.engine.key_shift import KeyShift
+from paceline.engine.kv_blocks import BLOCK, BlockPool
+from paceline.engine.kv_entry import KVGeometry
+from paceline.engine.kv_memory import KVMemory
+from paceline.engine.runner import Launched, Runner
+from paceline.speculation.sampling import Rows
+
+logger = logging.getLogger(__name__)
+
+WINDOWS = (1, 2, 4, 8, SHORT)
+"""Longest windows that graphs are captured for."""
+MOST_GRAPH_ROWS = 256
+"""Rows of the largest graph: beyond, a step takes longer than its launches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A graph's: so many windows, rows in all, and rows of a window, at most."""
+
+    sequences: int
+    rows: int
+    longest: int
+
+    @classmethod
+    def of(cls, windows: Sequence[Window], sequences: int) -> Shape | None:
+        """The least that holds these windows, of at most `sequences`; None if there is none."""
+        longest = max(len(window.token_ids) for window in windows)
+        rows = sum(len(window.token_ids) for window in windows)
+        if longest > SHORT or rows > MOST_GRAPH_ROWS:
+            return None
+        fitting = min(_rounded(len(windows)), sequences)
+        return cls(fitting, max(_rounded(rows), fitting), WINDOWS[bisect_left(WINDOWS, longest)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    graph: Any
+    logits: torch.Tensor
+
+
+class DeviceLaunch(Launched):
+    """A step the device has not finished, perhaps."""
+
+    def __init__(self, logits: torch.Tensor, tokens: torch.Tensor, event: Any) -> None:
+        self.logits = logits
+        self._tokens, self._event = tokens, event
+
+    def tokens(self) -> list[int]:
+        if self._event is not None:
+            self._event.synchronize()
+        found: list[int] = self._tokens.tolist()
+        return found
+
+
+class DeviceRunner(Runner):
+    """Runs a body over keys and values in the blocks of a pool.
+
+    `block` tokens make a block of the pools made here; with `graphs` short steps are captured. Steps may have
+    `max_rows` rows of `max_sequences` windows.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        *,
+        key_shift: KeyShift | str,
+        geometry: KVGeometry,
+        max_rows: int,
+        max_sequences: int,
+        block: int = BLOCK,
+        graphs: bool = True,
+    ) -> None:
+        self._body, self._shape, self._geometry = body, body.shape, geometry
+        self._key_shift, self._block, self._graphs = key_shift, block, graphs and geometry.device.type == "cuda"
+        self._sequences = max_sequences
+        rows = max(max_rows, MOST_GRAPH_ROWS)
+        columns = -(-self.max_model_len // block)
+        self._buffers = StepBuffers(rows, max_sequences, columns, geometry.device)
+        self._captured: dict[tuple[int, int, Shape], _Graph] = {}
+        self._memory: Any = None
+        drawing = min(rows, MOST_GRAPH_ROWS)
+        chunks = -(-self.vocab_size // draws.CHUNK)
+        device = geometry.device
+        self._logits = torch.empty((drawing, self.vocab_size), device=device) if self._graphs else None
+        self._tokens = torch.zeros(drawing, dtype=torch.long, device=device)
+        self._best = torch.empty((drawing, chunks), dtype=torch.float64, device=device)
+        self._where = torch.empty((drawing, chunks), dtype=torch.int32, device=device)
+        self._ids = torch.zeros(rows, dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self._read = [torch.zeros(drawing, dtype=torch.long, pin_memory=pinned) for _ in range(IN_FLIGHT)]
+        self._turn = 0
+
+    @property
+    def vocab_size(self) -> int:
+        return self._shape.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        return self._shape.max_model_len
+
+    @property
+    def device(self) -> torch.device:
+        return self._geometry.device
+
+    def kv_geometry(self) -> KVGeometry:
+        return self._geometry
+
+    def key_shift(self) -> KeyShift | str:
+        return self._key_shift
+
+    def kv_memory(self, geometry: KVGeometry, capacity: int, max_model_len: int) -> KVMemory:
+        return BlockPool(geometry, capacity, self._block)
+
+    @torch.inference_mode()
+    def run(self, windows: Sequence[Window]) -> torch.Tensor:
+        shape = Shape.of(windows, self._sequences) if self._graphs else None
+        if shape is None:
+            self._buffers.load(windows)
+            return self._body.logits(self._batch(windows, self._sampled(windows)))
+        self._buffers.load(windows, (), None, shape.rows, shape.sequences)
+        logits = self._replay(shape, windows)
+        sampled = self._sampled(windows)
+        return logits[: sum(len(window.token_ids) for window in windows)] if sampled is None else logits[sampled]
+
+    @torch.inference_mode()
+    def launch(
+        self, windows: Sequence[Window], rows: Sequence[Rows], feeds: Sequence[int] | None = None
+    ) -> Launched | None:
+        shape = Shape.of(windows, self._sequences)
+        if shape is None or not drawn_on_device(rows) or any(len(each.token_ids) != each.sample for each in windows):
+            return None
+        self._buffers.load(windows, rows, feeds, shape.rows, shape.sequences)
+        count = sum(len(window.token_ids) for window in windows)
+        if self._graphs:
+            logits = self._replay(shape, windows)[:count]
+        else:
+            batch = self._batch(windows, None)
+            logits = self._step(replace(batch, ids=self._ids[:count]))
+        return DeviceLaunch(logits, *self._reading(count))
+
+    def _reading(self, count: int) -> tuple[torch.Tensor, Any]:
+        """The first tokens, on their way to host memory, and what happens when they are there."""
+        host, self._turn = self._read[self._turn], (self._turn + 1) % IN_FLIGHT
+        host[:count].copy_(self._tokens[:count], non_blocking=True)
+        if self.device.type != "cuda":
+            return host[:count], None
+        event = torch.cuda.Event()
+        event.record()
+        return host[:count], event
+
+    def warm_up(self, memory: KVMemory) -> int:
+        """Capture what decoding needs, and windows of one sequence. Returns how many graphs there are."""
+        assert isinstance(memory, BlockPool)
+        if not self._graphs:
+            return 0
+        counts = sorted({min(_rounded(n), self._sequences) for n in range(1, self._sequences + 1)})
+        decodes = [Shape(n, max(_rounded(n), n), 1) for n in counts]
+        verifications = [Shape(1, longest, longest) for longest in WINDOWS[1:]]
+        for shape in (*decodes, *verifications):
+            self._buffers.load((), (), None, shape.rows, shape.sequences)
+            self._graph(shape, memory.keys, memory.values, memory.block)
+        torch.cuda.synchronize()
+        return len(self._captured)
+
+    def _replay(self, shape: Shape, windows: Sequence[Window]) -> torch.Tensor:
+        entry = windows[0].entry
+        keys, values = entry.keys.transpose(1, 2), entry.values.transpose(1, 2)
+        found = self._graph(shape, keys, values, entry.block)
+        found.graph.replay()
+        return found.logits
+
+    def _graph(self, shape: Shape, keys: torch.Tensor, values: torch.Tensor, block: int) -> _Graph:
+        place = keys.data_ptr(), keys.shape[1], shape
+        if place not in self._captured:
+            self._captured[place] = self._capture(shape, keys, values, block)
+            logger.debug("captured a graph of %s", shape)
+        return self._captured[place]
+
+    def _capture(self, shape: Shape, keys: torch.Tensor, values: torch.Tensor, block: int) -> _Graph:
+        """The step once as it is, so that kernels are compiled and libraries ready; then as a graph."""
+        assert self._logits is not None
+        batch = self._batch_of(shape, keys, values, block)
+        logits = self._logits[: shape.rows]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(batch, logits)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            self._step(batch, logits)
+        self._memory = graph.pool()
+        return _Graph(graph, logits)
+
+    def _step(self, batch: Batch, logits: torch.Tensor | None = None) -> torch.Tensor:
+        """What a graph does, in `logits` if they are given: float32 [rows, vocab]."""
+        inputs = self._buffers.on_device
+        count = batch.rows
+        kernels.take_ids[(1,)](
+            inputs["ids"], inputs["feeds"], self._tokens, self._ids, count, BLOCK=max(16, _rounded(count))
+        )
+        logits = self._body.logits(batch, logits)
+        self._draw(logits)
+        return logits
+
+    def _draw(self, logits: torch.Tensor) -> None:
+        inputs, (count, vocab) = self._buffers.on_device, logits.shape
+        chunks = self._best.shape[1]
+        draws.draw_chunks[(chunks, count)](
+            logits, logits.stride(0), vocab, inputs["counters"], inputs["temperatures"], self._best, self._where,
+            CHUNK=draws.CHUNK, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        draws.draw_rows[(count,)](
+            logits, logits.stride(0), vocab, inputs["counters"], inputs["temperatures"], inputs["log_min_ps"],
+            inputs["top_ps"], inputs["top_ks"], self._best, self._where, chunks, self._tokens,
+            CHUNKS=1 << (chunks - 1).bit_length(), BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+
+    def _batch_of(self, shape: Shape, keys: torch.Tensor, values: torch.Tensor, block: int) -> Batch:
+        """For a graph: nothing in it is known but the shape."""
+        inputs, rows, some = self._buffers.on_device, slice(0, shape.rows), slice(0, shape.sequences)
+        return Batch(
+            self._ids[rows],
+            inputs["positions"][rows],
+            inputs["slots"][rows],
+            inputs["first_rows"][some],
+            inputs["lengths"][some],
+            inputs["starts"][some],
+            inputs["tables"][some],
+            block,
+            shape.longest,
+            keys,
+            values,
+            None,
+            None,
+        )
+
+    def _batch(self, windows: Sequence[Window], sampled: torch.Tensor | None) -> Batch:
+        """For a step that runs as it is."""
+        inputs, entry = self._buffers.on_device, windows[0].entry
+        rows = slice(0, sum(len(window.token_ids) for window in windows))
+        some = slice(0, len(windows))
+        return Batch(
+            inputs["ids"][rows],
+            inputs["positions"][rows],
+            inputs["slots"][rows],
+            inputs["first_rows"][some],
+            inputs["lengths"][some],
+            inputs["starts"][some],
+            inputs["tables"][some],
+            entry.block,
+            max(len(window.token_ids) for window in windows),
+            entry.keys.transpose(1, 2),
+            entry.values.transpose(1, 2),
+            sampled,
+            windows,
+        )
+
+    def _sampled(self, windows: Sequence[Window]) -> torch.Tensor | None:
+        """None if logits of all rows are wanted."""
+        if all(window.sample == len(window.token_ids) for window in windows):
+            return None
+        rows: list[int] = []
+        end = 0
+        for window in windows:
+            end += len(window.token_ids)
+            rows += range(end - window.sample, end)
+        return torch.tensor(rows, dtype=torch.long, device=self.device)
+
+
+def _rounded(n: int) -> int:
+    """Up to a power of two, beyond 16 to a multiple of 16, beyond 64 of 64."""
+    if n <= 16:
+        return 1 << (n - 1).bit_length()
+    return -(-n // 16) * 16 if n <= 64 else -(-n // 64) * 64
