@@ -23,6 +23,9 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(gt=0, le=600_000)]
 SchedulingPolicy = Literal["fcfs", "priority"]
+AttnImplementation = Literal[
+    "auto", "triton", "flash_attention_3", "varlen_attn", "flash_attention_2", "sdpa", "eager"
+]
 ComputeDtype = Literal["auto", "int16", "int8"]
 
 DEFAULT_MODEL, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-draft"
@@ -76,6 +79,24 @@ class EngineSettings(Settings):
         description="Type the KV cache stores; auto is the activations'. int8, with a scale for each key and value of "
         "a head, takes about a quarter of float32 or half of bfloat16, and rounds: the output is another, if hardly "
         "worse.",
+    )
+    cache_implementation: Literal["auto", "static", "paged"] = Field(
+        "auto",
+        description="How the KV cache is laid out. paged: blocks of 64 tokens of one pool, on a GPU. static: memory for "
+        "max_model_len tokens for each sequence at once; on a CPU its pages are committed when they are written. auto is "
+        "paged where an attention kernel reads blocks, else static.",
+    )
+    attn_implementation: AttnImplementation = Field(
+        "auto",
+        description="Attention kernel, by Transformers' names where it has one. auto: our own on a CPU if the model is "
+        "built like Llama; on a GPU our Triton kernel, and FlashAttention for prompts. sdpa and eager are PyTorch's, "
+        "sequence by sequence; flash_attention_2 is the one PyTorch brings; flash_attention_3 and varlen_attn (PyTorch "
+        "2.13) read blocks, where they are installed.",
+    )
+    compile: bool = Field(
+        True,
+        description="On a GPU: fuse what a layer does around its products, if the model is built like Llama, and "
+        "capture short steps as CUDA graphs. false runs the model's own code step by step.",
     )
     max_num_seqs: Positive = Field(16, description="Sequences in one step.")
     max_batched_tokens: Positive = Field(512, description="Tokens in one step; longer prompts are prefilled in chunks.")

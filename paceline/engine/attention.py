@@ -34,16 +34,18 @@ class Window:
     """Consecutive tokens of one sequence in one step: a prefill chunk, a decode step or a verification.
 
     Their keys and values go to positions entry.held, entry.held + 1, … of `entry`, which are the positions the model
-    sees. Logits are computed for the last `sample` tokens.
+    sees; if `ahead`, so many later: behind windows that are under way. Logits are computed for the last `sample`
+    tokens.
     """
 
     entry: KVEntry
     token_ids: Sequence[int]
     sample: int
+    ahead: int = 0
 
     @property
     def start(self) -> int:
-        return self.entry.held
+        return self.entry.held + self.ahead
 
     @property
     def end(self) -> int:
@@ -105,9 +107,11 @@ class AttentionStep(ABC):
 
 @dataclass(frozen=True, slots=True)
 class RaggedBatch(AttentionStep):
-    """The windows of one step. Writes keys and values, then attends window by window over the true length."""
+    """The windows of one step. Writes keys and values, then attends window by window over the true length; `eager`
+    with every score at hand, in place of a fused kernel."""
 
     windows: Sequence[Window]
+    eager: bool = False
     _masks: dict[tuple[int, int | None, bool], Mask] = field(default_factory=dict)
     """By window, sliding window and kernel: made once a step, not once a layer."""
 
@@ -122,7 +126,8 @@ class RaggedBatch(AttentionStep):
             seen = slice(window.first_visible(scoring.sliding_window), window.end)
             keys, values = window.entry.read(layer, seen, query.dtype)
             mask = self._mask(number, scoring, query)
-            outputs.append(_attend(query[:, :, rows], keys[None], values[None], mask, scoring))
+            attend = _attend_explicitly if self.eager else _attend
+            outputs.append(attend(query[:, :, rows], keys[None], values[None], mask, scoring))
             offset = rows.stop
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
@@ -130,7 +135,8 @@ class RaggedBatch(AttentionStep):
         at = (number, scoring.sliding_window, scoring.fused)
         if at not in self._masks:
             window, sliding_window = self.windows[number], scoring.sliding_window
-            if len(window.token_ids) > 1 and sliding_window is None and scoring.fused and _flash_takes(query):
+            plain = len(window.token_ids) > 1 and sliding_window is None and scoring.fused
+            if plain and not self.eager and _flash_takes(query):
                 self._masks[at] = Told.CAUSAL
             else:
                 first = window.first_visible(sliding_window)
@@ -162,9 +168,10 @@ def _attend(
 
 
 def _attend_explicitly(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scoring: Scoring
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Mask, scoring: Scoring
 ) -> torch.Tensor:
     """The same with every score at hand, for what no fused kernel here computes."""
+    assert not isinstance(mask, Told)
     groups = query.view(1, keys.shape[1], -1, *query.shape[2:])
     scores = (groups @ keys.unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * scoring.scale
     if scoring.softcap is not None:

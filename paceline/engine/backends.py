@@ -8,13 +8,18 @@ import psutil
 import torch
 
 from paceline.config import EngineSettings
+from paceline.engine.kv_blocks import BLOCK
 from paceline.engine.native import Kernels, kernels
 from paceline.engine.products import BACKENDS, KeepingBackend, LinearBackends, with_byte_activations
+from paceline.engine.gpu.kinds import missing
 from paceline.errors import ConfigError
 from paceline.hardware import usable_cores
 from paceline.speculation import coupling
 
-KV_SHARE_OF_FREE_MEMORY = 0.25
+KV_SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.8}
+"""A machine's memory is for others, too; a GPU's is there to be used."""
+BLOCK_READERS = ("triton", "flash_attention_3", "varlen_attn")
+"""Attention kernels that read keys and values in blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,11 @@ class Backends:
     linears: LinearBackends | None
     kernels: Kernels | None
     choices: tuple[Choice, ...]
+    attention: str = "sdpa"
+    """By the name in `attn_implementation`; "auto" is resolved."""
+    paged: bool = False
+    fuses: bool = False
+    """Whether layers are fused and short steps captured, where attention reads blocks."""
 
 
 def resolve_backends(settings: EngineSettings, *, distilled: bool = False) -> Backends:
@@ -54,17 +64,23 @@ def resolve_backends(settings: EngineSettings, *, distilled: bool = False) -> Ba
     threads, why_threads = _threads(settings)
     linears, linear_choice = _linears(settings, device, dtype, distilled)
     lean, why_lean = _forward(device, dtype)
+    attention, why_attention = attention_for(settings, device)
+    paged, why_cache = _cache(settings, device, attention)
+    if device.type == "cpu" and attention != "auto":
+        lean, why_lean = None, f"engine.attn_implementation is {attention}"
     choices = (
         Choice("device", str(device), why_device),
         Choice("dtype", "the checkpoint's" if dtype is None else str(dtype).removeprefix("torch."), why_dtype),
         Choice("threads", str(threads), why_threads),
         linear_choice,
         Choice("forward pass", "lean" if lean is not None else "transformers", why_lean),
-        SDPA if lean is None else OUR_ATTENTION,
-        Choice("kv cache", *_kv(settings, dtype)),
+        OUR_ATTENTION if lean is not None else Choice("attention", attention, why_attention),
+        Choice("kv cache", *_kv(settings, dtype, device)),
+        Choice("kv layout", "paged" if paged else "static", why_cache),
         Choice("draws", *_draws(device)),
     )
-    return Backends(device, dtype, threads, linears, lean, choices)
+    fuses = settings.compile and attention in BLOCK_READERS
+    return Backends(device, dtype, threads, linears, lean, choices, attention, paged, fuses)
 
 
 def describe(settings: EngineSettings) -> list[Choice]:
@@ -101,6 +117,43 @@ def _threads(settings: EngineSettings) -> tuple[int, str]:
     if settings.threads != "auto":
         return settings.threads, "as configured"
     return usable_cores(), "cores this process may use (affinity and cgroup quota)"
+
+
+def attention_for(settings: EngineSettings, device: torch.device) -> tuple[str, str]:
+    """The attention kernel and why; on a CPU "auto" is left to the forward pass. Raises ConfigError."""
+    named = settings.attn_implementation
+    if named == "auto" and device.type != "cuda":
+        return "auto" if device.type == "cpu" else "sdpa", SDPA.reason
+    if named == "auto":
+        why = missing("triton")
+        if why is None and settings.kv_dtype == "auto":
+            return "triton", "our kernel over blocks; prompts by FlashAttention"
+        return "sdpa", f"our Triton kernel does not run here: {why or 'it reads no int8 keys'}"
+    if named in ("sdpa", "eager"):
+        return named, "as configured"
+    if device.type != "cuda":
+        raise ConfigError(f"engine.attn_implementation: {named} needs a GPU", param="engine.attn_implementation")
+    if (why := missing(named)) is not None:
+        raise ConfigError(
+            f"engine.attn_implementation: {named} does not run here: {why}", param="engine.attn_implementation"
+        )
+    if settings.kv_dtype == "int8" and named in BLOCK_READERS:
+        raise ConfigError(f"engine.kv_dtype: int8 is not for attention by {named}", param="engine.kv_dtype")
+    return named, "as configured"
+
+
+def _cache(settings: EngineSettings, device: torch.device, attention: str) -> tuple[bool, str]:
+    """Whether keys and values lie in one pool, and why."""
+    named = settings.cache_implementation
+    if attention in BLOCK_READERS:
+        size = "max_model_len tokens" if named == "static" else f"{BLOCK} tokens"
+        return named != "static", f"one pool, in blocks of {size}"
+    if named == "paged" and device.type == "cpu":
+        raise ConfigError(
+            "engine.cache_implementation: paged needs a GPU; on a CPU memory is committed page by page as it is",
+            param="engine.cache_implementation",
+        )
+    return named == "paged", "as configured" if named != "auto" else "contiguous memory for each sequence"
 
 
 def _linears(
@@ -152,9 +205,9 @@ def _draws(device: torch.device) -> tuple[str, str]:
     return "our kernel", "the tokens are those torch would draw, in a twentieth of the time"
 
 
-def _kv(settings: EngineSettings, dtype: torch.dtype | None) -> tuple[str, str]:
+def _kv(settings: EngineSettings, dtype: torch.dtype | None, device: torch.device) -> tuple[str, str]:
     own = "the checkpoint's dtype" if dtype is None else str(dtype).removeprefix("torch.")
     stored = own if settings.kv_dtype == "auto" else settings.kv_dtype
     if settings.kv_tokens != "auto":
         return f"{settings.kv_tokens} tokens in {stored}", "as configured"
-    return f"{KV_SHARE_OF_FREE_MEMORY:.0%} of free memory in {stored}", "shared by running and idle sessions"
+    return f"{KV_SHARE_OF_FREE_MEMORY[device.type]:.0%} of free memory in {stored}", "shared by running and idle sessions"

@@ -149,6 +149,8 @@ class Drafter:
         self._drafts: dict[Hashable, _Draft] = {}
         self._outbox: list[Drafted] = []
         self.drafted_tokens = 0
+        self.passes = 0
+        """Forward passes made."""
         self.rolled_back_tokens = 0
 
     @property
@@ -244,8 +246,9 @@ class Drafter:
         """One forward pass over every sequence with work. Returns what became ready."""
         ready, self._outbox = self._outbox, []
         batch = self._schedule(ready)
-        if batch:
+        if batch and not self._run_chain(batch):
             logits = self._runner.run([window for _, window in batch])
+            self.passes += 1
             for draft, window in batch:
                 self.kv.append(draft.entry, window.token_ids)  # type: ignore[arg-type]
             self._draw(logits, [draft for draft, window in batch if window.sample])
@@ -278,6 +281,35 @@ class Drafter:
             budget -= len(chunk)
             prefill -= len(chunk) if is_prompt else 0
         return batch
+
+    def _run_chain(self, batch: list[tuple[_Draft, Window]]) -> bool:
+        """If the model runs where its tokens are drawn: all that every member owes, each token from the one before,
+        before any of them is looked at. Whether that was done."""
+        drafts = [draft for draft, _ in batch]
+        if any(draft.rejection or not window.sample for draft, window in batch):
+            return False
+        length = max(1, min(self._owed(draft, window) for draft, window in batch))
+        launched = []
+        for number in range(length):
+            windows = [window for _, window in batch]
+            if number:
+                windows = [Window(each.entry, [0], 1, len(each.token_ids) + number - 1) for each in windows]
+            rows = [Rows(each.params, each.prompt_length, each.agreed, each.drafted + [0] * number) for each in drafts]
+            found = self._runner.launch(windows, rows, range(len(batch)) if number else None)
+            if found is None:
+                return False
+            launched.append(found)
+        for number, each in enumerate(launched):
+            for (draft, window), token in zip(batch, each.tokens(), strict=True):
+                self.kv.append(window.entry, draft.drafted[-1:] if number else window.token_ids)
+                draft.drafted.append(token)
+        self.passes += length
+        self.drafted_tokens += length * len(batch)
+        return True
+
+    def _owed(self, draft: _Draft, window: Window) -> int:
+        """Tokens it may draw in a row from here: those owed, as far as its entry has room."""
+        return min(draft.depth - len(draft.drafted), draft.end - draft.length, 1 + window.entry.left - len(window.token_ids))
 
     def _draw(self, logits: torch.Tensor, drafts: list[_Draft]) -> None:
         """One more token for each; by one of the two rules, whose draws never mix."""

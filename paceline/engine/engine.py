@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from paceline.config import SpeculationSettings
-from paceline.engine import sampling, synthetic
+from paceline.engine import synthetic
 from paceline.engine.detokenizer import Decoder, Detokenizer
+from paceline.engine.flight import Flight
 from paceline.engine.kv_cache import KVCache
 from paceline.engine.kv_entry import SessionKV
 from paceline.engine.restores import Restores
@@ -82,6 +83,7 @@ class Engine:
             kv, limits.max_num_seqs, limits.max_batched_tokens, limits.max_prefill_while_decoding, restores
         )
         self.restores = restores
+        self._flight: Flight | None = None
         self._ids = itertools.count(1)
         self._by_request: dict[str, Sequence] = {}
         self._windows = WindowRules(
@@ -136,17 +138,16 @@ class Engine:
         return sequence.take_delta()
 
     def step(self) -> dict[str, Delta]:
-        """One forward pass for everything that can run. Returns what each request gained."""
+        """One forward pass for everything that can run, and the next begun if it can be. Returns what each request
+        gained."""
         began = time.perf_counter()
-        self._admit()
-        step = self._scheduler.schedule(self._propose())
-        if not step:
+        flight = self._flight or self._begin()
+        if flight is None:
             if self.restores is not None:
                 self.restores.wait(PAUSE_S)
             return {}
-        logits = self._runner.run([part.window for part in step])
-        sampling.note_prompt_logprobs(step, logits)
-        drawn = sampling.sample(step, logits, self._verification)
+        self._flight = flight.begin_next(self._runner, self._scheduler) if self.speculator is None else None
+        step, drawn = flight.landed(self._verification)
         if self.synthetic_acceptance is not None:
             drawn = synthetic.accept(step, drawn, self.synthetic_acceptance)
         committed = self._commit(step, drawn)
@@ -183,6 +184,12 @@ class Engine:
         """Raise EngineError unless every account closes. For idle times and tests."""
         self.kv.check()
         self._scheduler.check()
+
+    def _begin(self) -> Flight | None:
+        """The next step, under way; None if nothing can run."""
+        self._admit()
+        step = self._scheduler.schedule(self._propose())
+        return Flight.begin(self._runner, step, self._verification) if step else None
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():

@@ -23,6 +23,8 @@ from paceline.errors import ModelError
 R = TypeVar("R", bound=Runner)
 
 PROBE_TOKENS = 24
+PROBE_ROOM = 128
+"""Of both sequences, if room comes in blocks."""
 PROBE_STEPS = (
     ((0, 16), (0, 5)),
     ((16, 17), (5, 6)),
@@ -69,6 +71,18 @@ def runner_for(model: PreTrainedModel) -> ModelRunner | PerSequenceRunner:
         return alone
     family = model.config.model_type
     raise ModelError(f"{family} cannot be served: in one batch, {ragged}; sequence by sequence, {alone}")
+
+
+def require_same(runner: R, trusted: Runner) -> R:
+    """The runner, if it reproduces the logits of one that has been probed. Raises ModelError with the difference."""
+    kv = SlabKVCache(trusted.kv_geometry(), PROBE_ROOM, PROBE_TOKENS)
+    rows = []
+    for ids in _probe_ids(runner.vocab_size):
+        entry = kv.reserve(ids, PROBE_TOKENS)
+        assert entry is not None
+        rows.append(trusted.run([Window(entry, ids, sample=len(ids))]))
+        kv.release(entry)
+    return _probed(runner, rows)
 
 
 def _attempt(build: Callable[[], R]) -> R | str:
@@ -120,7 +134,9 @@ def _probed(runner: R, reference: list[torch.Tensor]) -> R:
 def _differences(runner: Runner, reference: list[torch.Tensor]) -> dict[str, list[float]]:
     """How far each row of logits is from the reference, by what kind of window it was in."""
     sequences = _probe_ids(runner.vocab_size)
-    kv = SlabKVCache(runner.kv_geometry(), 2 * PROBE_TOKENS, PROBE_TOKENS)
+    geometry = runner.kv_geometry()
+    memory = runner.kv_memory(geometry, PROBE_ROOM, PROBE_TOKENS)
+    kv = SlabKVCache(geometry, PROBE_ROOM, PROBE_TOKENS, memory=memory)
     entries = [entry for ids in sequences if (entry := kv.reserve(ids, PROBE_TOKENS)) is not None]
     found: dict[str, list[float]] = {"a prefill": [], "a decode step": [], "a verification": []}
     for step in PROBE_STEPS:

@@ -150,7 +150,7 @@ class SlabKVCache(KVCache):
         self._spill = spill
         self.max_model_len = min(max_model_len, capacity)
         self._slabs = Slabs(geometry, self.max_model_len)
-        self._memory = self._slabs if memory is None else memory
+        self.memory = self._slabs if memory is None else memory
         self._running: dict[KVEntry, None] = {}
         # Least recently used first. Anonymous entries go before any session's.
         self._anonymous: dict[KVEntry, None] = {}
@@ -172,7 +172,7 @@ class SlabKVCache(KVCache):
     ) -> KVEntry | None:
         if room > self.max_model_len:
             return None
-        room = self._memory.rounded(room)
+        room = self.memory.rounded(room)
         source, shared = self._best_source(_ids(tokens)[:-1], session_id, window)
         if source is not None and _may_take_over(source, shared, session_id):
             return self._take_over(source, shared, room, session_id, window)
@@ -194,10 +194,10 @@ class SlabKVCache(KVCache):
             return True
         if room > self.max_model_len:
             return False
-        room = self._memory.rounded(room)
+        room = self.memory.rounded(room)
         if not self._make_room(room - entry.charged, keep=entry):
             return False
-        self._memory.widen(entry, room)
+        self.memory.widen(entry, room)
         self._in_use += room - entry.charged
         entry.charged = room
         return True
@@ -240,16 +240,16 @@ class SlabKVCache(KVCache):
         self._slabs.refuse_other(export)
         length = export.keys.shape[2]
         replaced = [entry for entry in self._by_session.get(export.session_id, ()) if not entry.running]
-        if self._memory.rounded(length) > self.capacity - self._in_use:
+        if self.memory.rounded(length) > self.capacity - self._in_use:
             return False
         for entry in replaced:
             self._drop(entry)
-        self._make_room(self._memory.rounded(length), keep=None)
+        self._make_room(self.memory.rounded(length), keep=None)
         self._take_in(self._slabs.filled(export))
         return True
 
     def adopt(self, entry: KVEntry) -> bool:
-        room = self._memory.rounded(entry.held)
+        room = self.memory.rounded(entry.held)
         if room > self.capacity - self._in_use:
             return False
         self._make_room(room, keep=None)
@@ -290,7 +290,7 @@ class SlabKVCache(KVCache):
             entry.check()
             if len(entry.chain) != entry.length // CHUNK or entry.running != (entry in self._running):
                 raise EngineError(f"KV entry out of place: {entry.length}, {len(entry.chain)}, {entry.running}")
-        self._memory.check([*self._running, *idle])
+        self.memory.check([*self._running, *idle])
         named = {id(entry) for held in self._by_session.values() for entry in held}
         if named != {id(entry) for entry in (*self._running, *idle) if entry.session_id is not None}:
             raise EngineError("KV entries and sessions disagree")
@@ -313,12 +313,12 @@ class SlabKVCache(KVCache):
         self, entry: KVEntry, shared: int, room: int, session_id: str | None, window: StreamingWindow | None
     ) -> KVEntry | None:
         """Continue an idle entry in place, under the new owner. None, and nothing changed, if there is no room."""
-        needed = max(room, self._memory.rounded(shared - entry.dropped_at(shared)))
+        needed = max(room, self.memory.rounded(shared - entry.dropped_at(shared)))
         if not self._make_room(needed - entry.charged, keep=entry):
             return None
         self.truncate(entry, shared)
-        self._memory.trim(entry, needed)
-        self._memory.widen(entry, needed)
+        self.memory.trim(entry, needed)
+        self.memory.widen(entry, needed)
         self._leave(entry)
         entry.running, entry.charged, entry.session_id, entry.window = True, needed, session_id, window
         self._enter(entry)
@@ -366,13 +366,13 @@ class SlabKVCache(KVCache):
         return None
 
     def _new_entry(self, room: int, session_id: str | None, window: StreamingWindow | None) -> KVEntry:
-        entry = self._memory.entry(room, session_id, window)
+        entry = self.memory.entry(room, session_id, window)
         self._enter(entry)
         return entry
 
     def _take_in(self, entry: KVEntry) -> KVEntry:
         """An idle entry from elsewhere, for which there is room."""
-        entry = self._memory.taken_in(entry)
+        entry = self.memory.taken_in(entry)
         self._enter(entry)
         self._index.update(entry)
         return entry
@@ -386,8 +386,8 @@ class SlabKVCache(KVCache):
 
     def _set_idle(self, entry: KVEntry) -> None:
         self._leave(entry)
-        entry.running, entry.charged = False, self._memory.rounded(entry.held)
-        self._memory.trim(entry, entry.charged)
+        entry.running, entry.charged = False, self.memory.rounded(entry.held)
+        self.memory.trim(entry, entry.charged)
         self._enter(entry)
 
     def _touch(self, entry: KVEntry) -> None:
@@ -399,7 +399,7 @@ class SlabKVCache(KVCache):
     def _drop(self, entry: KVEntry) -> None:
         self._leave(entry)
         self._index.remove(entry)
-        self._memory.drop(entry)
+        self.memory.drop(entry)
 
     def _kind(self, entry: KVEntry) -> dict[KVEntry, None]:
         if entry.running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ from typing import Any
 import torch
 
 from paceline.config import EngineSettings, SessionSettings, SpeculationSettings
-from paceline.engine.backends import KV_SHARE_OF_FREE_MEMORY, SDPA, Backends, Choice, free_memory, resolve_backends
+from paceline.engine.backends import (
+    BLOCK_READERS,
+    KV_SHARE_OF_FREE_MEMORY,
+    Backends,
+    Choice,
+    free_memory,
+    resolve_backends,
+)
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine, EngineLimits
 from paceline.engine.families import refuse_unservable, runner_for
@@ -86,13 +94,14 @@ class LoadedModel:
         sessions = sessions or SessionSettings()
         tiers = self._tiers(sessions)
         kv = self._kv_cache(tiers)
+        self._warm_up(kv)
         return Engine(
             self.runner,
             kv,
             self.limits,
             eos=self.eos,
             decoder=self.tokenizer,
-            speculator=speculator_for(speculation, draft, lambda: cost or measure_verify_cost(self.runner)),
+            speculator=speculator_for(speculation, draft, lambda: cost or measure_verify_cost(self.runner, kv)),
             speculation=speculation,
             restores=Restores(kv, tiers, sessions.kv_restore_timeout_s) if tiers is not None else None,
         )
@@ -100,9 +109,11 @@ class LoadedModel:
     def drafter(self) -> Drafter:
         """A drafter with a KV cache of its own."""
         limits = self.limits
+        kv = self._kv_cache()
+        self._warm_up(kv)
         return Drafter(
             self.runner,
-            self._kv_cache(),
+            kv,
             max_batched_tokens=limits.max_batched_tokens,
             max_model_len=limits.max_model_len,
             max_prefill_while_drafting=limits.max_prefill_while_decoding,
@@ -110,7 +121,14 @@ class LoadedModel:
 
     def _kv_cache(self, tiers: KVTiers | None = None) -> SlabKVCache:
         spill = tiers.put if tiers is not None else None
-        return SlabKVCache(self.kv_geometry, self.kv_tokens, self.limits.max_model_len, self.key_shift, spill)
+        longest = min(self.limits.max_model_len, self.kv_tokens)
+        memory = self.runner.kv_memory(self.kv_geometry, self.kv_tokens, longest)
+        return SlabKVCache(self.kv_geometry, self.kv_tokens, longest, self.key_shift, spill, memory)
+
+    def _warm_up(self, kv: SlabKVCache) -> None:
+        began = time.perf_counter()
+        if shapes := self.runner.warm_up(kv.memory):
+            logger.info("captured %d graphs in %.1f s", shapes, time.perf_counter() - began)
 
     def _tiers(self, sessions: SessionSettings) -> KVTiers | None:
         """None if there is neither memory nor a folder for them."""
@@ -137,7 +155,7 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     refuse_unservable(load_config(path))
     with compact_allocations():
         tokenizer = None if distilled else load_tokenizer(path)
-        runner, choices = _load_runner(path, backends)
+        runner, choices = _load_runner(path, backends, settings)
     if distilled:
         runner = ReducedVocabRunner(runner, *draft_folder.load_tokens(path))
     limits = _limits(settings, runner)
@@ -157,16 +175,16 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
     )
 
 
-def _load_runner(path: Path, backends: Backends) -> tuple[Runner, tuple[Choice, ...]]:
+def _load_runner(path: Path, backends: Backends, settings: EngineSettings) -> tuple[Runner, tuple[Choice, ...]]:
     """The lean pass if the model has one, else the model's own code; and the choices as they turned out."""
     runner: Runner
     if backends.kernels is None or backends.linears is None:
-        runner, replaced = _general(path, backends)
+        runner, replaced = _general(path, backends, settings)
     else:
         try:
             runner, replaced = _lean(path, Packer(backends.linears), backends.kernels)
         except NotLeanError as error:
-            runner, replaced = _general(path, backends)
+            runner, replaced = _general(path, backends, settings)
             replaced.append(Choice("forward pass", "transformers", str(error)))
     by_name = {choice.name: choice for choice in (*backends.choices, *replaced)}
     return runner, tuple(by_name.values())
@@ -183,15 +201,22 @@ def _lean(path: Path, packer: Packer, kernels: Kernels) -> tuple[Runner, list[Ch
     return lean_runner(model, kernels, packer, rounds=packer.rounds), [_linears(packer)]
 
 
-def _general(path: Path, backends: Backends) -> tuple[Runner, list[Choice]]:
+def _general(path: Path, backends: Backends, settings: EngineSettings) -> tuple[Runner, list[Choice]]:
     whole = runner_for(load_causal_lm(path, dtype=backends.dtype or "auto", device=backends.device))
-    replaced = [SDPA]
+    replaced: list[Choice] = []
     if backends.linears is not None:
         packer = Packer(backends.linears)
         if replace_linears(whole.model, packer):
             replaced.append(_linears(packer))
     if isinstance(whole, PerSequenceRunner):
-        replaced.append(Choice("attention", "the model's own, sequence by sequence", whole.why))
+        own = Choice("attention", "the model's own, sequence by sequence", whole.why)
+        return whole, [*replaced, own, Choice("kv layout", "static", "the model's own attention reads it")]
+    if backends.attention in BLOCK_READERS:
+        from paceline.engine.gpu.load import on_device
+
+        runner, choices = on_device(whole, backends, settings)
+        return runner, [*replaced, *choices]
+    whole.attend_as(backends.attention, paged=backends.paged)
     return whole, replaced
 
 
@@ -243,5 +268,5 @@ def _kv_geometry(settings: EngineSettings, runner: Runner) -> KVGeometry:
 def _kv_tokens(settings: EngineSettings, geometry: KVGeometry, limits: EngineLimits) -> int:
     if settings.kv_tokens != "auto":
         return settings.kv_tokens
-    room = int(free_memory(geometry.device) * KV_SHARE_OF_FREE_MEMORY) // geometry.bytes_per_token
+    room = int(free_memory(geometry.device) * KV_SHARE_OF_FREE_MEMORY[geometry.device.type]) // geometry.bytes_per_token
     return min(room, limits.max_num_seqs * limits.max_model_len)

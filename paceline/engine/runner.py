@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from paceline.engine.attention import ATTENTION_NAME, RaggedBatch, Window
 from paceline.engine.geometry import Observer, Seen, kv_geometry, max_model_len, text_config
 from paceline.engine.key_shift import PROBE, KeyReader, KeyShift, found_key_shift
+from paceline.engine.kv_blocks import BlockPool
 from paceline.engine.kv_cache import KVGeometry
 from paceline.engine.kv_memory import KVMemory, Slabs
 from paceline.errors import ModelError
@@ -20,12 +21,14 @@ from paceline.speculation.sampling import Columns, Rows
 class Launched(ABC):
     """A step under way whose tokens are drawn where its logits are."""
 
-    logits: torch.Tensor
-    """float32 [rows, vocab]; those of the next step to be launched may take their place."""
+    @property
+    @abstractmethod
+    def logits(self) -> torch.Tensor:
+        """Of the sampled rows: float32 [rows, vocab]. Those of the next step to be launched may take their place."""
 
     @abstractmethod
     def tokens(self) -> list[int]:
-        """Waits for them: one for each row."""
+        """Waits for them: one for each sampled row."""
 
 
 class Runner(ABC):
@@ -68,10 +71,11 @@ class Runner(ABC):
     def launch(
         self, windows: Sequence[Window], rows: Sequence[Rows], feeds: Sequence[int] | None = None
     ) -> Launched | None:
-        """Begin a step all of whose rows draw, as `rows` say, and do not wait for it; None if that cannot be here.
+        """Begin a step all of whose sampled rows draw, as `rows` say, and do not wait for it; None if that cannot be
+        here.
 
-        Row n begins with token feeds[n] of the step launched before, which nobody needs to have seen; where that is
-        negative, and without `feeds`, with the window's own.
+        With `feeds` windows are of one token each, the n-th of which is token feeds[n] of the step launched before:
+        nobody needs to have seen it.
         """
         return None
 
@@ -142,7 +146,15 @@ class ModelRunner(TransformersRunner):
         if not self._seen:
             raise ModelError(f"{kind} does not call the attention function it is given")
         self._geometry = kv_geometry(self._seen, model)
+        self._eager = self._paged = False
         self._check_layer_types()
+
+    def attend_as(self, attention: str, *, paged: bool) -> None:
+        """Attend by this kernel (`engine.attn_implementation`), over keys and values in blocks if `paged`."""
+        self._eager, self._paged = attention == "eager", paged
+
+    def kv_memory(self, geometry: KVGeometry, capacity: int, max_model_len: int) -> KVMemory:
+        return BlockPool(geometry, capacity) if self._paged else super().kv_memory(geometry, capacity, max_model_len)
 
     @torch.inference_mode()
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
@@ -152,7 +164,7 @@ class ModelRunner(TransformersRunner):
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=rows,
-            paceline_step=RaggedBatch(windows),
+            paceline_step=RaggedBatch(windows, self._eager),
         )
         logits: torch.Tensor = output.logits[0]
         return logits.float()

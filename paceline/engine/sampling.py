@@ -48,6 +48,17 @@ def sample(step: list[Scheduled], logits: torch.Tensor, verification: Verificati
     ]
 
 
+def settle(step: list[Scheduled], tokens: list[int], logits: torch.Tensor) -> list[Draws]:
+    """As `sample`, of a step all of whose rows were drawn where their logits are: `tokens` has one for each."""
+    found, start = [], 0
+    for part in step:
+        end = start + part.draws
+        run, accepted = sampling.accepted_run(tokens[start:end], part.candidates)
+        found.append(Draws(run, accepted, logits[start:end]))
+        start = end
+    return found
+
+
 def note_prompt_logprobs(step: list[Scheduled], logits: torch.Tensor) -> None:
     """Tell sequences that asked what the model thought of their prompt; call before the KV is committed."""
     start = 0
@@ -65,12 +76,13 @@ def note_prompt_logprobs(step: list[Scheduled], logits: torch.Tensor) -> None:
 
 def _coupled(parts: list[Scheduled], logits: torch.Tensor) -> list[tuple[list[int], int]]:
     """Candidates stand as long as they equal the target's own draws."""
-    return [(run, len(run) - 1) for run in sampling.draw_runs(logits, [_rows_of(part) for part in parts])]
+    drawn = sampling.draw(logits, [rows_of(part) for part in parts])
+    return [sampling.accepted_run(run, part.candidates) for run, part in zip(drawn, parts, strict=True)]
 
 
 def _rejection(parts: list[Scheduled], logits: torch.Tensor) -> list[tuple[list[int], int]]:
     """Candidates stand with probability min(1, p / q)."""
-    batch, guesses = [_rows_of(part) for part in parts], [_guess_of(part) for part in parts]
+    batch, guesses = [rows_of(part) for part in parts], [_guess_of(part) for part in parts]
     return [(verdict.tokens, verdict.accepted) for verdict in rejection.verify(logits, batch, guesses)]
 
 
@@ -82,7 +94,8 @@ def _guess_of(part: Scheduled) -> Guess:
     return Guess(tokens, probs[: len(tokens)], probs[len(tokens)] if len(probs) > len(tokens) else None)
 
 
-def _rows_of(part: Scheduled) -> Rows:
+def rows_of(part: Scheduled) -> Rows:
+    """How a part of a step draws."""
     sequence = part.sequence
     return Rows(sequence.request.params, sequence.prompt_length, sequence.tokens, part.candidates, part.draws)
 

@@ -137,6 +137,15 @@ class Scheduler:
             budget = min(budget, self.max_prefill_while_decoding)
         return max(0, min(missing, budget))
 
+    def goes_on_with(self, sequences: list[Sequence]) -> bool:
+        """Whether the next step will be one more token of exactly these, as far as that is known now; makes room for
+        it in the KV cache. Not if a waiting one could take its place beside one of them, or in place of one."""
+        if len(sequences) != len(self.running) or (self.waiting and len(self.running) < self.max_num_seqs):
+            return False
+        if self.waiting and any(each.request.priority > self.waiting[0].request.priority for each in sequences):
+            return False
+        return all(self._has_room_after(sequence) for sequence in sequences)
+
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; its KV stays behind as cache."""
         self._dequeue(sequence)
@@ -224,9 +233,13 @@ class Scheduler:
                 self._preempt(ranked.pop())
 
     def _extend(self, sequence: Sequence) -> bool:
-        """In stretches: on a GPU every extension moves the entry."""
+        """In stretches: contiguous memory on a GPU moves when it grows."""
         enough = sequence.kv_room(len(sequence.tokens) + GROWTH // 2)
         return sequence.kv.charged >= enough or self.kv.extend(sequence.kv, _room_for(sequence))
+
+    def _has_room_after(self, sequence: Sequence) -> bool:
+        """For the token after the one that is being computed, without a shift of a streaming window before it."""
+        return self._extend(sequence) and sequence.kv.left >= 2
 
     def _preempt(self, sequence: Sequence) -> None:
         self.remove(sequence)

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 
 from paceline.engine.attention import Window
-from paceline.engine.kv_cache import KVEntry, SlabKVCache
+from paceline.engine.kv_cache import KVCache, KVEntry, SlabKVCache
 from paceline.engine.runner import Runner
+from paceline.errors import EngineError
 from paceline.speculation.cost import VerifyCost
 
 logger = logging.getLogger(__name__)
@@ -23,17 +24,25 @@ BUDGET_S = 1.0
 
 
 def measure_verify_cost(
-    runner: Runner, *, budget_s: float = BUDGET_S, clock: Callable[[], float] = time.perf_counter
+    runner: Runner,
+    kv: KVCache | None = None,
+    *,
+    budget_s: float = BUDGET_S,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> VerifyCost:
     """The least of up to three rounds; no new measurement begins after `budget_s`, but the first two are made.
 
+    `kv` is the cache that steps will run over, for what a runner prepares for that one; it is left as it was.
+
     On a GPU each size runs once before, beyond the budget: kernels are loaded at first use, in most of a second.
     """
-    context = max(1, min(CONTEXT, runner.max_model_len - WINDOW - 1))
-    room = min(context + WINDOW, runner.max_model_len)
-    kv = SlabKVCache(runner.kv_geometry(), room, room)
+    longest = min(runner.max_model_len, kv.usage().total if kv is not None else runner.max_model_len)
+    context = max(1, min(CONTEXT, longest - WINDOW - 1))
+    room = min(context + WINDOW, longest)
+    kv = kv or SlabKVCache(runner.kv_geometry(), room, room)
     entry = kv.reserve([0] * room, room)
-    assert entry is not None
+    if entry is None:
+        raise EngineError(f"KV cache: no room for the {room} tokens that measuring the cost of rows takes")
     for tensor in (entry.keys, entry.values):
         tensor[:, :, entry.at(slice(0, context))] = 0.5  # what is in them costs nothing, as long as it is in memory
     kv.append(entry, [0] * context)
@@ -50,6 +59,8 @@ def measure_verify_cost(
         apart = min(apart, _time(runner, entry, [1] * WINDOW, clock))
         if clock() - began > budget_s:
             break
+    kv.truncate(entry, 0)
+    kv.release(entry)
     window_s = max(0.0, (apart - seconds[WINDOW]) / (WINDOW - 1))
     # What is left is the rows' alone: a sequence more costs the same whether its window is long or short.
     points = {rows: max(took - (len(_windows(rows)) - 1) * window_s, took / 4) for rows, took in seconds.items()}

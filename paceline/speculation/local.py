@@ -34,6 +34,8 @@ class DrafterLike(Protocol):
     def has_work(self) -> bool: ...
     @property
     def drafted_tokens(self) -> int: ...
+    @property
+    def passes(self) -> int: ...
     def open(
         self, key: Hashable, tokens: Sequence[int], params: SamplingParams, depth: int, *, rejection: bool = False
     ) -> None: ...
@@ -72,7 +74,7 @@ class LocalProposer(Proposer):
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:
         drafting = 0
         while self._drafter.has_work:
-            began, drafted = self._clock(), self._drafter.drafted_tokens
+            began, drafted, passes = self._clock(), self._drafter.drafted_tokens, self._drafter.passes
             for answer in self._drafter.step():
                 if answer.failure is not None:
                     # It has forgotten the sequence, which goes on without drafts.
@@ -80,8 +82,10 @@ class LocalProposer(Proposer):
                 elif isinstance(answer.key, int):
                     self._ready[answer.key] = answer
             if self._drafter.drafted_tokens > drafted:
-                self._note_step(drafting, self._clock() - began)
-                drafting += 1
+                made = max(1, self._drafter.passes - passes)
+                for place in range(drafting, drafting + made):
+                    self._note_step(place, (self._clock() - began) / made)
+                drafting += made
         found = {}
         for want in wanted:
             ready = self._ready.get(want.sequence)

@@ -69,12 +69,12 @@ def draw(logits: torch.Tensor, batch: Sequence[Rows], columns: Columns | None = 
     return [[next(tokens) for _ in range(rows.count)] for rows in batch]
 
 
-def draw_runs(logits: torch.Tensor, batch: Sequence[Rows]) -> list[list[int]]:
-    """As `draw`, but of each member only up to the first token that is not the candidate there: the accepted run and
-    one token more. A member's `following` are all its candidates; it has a row for each and one more.
+def accepted_run(drawn: Sequence[int], candidates: Sequence[int]) -> tuple[list[int], int]:
+    """Of what a member drew, up to the first token that is not the candidate there: the accepted run and one token
+    more; and how many are accepted. It drew a token for each candidate and one more.
     """
-    drawn = draw(logits, batch)
-    return [run[: coupling.accept(rows.following, run) + 1] for run, rows in zip(drawn, batch, strict=True)]
+    accepted = coupling.accept(candidates, drawn)
+    return list(drawn[: accepted + 1]), accepted
 
 
 def by_row(batch: Sequence[Rows]) -> tuple[list[SamplingParams], list[int]]:

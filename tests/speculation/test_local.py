@@ -40,6 +40,10 @@ class Scripted:
     def has_work(self) -> bool:
         return self.drafted < self.depth
 
+    @property
+    def passes(self) -> int:
+        return self.drafted_tokens
+
     def open(
         self, key: Hashable, tokens: Sequence[int], params: SamplingParams, depth: int, *, rejection: bool = False
     ) -> None:

@@ -172,11 +172,10 @@ def test_a_run_is_drawn_up_to_the_first_refused_candidate(params: SamplingParams
         (drawn,) = sampling.draw(logits, [Rows(params, 1, [3], candidates, 4)])
         candidates[place] = drawn[place] if place < right else (drawn[place] + 1) % VOCAB
     (whole,) = sampling.draw(logits, [Rows(params, 1, [3], candidates, 4)])
-    accepted = coupling.accept(candidates, whole)
-    assert sampling.draw_runs(logits, [Rows(params, 1, [3], candidates, 4)]) == [whole[: accepted + 1]]
+    assert sampling.accepted_run(whole, candidates) == (whole[: right + 1], right)
 
 
-def test_runs_of_a_mixed_batch_are_those_of_each_member_alone() -> None:
+def test_draws_of_a_mixed_batch_are_those_of_each_member_alone() -> None:
     logits = noise(9)
     batch = [
         Rows(SamplingParams(seed=1), 1, [3], [4, 5], 3),
@@ -186,9 +185,9 @@ def test_runs_of_a_mixed_batch_are_those_of_each_member_alone() -> None:
     ]
     alone, start = [], 0
     for rows in batch:
-        alone += sampling.draw_runs(logits[start : start + rows.count], [rows])
+        alone += sampling.draw(logits[start : start + rows.count], [rows])
         start += rows.count
-    assert sampling.draw_runs(logits, batch) == alone
+    assert sampling.draw(logits, batch) == alone
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from paceline.engine.attention import AttentionStep, RaggedBatch, Scoring
-from paceline.engine.gpu import kernels
+from paceline.engine.gpu import kernels, paged_libraries
 from paceline.engine.gpu.inputs import Batch
 
 SHORT = 16
 """Tokens of a window up to which our kernel takes it; longer ones, a prompt's, go to FlashAttention."""
 MOST_ROWS = 64
 """Of a tile of queries."""
-PROGRAMS_PER_PROCESSOR = 2
-MOST_SPLITS = 32
+MOST_SPLITS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +61,11 @@ class Plan:
         rows = min(MOST_ROWS, max(16, _power(longest * heads.group)))
         tiles = -(-longest * heads.group // rows)
         programs = sequences * heads.kv_heads * tiles
-        split = min(MOST_SPLITS, _power(-(-PROGRAMS_PER_PROCESSOR * processors // programs)))
+        wanted = (2 if rows == 16 else 1) * processors
+        split = min(MOST_SPLITS, _power(-(-wanted // programs)))
         new = min(64, max(16, _power(longest)))
-        return cls(rows, tiles, split, min(64, block), new, warps=4, stages=2)
+        warps = 8 if programs * split <= processors else 4
+        return cls(rows, tiles, split, min(64, block), new, warps, stages=2)
 
 
 class Scratch:
@@ -89,76 +90,80 @@ class Scratch:
         return found
 
 
-def attend_paged(
-    batch: Batch,
-    layer: int,
-    heads: Heads,
-    scoring: Scoring,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    scratch: Scratch,
-    lengths: torch.Tensor | None = None,
-    slopes: torch.Tensor | None = None,
-) -> None:
-    """Our kernel, for windows of any length. `q` is [rows, heads, dim], `k` and `v` [rows, kv_heads, dim], the last
-    dimension contiguous; `out` [rows, heads * dim]. `lengths` in place of the batch's leave windows out."""
-    plan = Plan.of(batch.sequences, batch.longest, heads, batch.block, _processors(q.device))
-    half = heads.half
-    places = batch.sequences * heads.kv_heads * plan.row_tiles
-    size = places * plan.split * plan.rows if plan.split > 1 else 0
-    grid = (plan.split * plan.row_tiles, heads.kv_heads, batch.sequences)
-    kernels.paged_attention[grid](
-        q, k, v, q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1),
-        batch.keys[layer], batch.values[layer], batch.keys.stride(1), heads.cos, heads.sin, out, out.stride(0),
-        batch.first_rows, batch.lengths if lengths is None else lengths, batch.starts, batch.tables,
-        batch.tables.stride(0),
-        scratch.floats("partial", size * 2 * half), scratch.floats("sums", size * 2), scratch.counters("done", places),
-        scoring.scale, scoring.softcap or 0.0, scoring.sliding_window or 0,
-        heads.q_norm, heads.k_norm, heads.norm_eps, slopes, scoring.sinks,
-        GROUP=heads.group, KV_HEADS=heads.kv_heads, DIM=heads.dim, HALF=half,
-        ROWS=plan.rows, ROW_TILES=plan.row_tiles, SPLIT=plan.split, BLOCK=batch.block, TILE=plan.tile, NEW=plan.new,
-        ROTATES=heads.cos is not None, NORMED=heads.q_norm is not None, CAPPED=scoring.softcap is not None,
-        SLIDING=scoring.sliding_window is not None, SLOPED=slopes is not None, SUNK=scoring.sinks is not None,
-        PDL=False, num_warps=plan.warps, num_stages=plan.stages,
-    )  # fmt: skip
+class PagedAttention:
+    """Attention of a step's windows over keys and values in blocks, by one kernel; stores the windows' own first.
 
-
-def attend(
-    batch: Batch,
-    layer: int,
-    heads: Heads,
-    scoring: Scoring,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scratch: Scratch,
-) -> torch.Tensor:
-    """Short windows by our kernel, long ones one by one over what their blocks hold: [rows, heads * dim].
-
-    Long windows need `batch.windows`, and rows that are turned already (`heads.cos` None).
+    `q` is [rows, heads, dim], `k` and `v` [rows, kv_heads, dim], the last dimension contiguous.
     """
-    out = torch.empty((q.shape[0], heads.heads * heads.dim), dtype=q.dtype, device=q.device)
-    long = [each for each in batch.windows or () if len(each.token_ids) > SHORT]
-    if batch.longest <= SHORT or not long:
-        attend_paged(batch, layer, heads, scoring, q, k, v, out, scratch)
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        """`name` as in `engine.attn_implementation`: one that reads blocks."""
+        self.name = name
+        self._library = None if name == "triton" else paged_libraries.attention(name)
+        self._scratch = Scratch(device)
+        self._processors = _processors(device)
+
+    def turns(self, longest: int) -> bool:
+        """Whether rows of windows that long may come as they are, and are normed and turned here (`Heads`)."""
+        return self._library is None and longest <= SHORT
+
+    def attend(
+        self, batch: Batch, layer: int, heads: Heads, scoring: Scoring, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """[rows, heads * dim]. Prompts' windows go one by one to PyTorch's kernels, which need `batch.windows`."""
+        if self._library is not None and scoring.sinks is None:
+            batch.store(layer, k, v)
+            return self._library(batch, layer, scoring, q)
+        out = torch.empty((q.shape[0], heads.heads * heads.dim), dtype=q.dtype, device=q.device)
+        windows = batch.windows or ()
+        long = [window for window in windows if len(window.token_ids) > SHORT]
+        if not long:
+            self._launch(batch, layer, heads, scoring, q, k, v, out)
+            return out
+        if len(long) < len(windows):
+            lengths = batch.lengths.masked_fill(batch.lengths > SHORT, 0)
+            short = replace(batch, longest=SHORT, lengths=lengths)
+            self._launch(short, layer, heads, scoring, q, k, v, out)
+        row = 0
+        for window in windows:
+            rows = slice(row, row + len(window.token_ids))
+            row = rows.stop
+            if len(window.token_ids) > SHORT:
+                its = (each[rows].transpose(0, 1)[None] for each in (q, k, v))
+                found = RaggedBatch([window]).attend(layer, *its, scoring)
+                out[rows] = found[0].transpose(0, 1).flatten(1)
         return out
-    if len(long) < len(batch.windows or ()):
-        lengths = batch.lengths.masked_fill(batch.lengths > SHORT, 0)
-        short = replace(batch, longest=SHORT)
-        attend_paged(short, layer, heads, scoring, q, k, v, out, scratch, lengths)
-    row = 0
-    for window in batch.windows or ():
-        rows = slice(row, row + len(window.token_ids))
-        row = rows.stop
-        if len(window.token_ids) > SHORT:
-            its = [each[rows].transpose(0, 1)[None] for each in (q, k, v)]
-            found = RaggedBatch([window]).attend(layer, *its, scoring)
-            out[rows] = found[0].transpose(0, 1).flatten(1)
-    return out
 
-
+    def _launch(
+        self,
+        batch: Batch,
+        layer: int,
+        heads: Heads,
+        scoring: Scoring,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        slopes: torch.Tensor | None = None,
+    ) -> None:
+        plan = Plan.of(batch.sequences, batch.longest, heads, batch.block, self._processors)
+        places = batch.sequences * heads.kv_heads * plan.row_tiles
+        size = places * plan.split * plan.rows if plan.split > 1 else 0
+        scratch = self._scratch
+        kernels.paged_attention[(plan.split * plan.row_tiles, heads.kv_heads, batch.sequences)](
+            q, k, v, q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1),
+            batch.keys[layer], batch.values[layer], batch.keys.stride(1), heads.cos, heads.sin, out, out.stride(0),
+            batch.first_rows, batch.lengths, batch.starts, batch.tables, batch.tables.stride(0),
+            scratch.floats("partial", size * 2 * heads.half), scratch.floats("sums", size * 2),
+            scratch.counters("done", places),
+            scoring.scale, scoring.softcap or 0.0, scoring.sliding_window or 0,
+            heads.q_norm, heads.k_norm, heads.norm_eps, slopes, scoring.sinks,
+            GROUP=heads.group, KV_HEADS=heads.kv_heads, DIM=heads.dim, HALF=heads.half,
+            ROWS=plan.rows, ROW_TILES=plan.row_tiles, SPLIT=plan.split, BLOCK=batch.block, TILE=plan.tile, NEW=plan.new,
+            ROTATES=heads.cos is not None, NORMED=heads.q_norm is not None, CAPPED=scoring.softcap is not None,
+            SLIDING=scoring.sliding_window is not None, SLOPED=slopes is not None, SUNK=scoring.sinks is not None,
+            num_warps=plan.warps, num_stages=plan.stages,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +171,14 @@ class PagedStep(AttentionStep):
     """For models that run their own code: rows come turned to their positions."""
 
     batch: Batch
-    scratch: Scratch
+    attention: PagedAttention
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
         _, heads, _, dim = query.shape
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
-        found = attend(self.batch, layer, Heads(heads, key.shape[1], dim), scoring, q, k, v, self.scratch)
+        found = self.attention.attend(self.batch, layer, Heads(heads, key.shape[1], dim), scoring, q, k, v)
         return found.view(-1, heads, dim).transpose(0, 1)[None]
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from paceline.engine.gpu.attention import PagedStep, Scratch
+from paceline.engine.gpu.attention import PagedAttention, PagedStep
 from paceline.engine.gpu.inputs import Batch
 from paceline.engine.runner import ModelRunner
 
@@ -25,9 +25,8 @@ class Body(ABC):
 class OwnCode(Body):
     """A Transformers model that runs its own code, all but attention."""
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self.shape = runner
-        self._scratch = Scratch(runner.device)
+    def __init__(self, runner: ModelRunner, attention: PagedAttention) -> None:
+        self.shape, self._attention = runner, attention
 
     @torch.inference_mode()
     def logits(self, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -36,6 +35,6 @@ class OwnCode(Body):
             position_ids=batch.positions[None].long(),
             use_cache=False,
             logits_to_keep=0 if batch.sampled is None else batch.sampled,
-            paceline_step=PagedStep(batch, self._scratch),
+            paceline_step=PagedStep(batch, self._attention),
         ).logits[0]
         return found.float() if out is None else out.copy_(found)

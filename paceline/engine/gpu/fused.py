@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from paceline.engine.attention import Scoring
 from paceline.engine.gpu import kernels
-from paceline.engine.gpu.attention import SHORT, Heads, Scratch, attend
+from paceline.engine.gpu.attention import Heads, PagedAttention, Scratch
 from paceline.engine.gpu.body import Body
 from paceline.engine.gpu.inputs import Batch
 from paceline.engine.gpu.linear import Linears
@@ -48,15 +48,14 @@ class Layer:
 class FusedBody(Body):
     """The layers of a Transformers model, which shares their weights from now on."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, attention: PagedAttention) -> None:
         """Raises NotLeanError, with the reason, if the model is built differently, before anything is changed."""
         self.shape: ModelRunner = refuse_other_structures(model)
         body: Any = model.model
         _refuse_other_weights(model)
         config = model.config
-        self._scratch = Scratch(model.device)
-        self._eps = float(body.norm.variance_epsilon)
-        self._linears = Linears(self._eps, self._scratch)
+        self._attention = attention
+        self._linears = Linears(float(body.norm.variance_epsilon), Scratch(model.device))
         cos, sin = rotary_tables(body, int(body.layers[0].self_attn.head_dim), self.shape.max_model_len)
         self._turns = cos.to(model.device), sin.to(model.device)
         self._embedding = body.embed_tokens.weight.detach()
@@ -88,10 +87,10 @@ class FusedBody(Body):
     def _attended(self, batch: Batch, number: int, layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
         heads = layer.heads
         q, k, v = qkv.view(qkv.shape[0], -1, heads.dim).split([heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
-        if batch.longest > SHORT:
+        if not self._attention.turns(batch.longest):
             self._turn(batch, heads, qkv)
             heads = layer.plain
-        return attend(batch, number, heads, layer.scoring, q, k, v, self._scratch)
+        return self._attention.attend(batch, number, heads, layer.scoring, q, k, v)
 
     def _turn(self, batch: Batch, heads: Heads, qkv: torch.Tensor) -> None:
         """What our attention kernel does on the way, for others."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,8 @@ class Batch:
     """The windows of one step, or of a graph: all shapes may be larger than what is in them.
 
     `ids` int32 and `slots` int64 are [rows], of which the windows have `lengths` from `first_rows` on, at positions
-    `starts` and after; int32 [sequences], 0 long where there is none. `tables` int32 [sequences, columns] are their
+    `starts` and up to `ends`; int32 [sequences], 0 long where there is none; `bounds` int32 [sequences + 1] says the
+    same of the rows. `tables` int32 [sequences, columns] are their
     blocks of `block` tokens. No window has more than `longest` rows. `keys` and `values` are the pool's, [layers, slots,
     kv_heads, head_dim]. Logits are wanted of the rows `sampled`, int64, None: of all. `windows` are None where what is
     computed must not depend on them: in a graph.
@@ -33,6 +34,8 @@ class Batch:
     first_rows: torch.Tensor
     lengths: torch.Tensor
     starts: torch.Tensor
+    ends: torch.Tensor
+    bounds: torch.Tensor
     tables: torch.Tensor
     block: int
     longest: int
@@ -48,6 +51,11 @@ class Batch:
     @property
     def sequences(self) -> int:
         return self.lengths.shape[0]
+
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Put the windows' keys and values, each [rows, kv_heads, dim], where they belong."""
+        self.keys[layer].index_copy_(0, self.slots, k)
+        self.values[layer].index_copy_(0, self.slots, v)
 
 
 class StepBuffers:
@@ -68,6 +76,8 @@ class StepBuffers:
             "first_rows": (np.int32, by_sequence),
             "lengths": (np.int32, by_sequence),
             "starts": (np.int32, by_sequence),
+            "ends": (np.int32, by_sequence),
+            "bounds": (np.int32, (sequences + 1,)),
             "tables": (np.int32, (sequences, columns)),
         }
         self.rows, self.sequences, self.columns = rows, sequences, columns
@@ -77,6 +87,7 @@ class StepBuffers:
         self._events = [torch.cuda.Event() if on_gpu else None for _ in range(IN_FLIGHT)]
         self._views = [self._cut(host) for host in self._hosts]
         self._numbers = [{name: view.numpy() for name, view in views.items()} for views in self._views]
+        self._tables_at = size - _padded(4 * sequences * columns)
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self.on_device = self._cut(self._device)
         """By name; see `Batch`. `feeds` int32 [rows] say which of the last step's tokens a row's id is, -1: `ids`."""
@@ -95,11 +106,12 @@ class StepBuffers:
         self,
         windows: Sequence[Window],
         draws: Sequence[Rows] = (),
-        feeds: Sequence[int] | None = None,
+        feeds: Mapping[int, int] | None = None,
         rows: int | None = None,
         sequences: int | None = None,
     ) -> None:
-        """Bring a step to the device: windows, how each row draws, and whose tokens they begin with.
+        """Bring a step to the device: windows, how their sampled rows draw, and which rows begin with the token that
+        a row of the step before drew, not with their window's own.
 
         What lies beyond, up to `rows` rows and `sequences` windows, is empty.
         """
@@ -109,15 +121,21 @@ class StepBuffers:
         host = self._numbers[turn]
         self._write_windows(host, windows)
         count = sum(len(window.token_ids) for window in windows)
-        host["feeds"][:count] = -1 if feeds is None else feeds
+        host["feeds"][:count] = -1
+        host["temperatures"][:count] = 0
+        for row, feed in (feeds or {}).items():
+            host["feeds"][row] = feed
         if draws:
-            _write_draws(host, draws)
+            _write_draws(host, sampled_rows(windows), draws)
         beyond, idle = slice(count, rows), slice(len(windows), sequences)
         for name in ("ids", "positions", "slots", "temperatures"):
             host[name][beyond] = 0
         host["feeds"][beyond] = -1
-        host["lengths"][idle] = 0
-        self._device.copy_(self._hosts[turn], non_blocking=True)
+        host["lengths"][idle] = host["ends"][idle] = 0
+        host["bounds"][len(windows) : None if sequences is None else sequences + 1] = count
+        # Tables come last: of those nobody reads nothing is copied.
+        size = self._tables_at + (sequences or len(windows)) * self.columns * 4
+        self._device[:size].copy_(self._hosts[turn][:size], non_blocking=True)
         if event is not None:
             event.record()
 
@@ -133,7 +151,8 @@ class StepBuffers:
             table[: len(blocks)] = blocks
             block = window.entry.block
             host["slots"][row:end] = table[positions // block].astype(np.int64) * block + positions % block
-            host["first_rows"][number], host["lengths"][number], host["starts"][number] = row, count, start
+            host["first_rows"][number] = host["bounds"][number] = row
+            host["lengths"][number], host["starts"][number], host["ends"][number] = count, start, start + count
             row = end
 
 
@@ -146,15 +165,24 @@ def drawn_on_device(draws: Sequence[Rows]) -> bool:
     )
 
 
-def _write_draws(host: dict[str, np.ndarray], draws: Sequence[Rows]) -> None:
+def sampled_rows(windows: Sequence[Window]) -> list[int]:
+    """The rows whose logits are wanted, in order."""
+    found: list[int] = []
+    end = 0
+    for window in windows:
+        end += len(window.token_ids)
+        found += range(end - window.sample, end)
+    return found
+
+
+def _write_draws(host: dict[str, np.ndarray], rows: list[int], draws: Sequence[Rows]) -> None:
     params, positions = sampling.by_row(draws)
-    n = len(params)
-    host["counters"][:n] = [coupling.signed(start) for start in coupling.counters(params, positions)]
-    host["temperatures"][:n] = [0.0 if each.greedy else each.temperature for each in params]
-    host["top_ps"][:n] = [each.top_p for each in params]
-    host["top_ks"][:n] = [max(0, each.top_k) for each in params]
+    host["counters"][rows] = [coupling.signed(start) for start in coupling.counters(params, positions)]
+    host["temperatures"][rows] = [0.0 if each.greedy else each.temperature for each in params]
+    host["top_ps"][rows] = [each.top_p for each in params]
+    host["top_ks"][rows] = [max(0, each.top_k) for each in params]
     with np.errstate(divide="ignore"):
-        host["log_min_ps"][:n] = np.log(np.asarray([each.min_p for each in params], dtype=np.float32))
+        host["log_min_ps"][rows] = np.log(np.asarray([each.min_p for each in params], dtype=np.float32))
 
 
 def _padded(size: int) -> int:

@@ -21,7 +21,7 @@ def rows_linear(
     x_stride, out_stride,
     NORMED: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    SPLIT: tl.constexpr, partial, counters, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, partial, counters,
 ):  # fmt: skip
     """out[r, o] = sum_i x[r, i] weight[o, i], for `count` rows, at most ROWS.
 
@@ -29,8 +29,6 @@ def rows_linear(
     silu(gate) * up. ADDED: plus `residual`, [rows, outputs], which may be `out`. SPLIT: of the inputs between so many
     programs; the last to finish adds up the sums in `partial`.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     o = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     part = tl.program_id(1)
     r = tl.arange(0, ROWS)
@@ -58,19 +56,14 @@ def rows_linear(
         acc = tl.dot(w, xt, acc)
         if GATED:
             ups = tl.dot(u, xt, ups)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    if NORMED:
-        scale = tl.rsqrt(squares / inputs + eps)
-        acc *= scale[None, :]
-        ups *= scale[None, :]
-    if GATED:
-        gate = acc.to(x.dtype.element_ty).to(tl.float32)
-        acc = (gate * tl.sigmoid(gate)).to(x.dtype.element_ty).to(tl.float32) * ups.to(x.dtype.element_ty).to(tl.float32)
     if SPLIT > 1:
-        places = partial + (tl.program_id(0) * SPLIT + part) * BLOCK_OUT * ROWS
+        tl.static_assert(not GATED)
+        SIZE: tl.constexpr = (BLOCK_OUT + 1) * ROWS
+        places = partial + tl.program_id(0) * SPLIT * SIZE
         inner = tl.arange(0, BLOCK_OUT)[:, None] * ROWS + r[None, :]
-        tl.store(places + inner, acc)
+        tl.store(places + part * SIZE + inner, acc)
+        if NORMED:
+            tl.store(places + part * SIZE + BLOCK_OUT * ROWS + r, squares)
         tl.debug_barrier()
         done = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel")
         if done < SPLIT - 1:
@@ -78,8 +71,18 @@ def rows_linear(
         tl.debug_barrier()
         tl.store(counters + tl.program_id(0), 0)
         acc = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
-        for other in range(SPLIT):
-            acc += tl.load(partial + (tl.program_id(0) * SPLIT + other) * BLOCK_OUT * ROWS + inner, cache_modifier=".cg")
+        squares = tl.zeros((ROWS,), tl.float32)
+        for other in tl.static_range(SPLIT):
+            acc += tl.load(places + other * SIZE + inner, cache_modifier=".cg")
+            if NORMED:
+                squares += tl.load(places + other * SIZE + BLOCK_OUT * ROWS + r, cache_modifier=".cg")
+    if NORMED:
+        scale = tl.rsqrt(squares / inputs + eps)
+        acc *= scale[None, :]
+        ups *= scale[None, :]
+    if GATED:
+        gate = acc.to(x.dtype.element_ty).to(tl.float32)
+        acc = (gate * tl.sigmoid(gate)).to(x.dtype.element_ty).to(tl.float32) * ups.to(x.dtype.element_ty).to(tl.float32)
     if BIASED:
         acc += tl.load(bias + o, mask=in_range, other=0.0).to(tl.float32)[:, None]
     keep = in_range[:, None] & (r[None, :] < count)
@@ -143,7 +146,7 @@ def paged_attention(
     ROWS: tl.constexpr, ROW_TILES: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, NEW: tl.constexpr,
     ROTATES: tl.constexpr, NORMED: tl.constexpr, CAPPED: tl.constexpr, SLIDING: tl.constexpr,
-    SLOPED: tl.constexpr, SUNK: tl.constexpr, PDL: tl.constexpr,
+    SLOPED: tl.constexpr, SUNK: tl.constexpr,
 ):  # fmt: skip
     """Attention of ragged windows over paged keys and values; stores the windows' own on the way.
 
@@ -154,8 +157,6 @@ def paged_attention(
     stored. `cos` and `sin`, float32 [positions, DIM / 2], turn the pairs (d, d + DIM / 2). The last of the splits to
     finish adds up what all have found.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     split = tl.program_id(0) % SPLIT
     row_tile = tl.program_id(0) // SPLIT
     head = tl.program_id(1)
@@ -254,15 +255,13 @@ def paged_attention(
             may = own[None, :] & live[:, None] & (at_i[None, :] <= position[:, None])
             found = _scored(found, may, at_i, position, softcap, window, slope, CAPPED, SLIDING, SLOPED)
             best, total, low, high = _absorbed(found, nv_low, nv_high, best, total, low, high)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     if SPLIT > 1:
         place = (number * KV_HEADS + head) * ROW_TILES + row_tile
         mine = place.to(tl.int64) * SPLIT + split
         r = tl.arange(0, ROWS)
         inner = r[:, None] * (2 * HALF) + d[None, :]
-        tl.store(partial + mine * ROWS * 2 * HALF + inner, low)
-        tl.store(partial + mine * ROWS * 2 * HALF + inner + HALF, high)
+        tl.store(partial + mine * ROWS * 2 * HALF + inner, low, mask=live[:, None])
+        tl.store(partial + mine * ROWS * 2 * HALF + inner + HALF, high, mask=live[:, None])
         tl.store(sums + mine * 2 * ROWS + r, best)
         tl.store(sums + mine * 2 * ROWS + ROWS + r, total)
         tl.debug_barrier()
@@ -271,24 +270,23 @@ def paged_attention(
             return
         tl.debug_barrier()
         tl.store(counters + place, 0)
-        best = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
+        theirs = place.to(tl.int64) * SPLIT
+        all_splits = theirs + tl.arange(0, SPLIT)
+        bests = tl.load(sums + all_splits[:, None] * 2 * ROWS + r[None, :], cache_modifier=".cg")
+        best = tl.max(bests, axis=0)
+        safe = tl.where(best == float("-inf"), 0.0, best)
+        totals = tl.load(sums + all_splits[:, None] * 2 * ROWS + ROWS + r[None, :], cache_modifier=".cg")
+        total = tl.sum(totals * tl.exp(bests - safe[None, :]), axis=0)
         low = tl.zeros((ROWS, HALF), tl.float32)
         high = tl.zeros((ROWS, HALF), tl.float32)
-        for other in range(SPLIT):
-            theirs = place.to(tl.int64) * SPLIT + other
-            its_best = tl.load(sums + theirs * 2 * ROWS + r, cache_modifier=".cg")
-            its_total = tl.load(sums + theirs * 2 * ROWS + ROWS + r, cache_modifier=".cg")
-            its_low = tl.load(partial + theirs * ROWS * 2 * HALF + inner, cache_modifier=".cg")
-            its_high = tl.load(partial + theirs * ROWS * 2 * HALF + inner + HALF, cache_modifier=".cg")
-            top = tl.maximum(best, its_best)
-            safe = tl.where(top == float("-inf"), 0.0, top)
-            ours = tl.exp(best - safe)
-            its = tl.exp(its_best - safe)
-            total = total * ours + its_total * its
-            low = low * ours[:, None] + its_low * its[:, None]
-            high = high * ours[:, None] + its_high * its[:, None]
-            best = top
+        for other in tl.static_range(SPLIT):
+            its_best = tl.load(sums + (theirs + other) * 2 * ROWS + r, cache_modifier=".cg")
+            at_other = partial + (theirs + other) * ROWS * 2 * HALF + inner
+            its_low = tl.load(at_other, mask=live[:, None], other=0.0, cache_modifier=".cg")
+            its_high = tl.load(at_other + HALF, mask=live[:, None], other=0.0, cache_modifier=".cg")
+            share = tl.exp(its_best - safe)[:, None]
+            low += its_low * share
+            high += its_high * share
     if SUNK:
         sink = tl.load(sinks + query_head, mask=live, other=0.0).to(tl.float32)
         higher = tl.maximum(best, sink)

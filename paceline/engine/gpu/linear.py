@@ -33,7 +33,7 @@ def tiles_for(rows: int, outputs: int, inputs: int, *, gated: bool, normed: bool
     if normed and not gated:
         if outputs >= 2**15:
             return Tiles(128, 64, 1, 8, 4) if rows == 64 else Tiles(64, 128, 1, 8, 4)
-        return Tiles(64, 128, 1 if outputs >= 4096 else 2, 8, 4) if rows == 16 else None
+        return Tiles(64, 128, 2, 8, 4) if rows == 16 else None
     if gated:
         return Tiles(64, 128, 1, 8, 4)
     if rows == 64:
@@ -116,13 +116,13 @@ class Linears:
     ) -> torch.Tensor:
         count, inputs, outputs = x.shape[0], weight.shape[1], out.shape[1]
         rows, programs = _rows(count), -(-outputs // tiles.out)
-        size = programs * tiles.split * tiles.out * rows if tiles.split > 1 else 0
+        size = programs * tiles.split * (tiles.out + 1) * rows if tiles.split > 1 else 0
         kernels.rows_linear[(programs, tiles.split)](
             x, weight, bias, norm, residual, out, count, outputs, inputs, self._eps, x.stride(0), out.stride(0),
             NORMED=norm is not None, GATED=gated, BIASED=bias is not None, ADDED=residual is not None,
             ROWS=rows, BLOCK_OUT=tiles.out, BLOCK_IN=tiles.inputs, SPLIT=tiles.split,
             partial=self._scratch.floats("linear", size), counters=self._scratch.counters("linear done", programs),
-            PDL=False, num_warps=tiles.warps, num_stages=tiles.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         return out
 

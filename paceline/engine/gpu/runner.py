@@ -19,7 +19,7 @@ from paceline.engine.attention import Window
 from paceline.engine.gpu import draws, kernels
 from paceline.engine.gpu.attention import SHORT
 from paceline.engine.gpu.body import Body
-from paceline.engine.gpu.inputs import IN_FLIGHT, Batch, StepBuffers, drawn_on_device
+from paceline.engine.gpu.inputs import IN_FLIGHT, Batch, StepBuffers, drawn_on_device, sampled_rows
 from paceline.engine.key_shift import KeyShift
 from paceline.engine.kv_blocks import BLOCK, BlockPool
 from paceline.engine.kv_entry import KVGeometry
@@ -33,6 +33,8 @@ WINDOWS = (1, 2, 4, 8, SHORT)
 """Longest windows that graphs are captured for."""
 MOST_GRAPH_ROWS = 256
 """Rows of the largest graph: beyond, a step takes longer than its launches."""
+MOST_SEQUENCES = 256
+"""Windows of one pass; more are several passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +63,28 @@ class _Graph:
 
 
 class DeviceLaunch(Launched):
-    """A step the device has not finished, perhaps."""
+    """A step the device has not finished, perhaps: `logits` and `tokens` are of all its rows, in host memory when
+    `event` has happened."""
 
-    def __init__(self, logits: torch.Tensor, tokens: torch.Tensor, event: Any) -> None:
-        self.logits = logits
-        self._tokens, self._event = tokens, event
+    def __init__(self, logits: torch.Tensor, tokens: torch.Tensor, event: Any, sampled: list[int]) -> None:
+        self._logits, self._tokens, self._event, self._sampled = logits, tokens, event, sampled
+
+    @property
+    def logits(self) -> torch.Tensor:
+        return self._logits if len(self._sampled) == len(self._logits) else self._logits[self._sampled]
 
     def tokens(self) -> list[int]:
         if self._event is not None:
             self._event.synchronize()
         found: list[int] = self._tokens.tolist()
-        return found
+        return [found[row] for row in self._sampled]
 
 
 class DeviceRunner(Runner):
     """Runs a body over keys and values in the blocks of a pool.
 
-    `block` tokens make a block of the pools made here; with `graphs` short steps are captured. Steps may have
-    `max_rows` rows of `max_sequences` windows.
+    `block` tokens make a block of the pools made here; with `graphs` short steps are captured, of which up to
+    `max_sequences` windows are expected. A pass may have `max_rows` rows.
     """
 
     def __init__(
@@ -94,10 +100,10 @@ class DeviceRunner(Runner):
     ) -> None:
         self._body, self._shape, self._geometry = body, body.shape, geometry
         self._key_shift, self._block, self._graphs = key_shift, block, graphs and geometry.device.type == "cuda"
-        self._sequences = max_sequences
+        self._sequences, self._expected = MOST_SEQUENCES, min(max_sequences, MOST_SEQUENCES)
         rows = max(max_rows, MOST_GRAPH_ROWS)
-        columns = -(-self.max_model_len // block)
-        self._buffers = StepBuffers(rows, max_sequences, columns, geometry.device)
+        columns = -(-self.max_model_len // min(block, BLOCK))
+        self._buffers = StepBuffers(rows, MOST_SEQUENCES, columns, geometry.device)
         self._captured: dict[tuple[int, int, Shape], _Graph] = {}
         self._memory: Any = None
         drawing = min(rows, MOST_GRAPH_ROWS)
@@ -111,6 +117,8 @@ class DeviceRunner(Runner):
         pinned = device.type == "cuda"
         self._read = [torch.zeros(drawing, dtype=torch.long, pin_memory=pinned) for _ in range(IN_FLIGHT)]
         self._turn = 0
+        self._drawn: list[int] = []
+        """The rows that drew, of the step launched last."""
 
     @property
     def vocab_size(self) -> int:
@@ -131,10 +139,14 @@ class DeviceRunner(Runner):
         return self._key_shift
 
     def kv_memory(self, geometry: KVGeometry, capacity: int, max_model_len: int) -> KVMemory:
-        return BlockPool(geometry, capacity, self._block)
+        longest = -(-max_model_len // BLOCK) * BLOCK
+        return BlockPool(geometry, capacity, min(self._block, longest))
 
     @torch.inference_mode()
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
+        if len(windows) > self._sequences:
+            halves = windows[: self._sequences], windows[self._sequences :]
+            return torch.cat([self.run(half).clone() for half in halves])
         shape = Shape.of(windows, self._sequences) if self._graphs else None
         if shape is None:
             self._buffers.load(windows)
@@ -149,16 +161,19 @@ class DeviceRunner(Runner):
         self, windows: Sequence[Window], rows: Sequence[Rows], feeds: Sequence[int] | None = None
     ) -> Launched | None:
         shape = Shape.of(windows, self._sequences)
-        if shape is None or not drawn_on_device(rows) or any(len(each.token_ids) != each.sample for each in windows):
+        if len(windows) > self._sequences or shape is None or not drawn_on_device(rows):
             return None
-        self._buffers.load(windows, rows, feeds, shape.rows, shape.sequences)
+        # Each window begins with one row, or with a token that is known.
+        fed = None if feeds is None else {row: self._drawn[feed] for row, feed in enumerate(feeds)}
+        self._buffers.load(windows, rows, fed, shape.rows, shape.sequences)
         count = sum(len(window.token_ids) for window in windows)
         if self._graphs:
             logits = self._replay(shape, windows)[:count]
         else:
             batch = self._batch(windows, None)
             logits = self._step(replace(batch, ids=self._ids[:count]))
-        return DeviceLaunch(logits, *self._reading(count))
+        self._drawn = sampled_rows(windows)
+        return DeviceLaunch(logits, *self._reading(count), self._drawn)
 
     def _reading(self, count: int) -> tuple[torch.Tensor, Any]:
         """The first tokens, on their way to host memory, and what happens when they are there."""
@@ -175,7 +190,7 @@ class DeviceRunner(Runner):
         assert isinstance(memory, BlockPool)
         if not self._graphs:
             return 0
-        counts = sorted({min(_rounded(n), self._sequences) for n in range(1, self._sequences + 1)})
+        counts = sorted({_rounded(n) for n in range(1, self._expected + 1)})
         decodes = [Shape(n, max(_rounded(n), n), 1) for n in counts]
         verifications = [Shape(1, longest, longest) for longest in WINDOWS[1:]]
         for shape in (*decodes, *verifications):
@@ -219,7 +234,7 @@ class DeviceRunner(Runner):
         inputs = self._buffers.on_device
         count = batch.rows
         kernels.take_ids[(1,)](
-            inputs["ids"], inputs["feeds"], self._tokens, self._ids, count, BLOCK=max(16, _rounded(count))
+            inputs["ids"], inputs["feeds"], self._tokens, self._ids, count, BLOCK=1 << max(4, (count - 1).bit_length())
         )
         logits = self._body.logits(batch, logits)
         self._draw(logits)
@@ -240,54 +255,30 @@ class DeviceRunner(Runner):
 
     def _batch_of(self, shape: Shape, keys: torch.Tensor, values: torch.Tensor, block: int) -> Batch:
         """For a graph: nothing in it is known but the shape."""
-        inputs, rows, some = self._buffers.on_device, slice(0, shape.rows), slice(0, shape.sequences)
-        return Batch(
-            self._ids[rows],
-            inputs["positions"][rows],
-            inputs["slots"][rows],
-            inputs["first_rows"][some],
-            inputs["lengths"][some],
-            inputs["starts"][some],
-            inputs["tables"][some],
-            block,
-            shape.longest,
-            keys,
-            values,
-            None,
-            None,
-        )
+        batch = self._inputs(shape.rows, shape.sequences, shape.longest, keys, values, block)
+        return replace(batch, ids=self._ids[: shape.rows])
 
     def _batch(self, windows: Sequence[Window], sampled: torch.Tensor | None) -> Batch:
         """For a step that runs as it is."""
-        inputs, entry = self._buffers.on_device, windows[0].entry
-        rows = slice(0, sum(len(window.token_ids) for window in windows))
-        some = slice(0, len(windows))
-        return Batch(
-            inputs["ids"][rows],
-            inputs["positions"][rows],
-            inputs["slots"][rows],
-            inputs["first_rows"][some],
-            inputs["lengths"][some],
-            inputs["starts"][some],
-            inputs["tables"][some],
-            entry.block,
-            max(len(window.token_ids) for window in windows),
-            entry.keys.transpose(1, 2),
-            entry.values.transpose(1, 2),
-            sampled,
-            windows,
-        )
+        entry, rows = windows[0].entry, [len(window.token_ids) for window in windows]
+        pool = entry.keys.transpose(1, 2), entry.values.transpose(1, 2)
+        batch = self._inputs(sum(rows), len(windows), max(rows), *pool, entry.block)
+        return replace(batch, sampled=sampled, windows=windows)
+
+    def _inputs(
+        self, rows: int, sequences: int, longest: int, keys: torch.Tensor, values: torch.Tensor, block: int
+    ) -> Batch:
+        inputs = self._buffers.on_device
+        by_row = (inputs[name][:rows] for name in ("ids", "positions", "slots"))
+        by_sequence = (inputs[name][:sequences] for name in ("first_rows", "lengths", "starts", "ends"))
+        bounds, tables = inputs["bounds"][: sequences + 1], inputs["tables"][:sequences]
+        return Batch(*by_row, *by_sequence, bounds, tables, block, longest, keys, values, None, None)
 
     def _sampled(self, windows: Sequence[Window]) -> torch.Tensor | None:
         """None if logits of all rows are wanted."""
         if all(window.sample == len(window.token_ids) for window in windows):
             return None
-        rows: list[int] = []
-        end = 0
-        for window in windows:
-            end += len(window.token_ids)
-            rows += range(end - window.sample, end)
-        return torch.tensor(rows, dtype=torch.long, device=self.device)
+        return torch.tensor(sampled_rows(windows), dtype=torch.long, device=self.device)
 
 
 def _rounded(n: int) -> int:

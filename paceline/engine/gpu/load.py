@@ -1,0 +1,54 @@
+"""From a model that runs its own code on a GPU to one that runs as fast as it can there."""
+
+from __future__ import annotations
+
+import logging
+
+from paceline.config import EngineSettings
+from paceline.engine.backends import Backends, Choice
+from paceline.engine.families import require_same
+from paceline.engine.gpu.attention import PagedAttention
+from paceline.engine.gpu.body import Body, OwnCode
+from paceline.engine.gpu.fused import FusedBody
+from paceline.engine.gpu.runner import MOST_GRAPH_ROWS, DeviceRunner
+from paceline.engine.kv_blocks import BLOCK
+from paceline.engine.lean import NotLeanError
+from paceline.engine.runner import ModelRunner, Runner
+from paceline.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+
+def on_device(own: ModelRunner, backends: Backends, settings: EngineSettings) -> tuple[Runner, list[Choice]]:
+    """A runner over keys and values in blocks that reproduces the model's logits; `own` itself if there is none.
+
+    Fused layers if the model is built for it, its own code if not; short steps as graphs.
+    """
+    body, how, why = _body(own, backends)
+    runner = DeviceRunner(
+        body,
+        key_shift=own.key_shift(),
+        geometry=own.kv_geometry(),
+        max_rows=settings.max_batched_tokens,
+        max_sequences=settings.max_num_seqs,
+        block=BLOCK if backends.paged else own.max_model_len,
+        graphs=backends.fuses,
+    )
+    try:
+        require_same(runner, own)
+    except ModelError as error:
+        logger.warning("attention by %s is not used: %s", backends.attention, error.message)
+        refused = Choice("attention", "sdpa", f"by {backends.attention} {error.message}")
+        return own, [refused, Choice("forward pass", "transformers", ""), Choice("kv layout", "static", "")]
+    graphs = f", steps of up to {MOST_GRAPH_ROWS} rows as CUDA graphs" if backends.fuses else ""
+    return runner, [Choice("forward pass", how + graphs, why)]
+
+
+def _body(own: ModelRunner, backends: Backends) -> tuple[Body, str, str]:
+    attention = PagedAttention(backends.attention, own.device)
+    if not backends.fuses:
+        return OwnCode(own, attention), "transformers", "engine.compile is false"
+    try:
+        return FusedBody(own.model, attention), "fused", "the model is built like Llama"
+    except NotLeanError as error:
+        return OwnCode(own, attention), "transformers", f"its layers are not fused: {error}"
