@@ -28,6 +28,15 @@ class Reading:
     rows: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The model in the folder `path`, run by our engine under `settings` or, where they are None, by its own code in
+    float32."""
+
+    path: Path
+    settings: EngineSettings | None
+
+
 def load_candidate(path: Path, settings: EngineSettings, context: int | None) -> LoadedModel:
     """With a KV cache for one window of `context` tokens, unless the settings say how large, or it is None: then the
     memory is left to the reference."""
@@ -38,19 +47,17 @@ def load_candidate(path: Path, settings: EngineSettings, context: int | None) ->
 
 def compare_on_text(
     candidate: LoadedModel,
-    reference: Path,
-    settings: EngineSettings | None,
+    reference: Reference,
     reading: Reading,
     on_scored: Callable[[int, int], None] = lambda *_: None,
 ) -> Quality:
-    """The candidate against the model in the folder `reference`, run by our engine under `settings` or, where they are
-    None, by its own code in float32. Raises ConfigError or ModelError."""
+    """Both read the text, side by side. Raises ConfigError or ModelError."""
     scorer = EngineScorer(candidate, reading.rows)
-    if tokenizer_fingerprint(load_tokenizer(reference)) != candidate.fingerprint:
-        raise ConfigError(f"--reference: {reference.name} has another tokenizer", param="reference")
+    if tokenizer_fingerprint(load_tokenizer(reference.path)) != candidate.fingerprint:
+        raise ConfigError(f"--reference: {reference.path.name} has another tokenizer", param="reference")
     ids, prefix = encode(candidate.tokenizer, reading.text.content, reading.tokens)
     return measure(
-        _reference(reference, settings, reading.context, candidate.runner.device),
+        _scorer(reference, reading.context, candidate.runner.device),
         scorer,
         ids,
         context=reading.context,
@@ -60,7 +67,8 @@ def compare_on_text(
     )
 
 
-def _reference(path: Path, settings: EngineSettings | None, context: int, device: torch.device) -> Scorer:
+def _scorer(reference: Reference, context: int, device: torch.device) -> Scorer:
+    path, settings = reference.path, reference.settings
     if settings is not None:
         return EngineScorer(load_candidate(path, settings, context))
     return TransformersScorer(load_causal_lm(path, dtype=torch.float32, device=device, attn_implementation="eager"))

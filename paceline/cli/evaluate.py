@@ -30,9 +30,7 @@ Examples:
 """
 OWN_CODE = "its own code in float32"
 
-ModelName = Annotated[
-    str, typer.Argument(metavar="[MODEL]", help="A known name, a folder, a .gguf file or a Hub id.", show_default=True)
-]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A known name, a folder, a .gguf file or a Hub id.")]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -123,7 +121,7 @@ def evaluate(
     tokens in the same windows. Prints both perplexities, the KL divergence of the candidate from the reference, how
     often both like the same token best, and the standard error of each.
     """
-    from paceline.bench.evaluation import Reading, load_candidate
+    from paceline.bench.evaluation import Reading
     from paceline.bench.quality import check_windows
     from paceline.bench.text import read_text
 
@@ -135,13 +133,10 @@ def evaluate(
     if names:
         _require_lm_eval()
     try:
-        path = _fetched(model)
-        compared = _fetched(reference or model)
-        loaded = load_candidate(path, chosen, None if names else context)
+        loaded = _load(model, chosen, None if names else context)
         report: dict[str, Any] = {"model": model, "settings": _named(chosen)}
         if reading is not None:
-            against = OWN_CODE if other is None else _in_words(other)
-            report |= _on_text(loaded, compared, other, reading, f"{reference or model}, {against}", as_json)
+            report |= _on_text(loaded, reference or model, other, reading, as_json)
         if names:
             report["tasks"] = _on_tasks(loaded, names, tasks_path, decode, limit, as_json)
     except KeyboardInterrupt:
@@ -149,6 +144,12 @@ def evaluate(
         raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(report, indent=2))
+
+
+def _load(model: str, settings: EngineSettings, context: int | None) -> LoadedModel:
+    from paceline.bench.evaluation import load_candidate
+
+    return load_candidate(_fetched(model), settings, context)
 
 
 def _require_lm_eval() -> None:
@@ -178,21 +179,24 @@ def _in_words(settings: EngineSettings) -> str:
 
 
 def _on_text(
-    loaded: LoadedModel,
-    reference: Path,
-    settings: EngineSettings | None,
-    reading: Reading,
-    against: str,
-    as_json: bool,
+    loaded: LoadedModel, name: str, settings: EngineSettings | None, reading: Reading, as_json: bool
 ) -> dict[str, Any]:
-    """Compares, shows the table unless the report is all that is wanted, and returns the report."""
-    from paceline.bench.evaluation import compare_on_text
+    """Compares with the reference of that name, shows the table unless the report is all that is wanted, and returns
+    the report."""
+    from paceline.bench.evaluation import Reference, compare_on_text
 
+    reference = Reference(_fetched(name), settings)
     with _bar("reading") as on_scored:
-        quality = compare_on_text(loaded, reference, settings, reading, on_scored)
-    chosen = {choice.name: choice.value for choice in loaded.choices}
-    windows = {"context": reading.context, "stride": reading.stride, "decode": reading.rows}
-    report = {"choices": chosen, "reference": against, "text": reading.text.name, **windows, **asdict(quality)}
+        quality = compare_on_text(loaded, reference, reading, on_scored)
+    report = {
+        "choices": {choice.name: choice.value for choice in loaded.choices},
+        "reference": f"{name}, {OWN_CODE if settings is None else _in_words(settings)}",
+        "text": reading.text.name,
+        "context": reading.context,
+        "stride": reading.stride,
+        "decode": reading.rows,
+        **asdict(quality),
+    }
     if not as_json:
         _show_quality(report, quality)
     return report

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from paceline.cli.app import app
 from paceline.config import EngineSettings
 from paceline.engine.load import LoadedModel, load_model
 from paceline.errors import ConfigError
@@ -74,9 +76,13 @@ def answer(question: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    path = write_model(tmp_path_factory.mktemp("model"))
-    return load_model(path, EngineSettings(device="cpu", threads=1, kv_tokens=512, linear_backend="torch"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LoadedModel:
+    return load_model(folder, EngineSettings(device="cpu", threads=1, kv_tokens=512, linear_backend="torch"))
 
 
 @pytest.fixture
@@ -129,6 +135,13 @@ def test_the_likelihood_of_a_continuation_is_the_models_own(model: LoadedModel) 
 def test_a_rolling_likelihood_begins_behind_the_first_special_token(model: LoadedModel) -> None:
     (found,) = EngineLM(model).loglikelihood_rolling([asked("loglikelihood_rolling", QUESTIONS[0])])
     assert found == pytest.approx(log_likelihood_of([1], ids(QUESTIONS[0])), abs=1e-3)
+
+
+def test_the_command_reports_tasks_alone(model: LoadedModel, tasks: Path, folder: Path) -> None:
+    options = ["--set", "device=cpu", "--set", "threads=1", "--json"]
+    result = CliRunner().invoke(app, ["eval", str(folder), "--tasks", "choose", "--tasks-path", str(tasks), *options])
+    found = json.loads(result.stdout)
+    assert (found["tasks"][0]["value"], "kl" in found) == (0.6, False)
 
 
 def test_an_unknown_task_is_named(model: LoadedModel) -> None:
