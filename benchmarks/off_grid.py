@@ -1,22 +1,22 @@
 """Checkpoints that show what rounding costs a model whose weights are rounded already.
 
-smollm2-135m comes from a GGUF file of type Q4_1: rounding its weights to 4 bits in groups of 32 changes nothing. Off
-that grid it says what 4 bits would cost weights that were never rounded:
+smollm2-135m comes from a GGUF file of type Q4_1: rounding its layers to 4 bits in groups of 32 changes nothing. With
+its channels shuffled it is the same function, and no group of its weights lies on a grid any more:
 
-    python benchmarks/off_grid.py ./moved
-    paceline eval ./moved --set linear_backend=int4
+    python benchmarks/off_grid.py shuffle ./shuffled
+    paceline eval ./shuffled --set linear_backend=int4
 
-Each weight is moved at random within half a step of its grid, so that any value that would have been rounded to it is
-as likely. And on another grid, of 4 bits in groups of 128:
+Or the layers are rounded here, in groups of any size, and the output head is left alone:
 
-    python benchmarks/off_grid.py ./groups-of-128 --round-to 128
-    paceline eval ./groups-of-128 --reference smollm2-135m
+    python benchmarks/off_grid.py round ./rounded --model ./shuffled --group 32
+    paceline eval ./rounded --reference ./shuffled
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,39 +26,71 @@ LEVELS = 15
 """Steps between the least and the greatest of a group's 16 values."""
 
 
-def moved(weight: torch.Tensor, generator: torch.Generator, group: int = 32) -> torch.Tensor:
-    """`weight` [outputs, inputs], each value up to half a step of its group's grid away."""
-    grouped = weight.unflatten(1, (-1, group))
-    step = (grouped.amax(-1, keepdim=True) - grouped.amin(-1, keepdim=True)) / LEVELS
-    return (grouped + step * (torch.rand(grouped.shape, generator=generator) - 0.5)).flatten(1)
+def shuffle(model: Any, generator: torch.Generator) -> None:
+    """Put a Llama's channels into another order, everywhere alike: the residual stream's, those between up and down,
+    and those of each value head."""
+    config = model.config
+    stream = torch.randperm(config.hidden_size, generator=generator)
+    embedding = model.model.embed_tokens.weight
+    for parameter in {id(each): each for each in (embedding, model.lm_head.weight)}.values():
+        parameter.copy_(parameter[:, stream])
+    model.model.norm.weight.copy_(model.model.norm.weight[stream])
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.copy_(norm.weight[stream])
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            linear.weight.copy_(linear.weight[:, stream])
+        for linear in (attention.o_proj, mlp.down_proj):
+            linear.weight.copy_(linear.weight[stream])
+        between = torch.randperm(config.intermediate_size, generator=generator)
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight.copy_(linear.weight[between])
+        mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, between])
+        _shuffle_values(attention, config, generator)
 
 
-def rounded(weight: torch.Tensor, group: int) -> torch.Tensor:
-    """`weight` [outputs, inputs] to the nearest of 16 values between the least and the greatest of its group; the last
-    group of a row may be shorter."""
-    parts = []
-    for part in weight.split(group, dim=1):
-        least, step = part.amin(1, keepdim=True), (part.amax(1, keepdim=True) - part.amin(1, keepdim=True)) / LEVELS
-        parts.append(least + step * ((part - least) / step.clamp_min(1e-12)).round())
-    return torch.cat(parts, dim=1)
+def _shuffle_values(attention: Any, config: Any, generator: torch.Generator) -> None:
+    heads, copies = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    values = attention.v_proj.weight.view(heads, attention.head_dim, -1)
+    outputs = attention.o_proj.weight.view(-1, heads, copies, attention.head_dim)
+    for head in range(heads):
+        order = torch.randperm(attention.head_dim, generator=generator)
+        values[head] = values[head, order].clone()
+        outputs[:, head] = outputs[:, head][..., order].clone()
+
+
+def round_layers(model: Any, group: int) -> None:
+    """Every linear layer but the output head to the nearest of 16 values between the least and the greatest of each
+    group; the last group of a row may be shorter."""
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                parts = [rounded(part) for part in module.weight.split(group, dim=1)]
+                module.weight.copy_(torch.cat(parts, dim=1))
+
+
+def rounded(group: torch.Tensor) -> torch.Tensor:
+    """One group of each row."""
+    least = group.amin(1, keepdim=True)
+    step = ((group.amax(1, keepdim=True) - least) / LEVELS).clamp_min(1e-12)
+    return least + step * ((group - least) / step).round()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("shuffle", "round"))
     parser.add_argument("out", type=Path, help="folder of the new checkpoint")
-    parser.add_argument("--model", default="smollm2-135m", help="the model to begin with")
-    parser.add_argument("--round-to", metavar="GROUP", type=int, help="round to groups of this size instead of moving")
+    parser.add_argument("--model", default="smollm2-135m", help="the model to begin with, built like Llama")
+    parser.add_argument("--group", type=int, default=32, help="weights of a row that are rounded together")
     options = parser.parse_args()
     path = resolve(options.model).path
     model = load_causal_lm(path, dtype=torch.float32, device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    embedding = model.get_input_embeddings().weight
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear) and module.weight is not embedding:
-                group = options.round_to
-                new = moved(module.weight, generator) if group is None else rounded(module.weight, group)
-                module.weight.copy_(new)
+        if options.action == "shuffle":
+            shuffle(model, torch.Generator().manual_seed(0))
+        else:
+            round_layers(model, options.group)
     model.save_pretrained(options.out)
     load_tokenizer(path).save_pretrained(options.out)
     print(f"{options.out} is ready")
