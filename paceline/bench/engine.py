@@ -6,16 +6,17 @@ which read every weight once; the step is shown as a multiple of them.
 
 from __future__ import annotations
 
-import pydoc_data.topics
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
-import torch
+from transformers import PreTrainedModel
 
 from paceline.bench.measure import Figure, rounds, seconds
+from paceline.bench.quality import Quality, measure
+from paceline.bench.scorers import EngineScorer, TransformersScorer
+from paceline.bench.text import encode, language_reference
 from paceline.config import ComputeDtype, EngineSettings
 from paceline.engine.attention import Window
 from paceline.engine.engine import Engine
@@ -28,7 +29,8 @@ CONTEXT = 128
 PROMPT = 1024
 STREAMS = 16
 WINDOW = 6
-TEXT_TOKENS = 512
+TEXT_TOKENS = 2048
+TEXT_CONTEXT = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,39 +125,12 @@ class EngineBench:
         return entry
 
 
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """How far the chosen backends are from float32 on real text: mean KL in nats a token, and perplexities."""
-
-    kl: float
-    perplexity: float
-    perplexity_fp32: float
-    tokens: int
-
-
-def quality(model: LoadedModel, reference: Any, tokens: int = TEXT_TOKENS) -> Quality:
-    """Compare with Transformers' own float32 forward pass, on chapters of the Python reference manual."""
-    topics = sorted(pydoc_data.topics.topics.values(), key=len, reverse=True)[:4]
-    kls, ours, theirs, count = 0.0, 0.0, 0.0, 0
-    for text in topics:
-        ids = model.tokenizer.encode(text)[:tokens]
-        kv = model.engine().kv
-        entry = kv.reserve(ids, len(ids))
-        assert entry is not None
-        q = model.runner.run([Window(entry, ids, sample=len(ids))]).double().log_softmax(-1)
-        with torch.inference_mode():
-            p = reference(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        kls += float((p.exp() * (p - q)).sum())
-        following = torch.tensor(ids[1:])[:, None]
-        ours -= float(q[:-1].gather(1, following).sum())
-        theirs -= float(p[:-1].gather(1, following).sum())
-        count += len(ids)
-    predicted = count - len(topics)
-    return Quality(
-        kls / count,
-        float(torch.tensor(ours / predicted).exp()),
-        float(torch.tensor(theirs / predicted).exp()),
-        count,
+def quality(model: LoadedModel, reference: PreTrainedModel, tokens: int = TEXT_TOKENS) -> Quality:
+    """What the chosen backends cost against Transformers' own float32 forward pass, on Python's language reference."""
+    ids, prefix = encode(model.tokenizer, language_reference().content, tokens)
+    context = min(TEXT_CONTEXT, tokens)
+    return measure(
+        TransformersScorer(reference), EngineScorer(model), ids, context=context, stride=context // 2, prefix=prefix
     )
 
 

@@ -18,9 +18,10 @@ from paceline.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from paceline.bench.engine import EngineBench, Quality, Sizes
+    from paceline.bench.engine import EngineBench, Sizes
     from paceline.bench.measure import Figure
     from paceline.bench.peers import LlamaCppPeer, TransformersPeer
+    from paceline.bench.quality import Quality
 
 EPILOG = """\b
 Examples:
@@ -105,8 +106,8 @@ def engine(
     console.print(_rate_table(rates))
     if kl is not None:
         console.print(
-            f"against float32 over {kl.tokens} tokens of text: KL {kl.kl:.1e} nats a token, "
-            f"perplexity {kl.perplexity:.3f} (float32: {kl.perplexity_fp32:.3f})",
+            f"against float32 over {kl.tokens} tokens of text: KL {kl.kl.value:.1e} nats a token, "
+            f"perplexity {kl.q_perplexity.value:.3f} (float32: {kl.p_perplexity.value:.3f})",
             markup=False,
         )
     if json_file is not None:

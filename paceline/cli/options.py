@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
+from pydantic import ValidationError
 
-from paceline.config import parse_settings
+from paceline.config import EngineSettings, config_error, parse_settings
+from paceline.errors import ConfigError
 from paceline.types import MAX_SEED
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -25,6 +29,23 @@ def group(help_text: str, epilog: str | None = None) -> typer.Typer:
         rich_markup_mode=None,  # plain help: it starts fast and reads the same in a pipe, a log and the docs
         pretty_exceptions_enable=False,
     )
+
+
+def engine_settings(pairs: Sequence[str], option: str) -> EngineSettings:
+    """`key=value` each, the value as in YAML; keys may begin with `engine.`. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"{option}: {pair!r}: give key=value, such as kv_dtype=int8", param="engine")
+        try:
+            values[key.strip().removeprefix("engine.")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{option}: {pair!r}: the value is not readable as YAML", param="engine") from None
+    try:
+        return EngineSettings(**values)
+    except ValidationError as error:
+        raise config_error(error, "engine") from None
 
 
 Url = Annotated[str, typer.Option("--url", metavar="URL", help="The server.")]

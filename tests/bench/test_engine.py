@@ -39,8 +39,8 @@ def test_a_benchmark_leaves_no_kv_behind(loaded: LoadedModel) -> None:
 def test_the_default_backends_are_float32_on_real_text(loaded: LoadedModel, smollm2: ModelFiles) -> None:
     """KL under 1e-3 is what a default may cost; weights kept exactly and activations of 16 bits cost rounding."""
     found = quality(loaded, load_causal_lm(smollm2.path, dtype="float32", device="cpu"), tokens=64)
-    assert 0 <= found.kl < 1e-6
-    assert found.perplexity == pytest.approx(found.perplexity_fp32, rel=1e-4)
+    assert 0 <= found.kl.value < 1e-6
+    assert found.q_perplexity.value == pytest.approx(found.p_perplexity.value, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ def test_the_help_of_every_command_is_there() -> None:
         "## paceline status",
         "## paceline doctor",
         "## paceline demo",
+        "## paceline eval",
         "## paceline distill",
         "## paceline models",
         "## paceline models pull",
