@@ -42,17 +42,19 @@ class Measured:
 
 
 def measure(path: Path, settings: Mapping[str, Any], prompt: int, decoded: int) -> Measured:
-    """In a new process. Raises ConfigError or ModelError as `load_model` would, or if the process ends early."""
+    """In a new process. Raises ConfigError with what `load_model` found wrong, or how the process ended."""
     command = [sys.executable, "-m", __name__, str(path), json.dumps(dict(settings)), str(prompt), str(decoded)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"--measure: the model was not measured within {TIMEOUT_S / 60:.0f} minutes") from None
     lines = ran.stdout.splitlines()
     if ran.returncode == 0:
         return Measured(**json.loads(lines[-1]))
-    if ran.returncode == 1 and lines:
-        raise ConfigError(lines[-1], param=None)
-    last = (ran.stderr.strip().splitlines() or ["no reason given"])[-1]
-    killed = ran.returncode < 0
-    raise ConfigError(f"the measured process was killed by signal {-ran.returncode}" if killed else last)
+    if ran.returncode < 0:
+        raise ConfigError(f"--measure: killed by signal {-ran.returncode}, often for want of memory")
+    reasons = lines or ran.stderr.strip().splitlines() or ["no reason given"]
+    raise ConfigError(f"--measure: {reasons[-1]}")
 
 
 def measure_here(path: Path, settings: Mapping[str, Any], prompt: int, decoded: int) -> Measured:

@@ -152,8 +152,11 @@ def _attention(config: PretrainedConfig, model: PreTrainedModel) -> _Attention:
 
 def _kv_shape(attention: _Attention, model: PreTrainedModel) -> KVShape:
     """Raises ModelError where the KV cache would refuse the model."""
-    geometry = kv_geometry(attention.seen, model)
     text = text_config(model)
+    try:
+        geometry = kv_geometry(attention.seen, model)
+    except ModelError as error:
+        raise ModelError(f"{text.model_type} cannot be served: {error.message}") from None
     kept = geometry.num_kv_heads
     if getattr(text, "new_decoder_architecture", False):
         kept = int(text.num_kv_heads)  # Falcon repeats shared heads before it caches them; we keep one of each
@@ -190,7 +193,7 @@ def _forms(rows: torch.Tensor) -> tuple[str, ...]:
 
 def _is_lean(config: PretrainedConfig) -> bool:
     try:
-        refuse_other_structures(empty_causal_lm(config, dtype=torch.float32))
+        refuse_other_structures(empty_causal_lm(copy.deepcopy(config), dtype=torch.float32))
     except NotLeanError:
         return False
     return True

@@ -196,22 +196,22 @@ def weight_bytes(shape: ModelShape, precision: Precision) -> int:
 def activation_bytes(shape: ModelShape, precision: Precision, step: Step, *, kv_int8: bool = False) -> int:
     """Of one step, where it is largest: inside a layer, or at the logits. With s bytes a number, n rows:
 
-        layer    n s (2 hidden + max(2 (heads + 2 kv_heads) head_dim, 3 width)) + scores + read
-        logits   n s 2 hidden + sampled vocab (s + 8)
+        layer    n s (4 hidden + 2 head_dim + max(3 (heads + 2 kv_heads) head_dim, 3 width)) + scores + read
+        logits   n s 4 hidden + sampled vocab (s + 8)
 
-    Residual and normed rows; beside them queries, keys and values before and after their positions, or gate, up and
-    their product. Fused attention keeps no scores; elsewhere they are n context heads (s + 8). An int8 KV cache is read
-    layer by layer into 2 context kv_heads head_dim s. Logits come in the model's type, are made float32, and sampling
-    takes as much again.
+    Residuals, normed rows and rotary angles; beside them queries, keys and values with the copies that norms of heads
+    and rotary positions make, or gate, up and their product. Fused attention keeps no scores; elsewhere they are
+    n context heads (s + 8). An int8 KV cache is read layer by layer into 2 context kv_heads head_dim s. Logits come in
+    the model's type, are made float32, and sampling takes as much again.
     """
     s, kv = precision.activation, shape.kv
-    projections = 2 * (kv.heads + 2 * kv.kv_heads) * kv.head_dim
-    layer = step.rows * s * (2 * shape.hidden + max(projections, 3 * shape.width))
+    projections = 3 * (kv.heads + 2 * kv.kv_heads) * kv.head_dim
+    layer = step.rows * s * (4 * shape.hidden + 2 * kv.head_dim + max(projections, 3 * shape.width))
     if shape.scores_kept:
         layer += step.rows * step.context * kv.heads * (s + 2 * FLOAT32)
     if kv_int8:
         layer += 2 * step.context * kv.kv_heads * kv.head_dim * s
-    logits = step.rows * s * 2 * shape.hidden + step.sampled * shape.vocab_size * (s + 2 * FLOAT32)
+    logits = step.rows * s * 4 * shape.hidden + step.sampled * shape.vocab_size * (s + 2 * FLOAT32)
     return max(layer, logits)
 
 

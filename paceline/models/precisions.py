@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from paceline.errors import ConfigError
 
@@ -87,7 +87,8 @@ MATRIX: Mapping[str, Callable[[int, int, int], int]] = {
 class Precision:
     """`matrix` is the form of linear layers, `plain` and `activation` the bytes of any other number and of what flows.
 
-    While a product runs it keeps `copies` bytes for every number of its weight, and `sums` for every output.
+    While a product runs it keeps `copies` bytes for every number of its weight, and `sums` for every output: of 4-bit
+    weights bitsandbytes makes a copy in 16 bits, and one in float32 beside it where it is left to compute in that.
     `settings` are the EngineSettings that ask for it.
     """
 
@@ -99,16 +100,12 @@ class Precision:
     about: str
     copies: int = 0
     sums: int = 0
-    settings: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:
         return self.matrix == "plain"
 
-
-_BNB_COPIES = HALF + FLOAT32
-"""bitsandbytes dequantizes a whole 4-bit weight to 16 bits, and to float32 beside it where it computes in that, which
-it does unless told otherwise."""
 
 PRECISIONS = (
     Precision("fp32", "cuda", "plain", FLOAT32, FLOAT32, "float32", settings={"dtype": "float32"}),
@@ -130,7 +127,7 @@ PRECISIONS = (
         HALF,
         HALF,
         "bitsandbytes nf4, a float32 scale for 64 weights",
-        copies=_BNB_COPIES,
+        copies=HALF,
         settings={"quantization": "bitsandbytes_4bit"},
     ),
     Precision(
@@ -140,8 +137,8 @@ PRECISIONS = (
         HALF,
         HALF,
         "the same with quantized scales (double quantization)",
-        copies=_BNB_COPIES,
-        settings={"quantization": "bitsandbytes_4bit_double"},
+        copies=HALF,
+        settings={"quantization": "bitsandbytes_4bit", "bnb_4bit_use_double_quant": True},
     ),
     Precision("fp32", "cpu", "plain", FLOAT32, FLOAT32, "float32", settings={"linear_backend": "torch"}),
     Precision(

@@ -11,7 +11,18 @@ from paceline.cli import app as cli
 from paceline.errors import ModelError
 from tests.cli.conftest import Run
 
-COMMANDS = ["serve", "chat", "status", "doctor", "demo", "models pull", "models list", "models path", "bench engine"]
+COMMANDS = [
+    "serve",
+    "chat",
+    "status",
+    "doctor",
+    "demo",
+    "estimate",
+    "models pull",
+    "models list",
+    "models path",
+    "bench engine",
+]
 
 
 def test_help_imports_neither_torch_nor_ray() -> None:
@@ -33,6 +44,7 @@ def test_the_commands_are(run: Run) -> None:
         "doctor",
         "demo",
         "distill",
+        "estimate",
         "models",
         "bench",
     ]

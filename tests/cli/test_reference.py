@@ -44,6 +44,7 @@ def test_the_help_of_every_command_is_there() -> None:
         "## paceline doctor",
         "## paceline demo",
         "## paceline distill",
+        "## paceline estimate",
         "## paceline models",
         "## paceline models pull",
         "## paceline models list",
