@@ -96,6 +96,8 @@ def _notes(asked: Question) -> Iterator[str]:
     if shape.kv.sliding_layers:
         layers = f"{shape.kv.sliding_layers} of {shape.kv.layers} layers see the last {shape.kv.window} tokens only"
         yield f"{layers}; the KV cache keeps the keys and values of all tokens."
+    if shape.quantized:
+        yield f"Its checkpoint is quantized ({shape.quantized}); the tables say what its weights take if they are not."
     if shape.experts:
         kept = "bitsandbytes" if cuda else "our packed products"
         yield f"{shape.experts / 1e6:,.1f} million of its parameters are experts, which {kept} leave as they are."

@@ -83,6 +83,7 @@ def model_shape(config: PretrainedConfig, folder: Path | None = None) -> ModelSh
         lean=_is_lean(config),
         itemsize=_itemsize(config) if rows is None else _narrowest(rows),
         held_by=() if rows is None else _forms(rows),
+        quantized=_method(config),
         scores_kept=not all(scoring.fused for scoring in attention.scorings.values()),
     )
 
@@ -189,6 +190,15 @@ def _forms(rows: torch.Tensor) -> tuple[str, ...]:
     if isinstance(kernels, str):
         return ()
     return tuple(f"int{bits}" for bits in (8, 4) if packed(kernels, rows, None, bits) is not None)
+
+
+def _method(config: PretrainedConfig) -> str:
+    """Of the checkpoint's quantization, as its configuration names it."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return ""
+    named = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return str(getattr(named, "value", named) or "some method")
 
 
 def _is_lean(config: PretrainedConfig) -> bool:

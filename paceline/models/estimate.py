@@ -89,7 +89,7 @@ class ModelShape:
     `width` is of the widest activations inside a layer, `scores_kept` whether its attention holds every score, since
     no fused kernel computes it. `lean` models run with fused products on a CPU, and are never in memory whole. Their
     embedding takes `itemsize` bytes a number, or none where it is tied to a head in one of the forms `held_by`, which
-    hold it exactly.
+    hold it exactly. `quantized` is the method a checkpoint is quantized by, "" if it is not.
     """
 
     family: str
@@ -107,6 +107,7 @@ class ModelShape:
     lean: bool = False
     itemsize: int = FLOAT32
     held_by: tuple[str, ...] = ()
+    quantized: str = ""
     scores_kept: bool = False
 
     @property

@@ -129,6 +129,11 @@ def test_an_embedding_in_files_is_as_wide_as_its_numbers(tmp_path: Path, dtype: 
     assert saved(tmp_path, dtype).itemsize == itemsize
 
 
+def test_a_quantized_checkpoint_is_seen() -> None:
+    config = config_of("Llama", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert model_shape(config).quantized == "gptq"
+
+
 def test_random_numbers_are_on_no_grid(tmp_path: Path) -> None:
     assert saved(tmp_path, torch.float32).held_by == ()
 
