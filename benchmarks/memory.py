@@ -11,12 +11,10 @@ hold. File pages the process has mapped count as they do for the kernel. Linux o
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +56,7 @@ def in_new_process(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure(path: Path, kv_tokens: int, chosen: dict[str, Any]) -> dict[str, Any]:
     begun = time.perf_counter()
+    from paceline.bench.footprint import held_bytes
     from paceline.config import EngineSettings
     from paceline.engine.load import load_model
     from paceline.types import Request, SamplingParams
@@ -66,7 +65,7 @@ def measure(path: Path, kv_tokens: int, chosen: dict[str, Any]) -> dict[str, Any
     settings = EngineSettings(device="cpu", kv_tokens=kv_tokens, **chosen)
     model = load_model(path, settings)
     loaded, load_peak_mb = time.perf_counter(), resident_mb("VmHWM")
-    weights_mb = held_mb()
+    weights_mb = held_bytes() / 2**20
     engine = model.engine()
     prompt = tuple(range(100, 100 + min(kv_tokens, model.limits.max_model_len) - DECODED - 1))
     engine.add(Request("r", prompt, SamplingParams(temperature=0.0, max_tokens=DECODED, ignore_eos=True)))
@@ -90,33 +89,6 @@ def resident_mb(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     (found,) = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
     return int(found) / 1024
-
-
-def held_mb() -> float:
-    """Of all tensors there are, and of what FBGEMM packed: no tensors, and filled up to multiples of 512 inputs."""
-    import torch
-
-    gc.collect()
-    held: dict[int, int] = {}
-    for each in gc.get_objects():
-        packed = _inside(each) if type(each) is types.CellType else None
-        if isinstance(packed, torch.ScriptObject):
-            outputs, inputs = torch.ops.quantized.linear_unpack_fp16(packed)[0].shape
-            held[id(packed)] = outputs * -(-inputs // 512) * 512 * 2
-        elif type(each) not in (torch.Tensor, torch.nn.Parameter) or each.device.type != "cpu":
-            continue
-        elif each.layout is torch.strided:
-            held[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
-        else:  # oneDNN's tiles
-            held[id(each)] = each.numel() * each.itemsize
-    return sum(held.values()) / 2**20
-
-
-def _inside(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
 
 
 def report(found: dict[str, Any]) -> int:

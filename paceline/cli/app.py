@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli import chat, demo, distill, doctor, evaluate, serve, status
+from paceline.cli import chat, demo, distill, doctor, estimate, evaluate, serve, status
 from paceline.cli.bench import bench_app
 from paceline.cli.models import models_app
 from paceline.cli.options import group
@@ -30,6 +30,7 @@ app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
 app.command("eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command("distill", epilog=distill.EPILOG)(distill.distill)
+app.command("estimate", epilog=estimate.EPILOG)(estimate.estimate)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 

@@ -11,6 +11,7 @@ from paceline.errors import ModelError
 from paceline.models.progress import Progress, Task
 
 ALLOWED = ["*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja"]
+CONFIG = "config.json"
 IGNORED = ["*/*", "consolidated*"]
 """Transformers reads the top folder only; below it and in `consolidated` are second copies of the weights."""
 
@@ -20,17 +21,44 @@ def snapshot(repo_id: str, *, progress: Progress, download: bool) -> Path:
 
     Raises ModelError: not on this disk, no such repository, no access, no network.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    with _in_one_line(repo_id, download), progress.task(f"downloading {repo_id} from the Hub") as task, _quiet():
+        folder = snapshot_download(
+            repo_id,
+            allow_patterns=ALLOWED,
+            ignore_patterns=IGNORED,
+            local_files_only=not download,
+            tqdm_class=_bar(task),
+        )
+    return Path(folder)
+
+
+def config_file(repo_id: str, folder: Path, *, progress: Progress) -> Path:
+    """The repository's config.json alone: from the Hub's cache, else fetched into `folder`.
+
+    Not into the cache: there a folder without weights would look like a download cut short. Raises ModelError.
+    """
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo_id, CONFIG)
+    if isinstance(cached, str):
+        return Path(cached)
+    label = f"reading {CONFIG} of {repo_id} on the Hub"
+    with _in_one_line(repo_id, download=True), progress.task(label) as task, _quiet():
+        snapshot_download(repo_id, allow_patterns=[CONFIG], local_dir=folder, tqdm_class=_bar(task))
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{repo_id}: it has no {CONFIG}, so it is no model Transformers knows")
+    return folder / CONFIG
+
+
+@contextlib.contextmanager
+def _in_one_line(repo_id: str, download: bool) -> Iterator[None]:
+    """What the Hub's client raises, as a ModelError."""
+    from huggingface_hub import errors
 
     try:
-        with progress.task(f"downloading {repo_id} from the Hub") as task, _quiet():
-            folder = snapshot_download(
-                repo_id,
-                allow_patterns=ALLOWED,
-                ignore_patterns=IGNORED,
-                local_files_only=not download,
-                tqdm_class=_bar(task),
-            )
+        yield
     except errors.GatedRepoError:
         raise ModelError(
             f"{repo_id}: its owner asks for consent first; accept on its Hub page, then: hf auth login"
@@ -51,7 +79,6 @@ def snapshot(repo_id: str, *, progress: Progress, download: bool) -> Path:
         if not type(error).__module__.startswith("httpx"):
             raise
         raise _failed(repo_id, error) from None
-    return Path(folder)
 
 
 def _unreachable(repo_id: str) -> str:

@@ -98,6 +98,21 @@ def _weights(file: Path, wanted: dict[str, tuple[int, ...]]) -> Index:
     return found
 
 
+def stored_rows(path: Path, name: str, count: int) -> torch.Tensor | None:
+    """The first rows of one matrix in a folder's files, float32 [count, inputs]; None if it is not there as numbers."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for file in _files(path):
+            with safe_open(file, framework="pt") as opened:
+                if name in opened.keys():  # noqa: SIM118  (it is no mapping)
+                    rows = opened.get_slice(name)
+                    return rows[:count].float() if rows.get_dtype() in FLOATS else None
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None
+    return None
+
+
 @contextmanager
 def _without_warning() -> Iterator[None]:
     """accelerate warns that weights are offloaded; they are meant to be."""

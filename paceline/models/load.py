@@ -25,12 +25,20 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(_folder(path), local_files_only=True, trust_remote_code=False)
 
 
-def load_config(path: Path | str) -> PretrainedConfig:
-    """The folder's config.json. Raises ModelError, also for architectures that need code of their own."""
+def load_config(path: Path | str, *, gguf_file: str | None = None) -> PretrainedConfig:
+    """Of a folder its config.json, or what the header of its `gguf_file` says; `path` may also be a file of JSON.
+
+    Raises ModelError, also for architectures that need code of their own.
+    """
     from transformers import AutoConfig
 
     with _readable(path, "config"):
-        return AutoConfig.from_pretrained(_folder(path), local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            str(path) if Path(path).suffix == ".json" else _folder(path),
+            gguf_file=gguf_file,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
 
 
 def load_causal_lm(

@@ -45,7 +45,7 @@ def resolve(name: str, *, progress: Progress = SILENT, download: bool = True, ca
     `cache` overrides the cache folder (the Hub keeps its own). Raises ModelError, one line with the remedy.
     """
     root = cache or cache_dir()
-    with _disk_errors(root):
+    with disk_errors(root):
         if entry := find(name):
             return _from_catalogue(entry, root, progress, download)
         if draft := draft_folder.shipped(name):
@@ -111,7 +111,8 @@ def _from_catalogue(entry: CatalogueEntry, cache: Path, progress: Progress, down
     return ModelFiles(entry.name, install(entry, cache, progress))
 
 
-def _from_gguf(path: Path, cache: Path, progress: Progress, download: bool) -> ModelFiles:
+def check_gguf(path: Path) -> None:
+    """Raise ModelError unless `path` is a whole GGUF file."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     with path.open("rb") as file:
@@ -119,14 +120,18 @@ def _from_gguf(path: Path, cache: Path, progress: Progress, download: bool) -> M
             raise ModelError(f"{path}: not a GGUF file")
     if re.search(r"-\d{5}-of-\d{5}$", path.stem) and not path.stem.endswith("-00001-of-00001"):
         raise ModelError(f"{path}: one part of a split GGUF; merge the parts first: llama-gguf-split --merge")
+
+
+def _from_gguf(path: Path, cache: Path, progress: Progress, download: bool) -> ModelFiles:
+    check_gguf(path)
     if not download and not store.ready(store.folder_of(cache, gguf_key(path))):
         raise ModelError(f"{path}: not converted yet; convert it with: paceline models pull {path}")
     return ModelFiles(path.stem, install_gguf(path, cache, progress))
 
 
 @contextmanager
-def _disk_errors(cache: Path) -> Iterator[None]:
-    """Errors of the file system as one line."""
+def disk_errors(cache: Path) -> Iterator[None]:
+    """Errors of the file system as one line; those without a file of their own name `cache`."""
     try:
         yield
     except OSError as error:

@@ -17,6 +17,7 @@ COMMANDS = [
     "status",
     "doctor",
     "demo",
+    "estimate",
     "models pull",
     "models list",
     "models path",
@@ -45,6 +46,7 @@ def test_the_commands_are(run: Run) -> None:
         "demo",
         "eval",
         "distill",
+        "estimate",
         "models",
         "bench",
     ]

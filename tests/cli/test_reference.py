@@ -45,6 +45,7 @@ def test_the_help_of_every_command_is_there() -> None:
         "## paceline demo",
         "## paceline eval",
         "## paceline distill",
+        "## paceline estimate",
         "## paceline models",
         "## paceline models pull",
         "## paceline models list",

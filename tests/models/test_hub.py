@@ -12,6 +12,7 @@ import pytest
 
 from paceline.errors import ModelError
 from paceline.models import SILENT, resolve
+from paceline.models.configs import find_config
 from tests.models.conftest import Recorder
 from tests.models.file_server import serving
 
@@ -110,3 +111,32 @@ def test_unreachable_hub_is_one_line_with_a_remedy(no_hub: None) -> None:
     with pytest.raises(ModelError, match="the Hub cannot be reached; check the network") as caught:
         resolve("owner/tiny", progress=SILENT)
     assert "\n" not in caught.value.message
+
+
+def test_a_config_is_fetched_without_weights(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FILES, "config.json", b'{"model_type": "llama", "hidden_size": 96}')
+    monkeypatch.delitem(FILES, "model.safetensors")  # whoever asked for it would fail
+    assert find_config("owner/tiny").config.hidden_size == 96
+
+
+def test_a_config_alone_is_no_model_in_the_cache(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FILES, "config.json", b'{"model_type": "llama"}')
+    find_config("owner/tiny")
+    with pytest.raises(ModelError, match="not in the Hub's cache; fetch it with: paceline models pull owner/tiny"):
+        resolve("owner/tiny", download=False)
+
+
+def test_a_config_nobody_knows_is_named_by_its_repository(hub: str) -> None:
+    with pytest.raises(ModelError, match=r"^owner/tiny: cannot load the config"):
+        find_config("owner/tiny")
+
+
+def test_a_repository_without_a_config_says_so(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(FILES, "config.json")
+    with pytest.raises(ModelError, match=r"owner/tiny: it has no config\.json"):
+        find_config("owner/tiny")
+
+
+def test_a_config_of_an_unknown_repository_is_an_error(hub: str) -> None:
+    with pytest.raises(ModelError, match="no such model on the Hub"):
+        find_config("owner/missing")
