@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from paceline.engine.attention import ATTENTION_NAME, RaggedBatch, Window
+from paceline.engine.attention import ATTENTION_NAME, AttentionStep, RaggedBatch, Window
 from paceline.engine.geometry import Observer, Seen, kv_geometry, max_model_len, text_config
 from paceline.engine.key_shift import PROBE, KeyReader, KeyShift, found_key_shift
 from paceline.engine.kv_cache import KVGeometry
 from paceline.errors import ModelError
+from paceline.models.spread import main_device
 from paceline.speculation.sampling import Columns
 
 
@@ -122,10 +123,13 @@ class ModelRunner(TransformersRunner):
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=rows,
-            paceline_step=RaggedBatch(windows),
+            paceline_step=self._step(windows),
         )
         logits: torch.Tensor = output.logits[0]
         return logits.float()
+
+    def _step(self, windows: Sequence[Window]) -> AttentionStep:
+        return RaggedBatch(windows)
 
     @torch.inference_mode()
     def _keys_at(self, position: int) -> Mapping[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -137,7 +141,7 @@ class ModelRunner(TransformersRunner):
     @torch.inference_mode()
     def _observe(self) -> dict[int, Seen]:
         observer = Observer()
-        zero = torch.zeros((1, 1), dtype=torch.long, device=self.model.device)
+        zero = torch.zeros((1, 1), dtype=torch.long, device=main_device(self.model))
         self.model(input_ids=zero, position_ids=zero, use_cache=False, paceline_step=observer)
         return observer.seen
 
