@@ -243,6 +243,8 @@ class Packer:
         }
         alike = {name: one for name, one in kept.items() if one[0].rows_alike}
         kept = alike or kept
+        if Int4.name in kept:
+            kept.pop(Int8.name, None)  # the same integers in twice the bytes
         times = self._times_of(weight.shape, {name: product for name, (_, product) in kept.items()})
         name = min(kept, key=lambda name: request_time(times[name])) if times else next(iter(kept))
         backend, product = kept[name]

@@ -483,6 +483,12 @@ def test_the_smallest_wins_where_it_is_fastest(kind: str, taken: str) -> None:
     assert packer.taken == taken
 
 
+def test_integers_of_4_bits_are_not_kept_in_8() -> None:
+    packer = Packer(LinearBackends(KEEPING), times_in_order("int8", "int4", "fbgemm_fp16", "torch"))
+    packer(affine(16, 8, group=32), None)
+    assert packer.taken == "int4"
+
+
 def test_a_shape_is_measured_once() -> None:
     measurements = []
 
