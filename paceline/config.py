@@ -25,9 +25,7 @@ Milliseconds = Annotated[float, Field(gt=0, le=600_000)]
 SchedulingPolicy = Literal["fcfs", "priority"]
 ComputeDtype = Literal["auto", "int16", "int8", "fp32", "bf16"]
 WeightDtype = Literal["auto", "int8", "int4"]
-Quantization = Literal[
-    "none", "bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8", "torchao_int4", "torchao_fp8"
-]
+Quantization = Literal["none", "bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8", "torchao_int4", "torchao_fp8"]
 
 DEFAULT_MODEL, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-draft"
 APP_NAME = "paceline"
@@ -60,8 +58,8 @@ class EngineSettings(Settings):
     )
     weight_dtype: WeightDtype = Field(
         "auto",
-        description="What weights are rounded to on a CPU, to nearest, each group with its own scale; those that lie on "
-        "such a grid already stay as they are. auto rounds nothing.",
+        description="What weights are rounded to on a CPU, to nearest, each group with its own scale; those that lie "
+        "on such a grid already stay as they are. auto rounds nothing.",
     )
     group_size: Literal[32, 128] = Field(
         32,
@@ -97,8 +95,8 @@ class EngineSettings(Settings):
     )
     offload_folder: str | None = Field(
         None,
-        description="Folder for weights that device_map: auto leaves on disk and that the checkpoint's files do not hold "
-        "as they are. null is a temporary one.",
+        description="Folder for weights that device_map: auto leaves on disk and that the checkpoint's files do not "
+        "hold as they are. null is a temporary one.",
     )
     threads: Positive | Auto = Field(
         "auto", description="Threads of one replica; auto is the cores this process may use."

@@ -166,7 +166,7 @@ def _check_rounding(settings: EngineSettings) -> None:
     """Raise ConfigError where two settings say how to round, or none does what a third is for."""
     if settings.weight_dtype != "auto" and settings.linear_backend != "auto":
         raise ConfigError(
-            f"engine.weight_dtype: {settings.weight_dtype} has products of its own; leave engine.linear_backend at auto",
+            f"engine.weight_dtype: {settings.weight_dtype} has products of its own; set engine.linear_backend: auto",
             param="engine.weight_dtype",
         )
     rounds = settings.weight_dtype != "auto" or settings.quantization == "torchao_int4"

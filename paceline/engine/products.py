@@ -2,8 +2,8 @@
 
 A decode step reads every weight once, so its floor is bytes over bandwidth. Fewer bytes are free only where they are
 the same weights: a checkpoint's output is fixed by its seed on every host, so a race between backends is run only
-among those that `keep` its weights, and in all of them activations have 16 bits or more. Whoever names a backend or a type
-of weights instead has the weights rounded to what it stores, and whoever asks for 8 bits of activations gets them.
+among those that `keep` its weights, and in all of them activations have 16 bits or more. Whoever names a backend, or a
+type of weights, has the weights rounded to what it stores, and whoever asks for 8 bits of activations gets them.
 """
 
 from __future__ import annotations

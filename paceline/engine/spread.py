@@ -26,8 +26,8 @@ class AttentionElsewhere(AttentionStep):
     ) -> torch.Tensor:
         if scoring.sinks is not None:
             scoring = replace(scoring, sinks=scoring.sinks.to(self.device))
-        moved = (each.to(self.device) for each in (query, key, value))
-        return self.step.attend(layer, *moved, scoring).to(query.device)
+        q, k, v = (each.to(self.device) for each in (query, key, value))
+        return self.step.attend(layer, q, k, v, scoring).to(query.device)
 
 
 class SpreadRunner(ModelRunner):

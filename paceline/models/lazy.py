@@ -93,7 +93,8 @@ def _lacking(model: PreTrainedModel, missing: Set[str]) -> str | None:
     if missing:
         return f"its files hold {len(missing)} weights under other names ({min(missing)})"
     wanted = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return "it stores more than its modules' weights" if any(name not in wanted for name in model.state_dict()) else None
+    more = any(name not in wanted for name in model.state_dict())
+    return "it stores more than its modules' weights" if more else None
 
 
 def _weights(file: Path, wanted: dict[str, tuple[int, ...]]) -> Index:

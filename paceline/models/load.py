@@ -66,6 +66,8 @@ def load_causal_lm(
         if quantization is not None:
             options["quantization_config"] = _library_config(quantization, config, dtype)
         model, info = _from_pretrained(path, config, device, options)
+    if spread is not None:
+        spread.belongs_to(model)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{path}: {len(missing)} weights missing ({missing[0]}); fetch or save the model again")
     return model.eval().requires_grad_(False)
@@ -75,11 +77,12 @@ def _from_pretrained(
     path: Path | str, config: PretrainedConfig, device: torch.device | str, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and Transformers' account of its loading."""
+    found: tuple[PreTrainedModel, dict[str, Any]]
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     unpacked = unpacked_weights(path, config, device)
     if unpacked is None:
-        return AutoModelForCausalLM.from_pretrained(
+        found = AutoModelForCausalLM.from_pretrained(
             _folder(path),
             use_safetensors=True,
             local_files_only=True,
@@ -87,12 +90,14 @@ def _from_pretrained(
             output_loading_info=True,
             **options,
         )
+        return found
     dtype = options["dtype"] = _dtype(config, options["dtype"])
     weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in unpacked.items()}
     plain = copy.deepcopy(config)
     del plain.quantization_config
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return kind.from_pretrained(None, config=plain, state_dict=weights, output_loading_info=True, **options)
+    found = kind.from_pretrained(None, config=plain, state_dict=weights, output_loading_info=True, **options)
+    return found
 
 
 def _library_config(quantization: LibraryQuantization, config: PretrainedConfig, dtype: torch.dtype | str) -> Any:
@@ -105,7 +110,7 @@ def _library_config(quantization: LibraryQuantization, config: PretrainedConfig,
 
 
 def _dtype(config: PretrainedConfig, dtype: torch.dtype | str) -> torch.dtype:
-    """"auto" is the checkpoint's; half precision if it does not say."""
+    """ "auto" is the checkpoint's; half precision if it does not say."""
     import torch
 
     if isinstance(dtype, torch.dtype):

@@ -149,7 +149,8 @@ def _auto_round(settings: Mapping[str, Any]) -> Packing:
     if "awq" in form:
         return Awq()
     if settings.get("data_type", "int") != "int":
-        raise ModelError(f"AutoRound weights of the type {settings['data_type']} need auto-round; pip install auto-round")
+        kind = settings["data_type"]
+        raise ModelError(f"AutoRound weights of the type {kind} are not unpacked; save them as auto_gptq or auto_awq")
     return _gptq("gptq" if "gptq" in form and "gptqmodel" not in form else "gptq_v2", settings)
 
 
@@ -160,9 +161,8 @@ def _compressed(settings: Mapping[str, Any]) -> Packing | None:
         block = next((found for group in groups.values() if (found := group["weights"].get("block_structure"))), None)
         return Compressed(None if block is None else (int(block[0]), int(block[1])))
     if find_spec("compressed_tensors") is None:
-        raise ModelError(
-            f"weights in the format {', '.join(sorted(used))} need compressed-tensors; pip install paceline[quantization]"
-        )
+        form = ", ".join(sorted(used))
+        raise ModelError(f"weights in the format {form} need compressed-tensors; pip install paceline[quantization]")
     return None
 
 
@@ -228,7 +228,7 @@ class UnpackedWeights(Mapping[str, "torch.Tensor"]):
         found: dict[str, Any] = {}
         try:
             for file in weight_files(self._path):
-                opened = safe_open(file, framework="pt")
+                opened: Any = safe_open(file, framework="pt")
                 found |= dict.fromkeys(opened.keys(), opened)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from paceline.config import EngineSettings
 
-INSTALL = "pip install paceline[gpu]"
+EXTRAS = {"bitsandbytes": "gpu", "torchao": "quantization"}
 FP8_CAPABILITY = (8, 9)
 INT4_CAPABILITY = (8, 0)
 
@@ -40,7 +40,7 @@ class LibraryQuantization:
         return f"{library} {bits}"
 
     def config(self, dtype: torch.dtype) -> Any:
-        """Transformers' `quantization_config` for activations of `dtype`. Raises ConfigError if they do not go together."""
+        """Transformers' `quantization_config` for activations of `dtype`. Raises ConfigError if it takes no such."""
         return _CONFIGS[self.settings.quantization](self.settings, dtype)
 
 
@@ -50,7 +50,7 @@ def library_quantization(settings: EngineSettings, device: torch.device) -> Libr
         return None
     library = settings.quantization.partition("_")[0]
     if find_spec(library) is None:
-        raise _refusal(settings, f"needs {library}, which is not installed; {INSTALL}")
+        raise _refusal(settings, f"needs {library}, which is not installed; pip install paceline[{EXTRAS[library]}]")
     if library == "torchao":
         _check_torchao(settings, device)
     else:
@@ -68,7 +68,7 @@ def _check_bitsandbytes(settings: EngineSettings, device: torch.device) -> None:
 
     if device.type not in getattr(bitsandbytes, "supported_torch_devices", {"cuda"}):
         version = bitsandbytes.__version__
-        raise _refusal(settings, f"needs a bitsandbytes for {device.type}, which {version} is not; {INSTALL}")
+        raise _refusal(settings, f"needs a bitsandbytes for {device.type}, which {version} is not; install a later one")
 
 
 def _check_torchao(settings: EngineSettings, device: torch.device) -> None:
@@ -78,8 +78,8 @@ def _check_torchao(settings: EngineSettings, device: torch.device) -> None:
     if needed is None:
         return
     if device.type != "cuda":
-        instead = "engine.weight_dtype: int4" if settings.quantization == "torchao_int4" else "engine.weight_dtype: int8"
-        raise _refusal(settings, f"needs a GPU; on a CPU use {instead}")
+        instead = "int4" if settings.quantization == "torchao_int4" else "int8"
+        raise _refusal(settings, f"needs a GPU; on a CPU use engine.weight_dtype: {instead}")
     if torch.cuda.get_device_capability(device) < needed:
         raise _refusal(settings, "needs a GPU of compute capability {}.{} or later".format(*needed))
 

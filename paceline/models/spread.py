@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Spread:
     """Where accelerate may put modules: bytes by device ("cpu", or a GPU's number); what is left goes to disk, into the
-    folder if the checkpoint's own files do not hold it as it is. None is a temporary one, for this object's life."""
+    folder if the checkpoint's own files do not hold it as it is. None is a temporary one, for the model's life."""
 
     max_memory: Mapping[int | str, int]
     offload_folder: str | None = None
@@ -25,6 +26,11 @@ class Spread:
     def options(self) -> dict[str, Any]:
         """For `from_pretrained`."""
         return {"device_map": "auto", "max_memory": dict(self.max_memory), "offload_folder": self._folder()}
+
+    def belongs_to(self, model: PreTrainedModel) -> None:
+        """Keep the temporary folder as long as the model that was loaded with it."""
+        for folder in self._temporary:
+            weakref.finalize(model, folder.cleanup)
 
     def _folder(self) -> str:
         if self.offload_folder is not None:
@@ -47,4 +53,5 @@ def main_device(model: PreTrainedModel) -> torch.device:
 
 def is_spread(model: PreTrainedModel) -> bool:
     """Whether its layers run on several devices, or wait elsewhere than where they run."""
-    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    return len(places) > 1 or "disk" in places

@@ -34,7 +34,8 @@ def integers(packed: torch.Tensor, bits: int, *, by_row: bool = False) -> torch.
     if by_row:
         return integers(packed.T, bits).T
     places = torch.arange(0, WORD, bits, dtype=torch.int32)
-    return ((packed.int()[..., None] >> places) & (2**bits - 1)).flatten(-2)
+    found: torch.Tensor = (packed.int()[..., None] >> places) & (2**bits - 1)
+    return found.flatten(-2)
 
 
 def gptq_bits(shapes: Shapes) -> float:
@@ -59,7 +60,8 @@ def gptq(tensors: Tensors, group_size: int, zero_offset: int) -> torch.Tensor:
     groups = tensors.get("g_idx")
     if groups is None:
         groups = torch.arange(inputs) // (inputs if group_size == -1 else group_size)
-    return (scales[groups.long()] * (q - zeros[groups.long()])).T.contiguous()
+    weight: torch.Tensor = scales[groups.long()] * (q - zeros[groups.long()])
+    return weight.T.contiguous()
 
 
 def awq_shape(shapes: Shapes) -> tuple[int, int]:
@@ -81,8 +83,8 @@ def _awq_integers(packed: torch.Tensor) -> torch.Tensor:
 
 
 def compressed(tensors: Tensors, block: tuple[int, int] | None = None) -> torch.Tensor:
-    """float32 [out, in]. `block` is the outputs and inputs that share a scale, where scales are neither of whole outputs
-    nor of the whole weight."""
+    """float32 [out, in]. `block` is the outputs and inputs that share a scale, where scales are not of one output each
+    nor of all."""
     scale, zero = tensors["weight_scale"].float(), tensors.get("weight_zero_point")
     bits = 8
     if (packed := tensors.get("weight_packed")) is None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.config import ComputeDtype, EngineSettings
-from paceline.engine import products
+from paceline.engine import backends, products
 from paceline.engine.backends import resolve_backends
 from paceline.engine.lean import _rows, lean_runner
 from paceline.engine.native import Kernels, kernels
@@ -41,6 +41,7 @@ from paceline.engine.products import (
     replace_linears,
 )
 from paceline.errors import ConfigError
+from paceline.models.quantization import LibraryQuantization
 from tests import tiny
 
 BITS = (4, 8)
@@ -213,9 +214,7 @@ def test_equal_weights_at_a_zero_point_are_packed_as_they_are(q: int) -> None:
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("flags", [FLAGS, AVX2])
-def test_the_product_over_zero_points_is_that_of_its_weights(
-    activations: Activations, flags: tuple[str, ...]
-) -> None:
+def test_the_product_over_zero_points_is_that_of_its_weights(activations: Activations, flags: tuple[str, ...]) -> None:
     weight, x = affine(16, None, group=64), dense(9, 256)
     expected = x.double() @ weight.double().T
     bound = PRECISION[activations] * x.norm(dim=1).max() * weight.norm(dim=1).max()
@@ -398,20 +397,26 @@ def test_a_cpu_backend_is_refused_where_activations_are_not_float32() -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [("compute_dtype", "int8"), ("weight_dtype", "int4")])
-@pytest.mark.parametrize("without", [{"dtype": "bfloat16"}, {"quantization": "bitsandbytes_4bit"}, {"device_map": "auto"}])
-def test_what_only_our_products_know_is_refused_without_them(field: str, value: str, without: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "without", [{"dtype": "bfloat16"}, {"quantization": "bitsandbytes_4bit"}, {"device_map": "auto"}]
+)
+def test_what_only_our_products_know_is_refused_without_them(
+    monkeypatch: pytest.MonkeyPatch, field: str, value: str, without: dict[str, Any]
+) -> None:
+    asked = without.get("quantization")
+    monkeypatch.setattr(backends, "library_quantization", lambda each, _: LibraryQuantization(each) if asked else None)
     with pytest.raises(ConfigError, match=f"{field}: {value} needs a CPU and float32") as refused:
         resolve_backends(EngineSettings(device="cpu", **{field: value}, **without))
     assert refused.value.param == f"engine.{field}"
 
 
 def test_two_ways_to_round_are_refused() -> None:
-    with pytest.raises(ConfigError, match="leave engine.linear_backend at auto"):
+    with pytest.raises(ConfigError, match=r"set engine\.linear_backend: auto"):
         resolve_backends(EngineSettings(device="cpu", weight_dtype="int4", linear_backend="bf16"))
 
 
 def test_a_group_size_of_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="set engine.weight_dtype") as refused:
+    with pytest.raises(ConfigError, match=r"set engine\.weight_dtype") as refused:
         resolve_backends(EngineSettings(device="cpu", group_size=128))
     assert refused.value.param == "engine.group_size"
 

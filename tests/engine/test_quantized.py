@@ -153,7 +153,7 @@ def test_4_bits_are_those_of_the_settings() -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_a_library_that_is_not_installed_is_refused_with_the_remedy(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"not installed; pip install paceline\[gpu\]") as refused:
+    with pytest.raises(ConfigError, match=r"not installed; pip install paceline\[(gpu|quantization)\]") as refused:
         library_quantization(EngineSettings(quantization=name), CPU)
     assert refused.value.param == "engine.quantization"
 
@@ -168,7 +168,7 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(name: Any, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", ["torchao_int4", "torchao_fp8"])
 def test_products_of_bfloat16_alone_are_refused_for_other_activations(name: Any) -> None:
     need(name)
-    with pytest.raises(ConfigError, match="multiplies bfloat16, not float16; set engine.dtype"):
+    with pytest.raises(ConfigError, match=r"multiplies bfloat16, not float16; set engine\.dtype"):
         LibraryQuantization(EngineSettings(quantization=name)).config(torch.float16)
 
 

@@ -119,7 +119,7 @@ def write(
             parameter.copy_(layer.weight)
             del stored[name]
             stored |= {name.removesuffix("weight") + last: tensor for last, tensor in pack(layer).items()}
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, path / "model.safetensors", {"format": "pt"})
+    save_file(stored, path / "model.safetensors", {"format": "pt"})
     config = json.loads((path / "config.json").read_text()) | {"quantization_config": dict(settings)}
     (path / "config.json").write_text(json.dumps(config))
     return model

@@ -134,7 +134,7 @@ def test_a_layer_that_is_missing_is_named(tmp_path: Path) -> None:
     [
         (GPTQ | {"checkpoint_format": "marlin"}, "format marlin"),
         ({"quant_method": "awq", "version": "gemv"}, "version gemv"),
-        (AUTO_ROUND | {"data_type": "mx_fp"}, "type mx_fp need auto-round"),
+        (AUTO_ROUND | {"data_type": "mx_fp"}, "type mx_fp are not unpacked"),
     ],
 )
 def test_other_packings_are_refused_by_name(tmp_path: Path, settings: dict[str, Any], why: str) -> None:
