@@ -54,6 +54,8 @@ def load_causal_lm(
     `quantization` is of no use for this model.
     """
     if draft_folder.is_draft(path):
+        if quantization is not None:
+            raise ConfigError("engine.quantization: a distilled draft has 8 bits already", param="engine.quantization")
         with _readable(path, "draft"):
             draft = draft_folder.load_draft(path, dtype=dtype, device=device)
             if attn_implementation is not None:

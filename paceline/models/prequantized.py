@@ -2,7 +2,7 @@
 
 On a GPU the library that wrote such a checkpoint runs it, if it is installed. Elsewhere the integers are unpacked to
 the weights they stand for, one layer at a time, as they are asked for: on a CPU these lie on a grid of 4 or 8 bits
-again, which `paceline.engine.packed` finds.
+again, which `paceline.engine.packed` finds. Activations are not rounded then, whatever the checkpoint says of them.
 """
 
 from __future__ import annotations

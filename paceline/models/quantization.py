@@ -5,6 +5,7 @@ The libraries are optional and differ by device; what does not run is refused be
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -87,6 +88,8 @@ def _check_torchao(settings: EngineSettings, device: torch.device) -> None:
 def _bitsandbytes_8bit(_: EngineSettings, __: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
+    # It says at every product that activations are not float16: hundreds of lines a token.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return BitsAndBytesConfig(load_in_8bit=True)
 
 

@@ -122,6 +122,12 @@ def test_a_library_s_weights_are_served_in_one_batch(folder: Path, name: Any, dt
     assert chosen(model)["linear layers"].startswith(name.replace("_", " "))
 
 
+def test_bitsandbytes_does_not_fill_the_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    need("bitsandbytes_8bit")
+    tokens(loaded(folder, quantization="bitsandbytes_8bit"))
+    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
+
+
 @pytest.mark.parametrize("options", [{"quantization": "torchao_int8"}, {"quantization": "bitsandbytes_4bit"}])
 def test_its_tokens_are_those_transformers_generates(folder: Path, options: dict[str, Any]) -> None:
     need(options["quantization"])

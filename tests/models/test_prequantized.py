@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from paceline.config import EngineSettings
 from paceline.errors import ConfigError, ModelError
-from paceline.models import load_causal_lm, load_config, prequantized
+from paceline.models import draft_folder, load_causal_lm, load_config, prequantized
 from paceline.models.lazy import empty_causal_lm, with_weights_in_files
 from paceline.models.prequantized import unpacked_weights
 from paceline.models.quantization import LibraryQuantization
@@ -178,6 +178,14 @@ def test_what_is_quantized_is_not_quantized_again(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="quantized already, by awq") as refused:
         load_causal_lm(tmp_path, dtype=torch.float32, device="cpu", quantization=asked)
     assert refused.value.param == "engine.quantization"
+
+
+def test_a_distilled_draft_is_not_quantized_again() -> None:
+    folder = draft_folder.shipped("smollm2-135m-draft")
+    assert folder is not None
+    asked = LibraryQuantization(EngineSettings(quantization="torchao_int8"))
+    with pytest.raises(ConfigError, match="8 bits already"):
+        load_causal_lm(folder, dtype=torch.float32, device="cpu", quantization=asked)
 
 
 # ---- against the library itself
