@@ -27,14 +27,13 @@ Tensors = Mapping[str, "torch.Tensor"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def integers(packed: torch.Tensor, bits: int, *, by_row: bool = False) -> torch.Tensor:
-    """Unsigned integers, int32, of words that hold 32 / `bits` of one row, or of one column, lowest bits first."""
+def integers(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned integers, uint8 [rows, columns · 32 / `bits`], of words [rows, columns] that hold neighbours in a row,
+    lowest bits first."""
     import torch
 
-    if by_row:
-        return integers(packed.T, bits).T
-    places = torch.arange(0, WORD, bits, dtype=torch.int32)
-    found: torch.Tensor = (packed.int()[..., None] >> places) & (2**bits - 1)
+    places = torch.arange(0, 8, bits, dtype=torch.uint8)
+    found: torch.Tensor = (packed.int().contiguous().view(torch.uint8)[..., None] >> places) & (2**bits - 1)
     return found.flatten(-2)
 
 
@@ -54,14 +53,23 @@ def gptq(tensors: Tensors, group_size: int, zero_offset: int) -> torch.Tensor:
 
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     bits, (inputs, _) = int(gptq_bits(shapes)), gptq_shape(shapes)
-    scales = tensors["scales"].float()
-    zeros = (integers(tensors["qzeros"], bits) + zero_offset) & (2**bits - 1)
-    q = integers(tensors["qweight"], bits, by_row=True)
-    groups = tensors.get("g_idx")
-    if groups is None:
-        groups = torch.arange(inputs) // (inputs if group_size == -1 else group_size)
-    weight: torch.Tensor = scales[groups.long()] * (q - zeros[groups.long()])
-    return weight.T.contiguous()
+    weight = integers(tensors["qweight"].T, bits).float()
+    zeros = ((integers(tensors["qzeros"], bits) + zero_offset) & (2**bits - 1)).float().T
+    scales = tensors["scales"].float().T
+    count = scales.shape[1]
+    if group_size == -1 or -(-inputs // group_size) != count:  # layers may differ from the configuration
+        group_size = -(-inputs // count)
+    in_order = torch.arange(inputs) // group_size
+    groups = tensors.get("g_idx", in_order).long()
+    if torch.equal(groups, in_order) and inputs % count == 0:
+        _scale_groups(weight, scales, zeros)
+        return weight
+    return weight.sub_(zeros[:, groups]).mul_(scales[:, groups])
+
+
+def _scale_groups(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
+    """In place, of [out, in] with scales and zero points [out, groups] of equal groups in order."""
+    weight.view(*scales.shape, -1).sub_(zeros[..., None]).mul_(scales[..., None])
 
 
 def awq_shape(shapes: Shapes) -> tuple[int, int]:
@@ -70,11 +78,10 @@ def awq_shape(shapes: Shapes) -> tuple[int, int]:
 
 def awq(tensors: Tensors) -> torch.Tensor:
     """float32 [out, in]."""
-    scales = tensors["scales"].float()
-    q, zeros = (_awq_integers(tensors[name]) for name in ("qweight", "qzeros"))
-    size = q.shape[0] // scales.shape[0]
-    scales, zeros = (each.repeat_interleave(size, dim=0) for each in (scales, zeros))
-    return (scales * (q - zeros)).T.contiguous()
+    weight, zeros = (_awq_integers(tensors[name]).float().T for name in ("qweight", "qzeros"))
+    weight = weight.contiguous()
+    _scale_groups(weight, tensors["scales"].float().T, zeros)
+    return weight
 
 
 def _awq_integers(packed: torch.Tensor) -> torch.Tensor:
@@ -92,9 +99,9 @@ def compressed(tensors: Tensors, block: tuple[int, int] | None = None) -> torch.
     else:
         outputs, inputs = (int(size) for size in tensors["weight_shape"])
         bits = WORD * packed.shape[1] // inputs
-        q = (integers(packed, bits)[:, :inputs] - 2 ** (bits - 1)).float()
+        q = integers(packed, bits)[:, :inputs].float().sub_(2 ** (bits - 1))
         if zero is not None and tuple(zero.shape) != tuple(scale.shape):
-            zero = integers(zero, bits, by_row=True)[:outputs] - 2 ** (bits - 1)
+            zero = integers(zero.T, bits)[:, :outputs].T.float().sub_(2 ** (bits - 1))
     groups = tensors.get("weight_g_idx")
     if zero is not None:
         q -= _spread(zero.float(), tuple(q.shape), block, groups)

@@ -44,6 +44,7 @@ def packed_around_0(layer: Integers) -> Tensors:
 CHECKPOINTS: dict[str, tuple[dict[str, Any], Pack, dict[str, Any]]] = {
     "gptq": (GPTQ, packings.gptq, {}),
     "gptq, in order": (GPTQ, gptq_in_order, {}),
+    "gptq, other groups than configured": (GPTQ | {"group_size": 64}, gptq_in_order, {}),
     "gptq, one group": (GPTQ | {"group_size": -1}, gptq_in_order, {}),
     "gptq, symmetric": (GPTQ | {"sym": True}, packings.gptq, {"symmetric": True}),
     "gptq, act-order": (GPTQ | {"desc_act": True}, packings.gptq, {"act_order": True}),
