@@ -28,12 +28,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2-135m", help="a name, folder or file")
     parser.add_argument("--kv-tokens", type=int, default=2048)
+    parser.add_argument("--weight-dtype", default="auto")
     parser.add_argument("--linear-backend", default="auto")
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--measured", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measured:
-        chosen = {"linear_backend": options.linear_backend, "kv_dtype": options.kv_dtype}
+        names = ("weight_dtype", "linear_backend", "kv_dtype")
+        chosen = {name: getattr(options, name) for name in names}
         print(json.dumps(measure(Path(options.model), options.kv_tokens, chosen)))
         return 0
     return report(in_new_process(options))
@@ -44,6 +46,7 @@ def in_new_process(options: argparse.Namespace) -> dict[str, Any]:
 
     chosen = {
         "--kv-tokens": options.kv_tokens,
+        "--weight-dtype": options.weight_dtype,
         "--linear-backend": options.linear_backend,
         "--kv-dtype": options.kv_dtype,
     }

@@ -23,10 +23,10 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(gt=0, le=600_000)]
 SchedulingPolicy = Literal["fcfs", "priority"]
-AttnImplementation = Literal[
-    "auto", "triton", "flash_attention_3", "varlen_attn", "flash_attention_2", "sdpa", "eager"
-]
-ComputeDtype = Literal["auto", "int16", "int8"]
+AttnImplementation = Literal["auto", "triton", "flash_attention_3", "varlen_attn", "flash_attention_2", "sdpa", "eager"]
+ComputeDtype = Literal["auto", "int16", "int8", "fp32", "bf16"]
+WeightDtype = Literal["auto", "int8", "int4"]
+Quantization = Literal["none", "bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8", "torchao_int4", "torchao_fp8"]
 
 DEFAULT_MODEL, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-draft"
 APP_NAME = "paceline"
@@ -50,19 +50,54 @@ class EngineSettings(Settings):
         description="Type of activations, and of KV unless kv_dtype says otherwise; auto is float32 on a CPU, the "
         "checkpoint's type on a GPU.",
     )
-    linear_backend: Literal["auto", "torch", "fbgemm_fp16", "int8", "int4", "bf16"] = Field(
+    linear_backend: Literal["auto", "torch", "fbgemm_fp16", "bf16"] = Field(
         "auto",
         description="Matrix products on a CPU. auto measures at load time and takes, layer by layer, the fastest that "
         "changes no weight of the checkpoint: float32 (torch), half precision (fbgemm_fp16), or 8 or 4 bits in groups "
-        "of 32 where the weights lie on such a grid, as GGUF's Q8_0, Q4_0 and Q4_1 do. A named one rounds the weights "
-        "to what it stores; bf16 rounds activations too.",
+        "of 32 where the weights lie on such a grid, as those of GGUF's Q8_0, Q4_0 and Q4_1 and of GPTQ and AWQ do. A "
+        "named one rounds the weights to what it stores; bf16 rounds activations too.",
+    )
+    weight_dtype: WeightDtype = Field(
+        "auto",
+        description="What weights are rounded to on a CPU, to nearest, each group with its own scale; those that lie "
+        "on such a grid already stay as they are. auto rounds nothing.",
+    )
+    group_size: Literal[32, 128] = Field(
+        32,
+        description="Consecutive inputs that share a scale where weights are rounded: by weight_dtype, or by "
+        "torchao_int4.",
     )
     compute_dtype: ComputeDtype = Field(
         "auto",
         description="What activations are rounded to where weights of 8 or 4 bits multiply them on a CPU, in groups of "
         "32. int16 loses nothing that can be measured. int8 is up to 1.7 times as fast with several rows in a step "
-        "(windows to verify, prompts, many streams) and costs about as much quality as 8-bit weights do. auto is int8 "
+        "(windows to verify, prompts, many streams) and costs about as much quality as 8-bit weights do. fp32 rounds "
+        "nothing and bf16 leaves the bits of a bfloat16; both multiply in float32, slower than int16. auto is int8 "
         "for a draft that was distilled, which changes no output, else int16.",
+    )
+    quantization: Quantization = Field(
+        "none",
+        description="Round the weights of a checkpoint as a library does it, when it is loaded: bitsandbytes (GPU or "
+        "CPU), or torchao (int8 GPU or CPU; int4 and fp8 GPU, in bfloat16). bitsandbytes_8bit and torchao_fp8 round "
+        "activations too. Checkpoints that are quantized already (GPTQ, AWQ, compressed-tensors, …) need none.",
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
+        "nf4", description="The 16 values of bitsandbytes_4bit: those of a normal distribution, or a float's."
+    )
+    bnb_4bit_use_double_quant: bool = Field(
+        False, description="bitsandbytes_4bit rounds its scales too, and saves 0.4 bits a weight."
+    )
+    device_map: Literal["none", "auto"] = Field(
+        "none",
+        description="auto is for a model that is larger than one device: its layers go to the GPUs that are visible, "
+        "then to host memory, then to disk, as far as each has room beside its KV cache, and run by Transformers' own "
+        "code. What is not on a GPU is brought there for each step, which takes its bytes over the bus's or the disk's "
+        "bandwidth.",
+    )
+    offload_folder: str | None = Field(
+        None,
+        description="Folder for weights that device_map: auto leaves on disk and that the checkpoint's files do not "
+        "hold as they are. null is a temporary one.",
     )
     threads: Positive | Auto = Field(
         "auto", description="Threads of one replica; auto is the cores this process may use."
@@ -82,9 +117,9 @@ class EngineSettings(Settings):
     )
     cache_implementation: Literal["auto", "static", "paged"] = Field(
         "auto",
-        description="How the KV cache is laid out. paged: blocks of 64 tokens of one pool, on a GPU. static: memory for "
-        "max_model_len tokens for each sequence at once; on a CPU its pages are committed when they are written. auto is "
-        "paged where an attention kernel reads blocks, else static.",
+        description="How the KV cache is laid out. paged: blocks of 64 tokens of one pool, on a GPU. static: memory "
+        "for max_model_len tokens for each sequence at once; on a CPU its pages are committed when they are written. "
+        "auto is paged where an attention kernel reads blocks, else static.",
     )
     attn_implementation: AttnImplementation = Field(
         "auto",

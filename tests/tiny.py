@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from paceline.config import SpeculationSettings
 from paceline.engine.attention import ATTENTION_NAME
@@ -46,6 +48,12 @@ torch.set_num_threads(1)
 def tiny_llama(seed: int = 0, **overrides: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**SHAPE | overrides)).eval().requires_grad_(False)
+
+
+def save_tokenizer(path: Path) -> None:
+    """A tokenizer of the models' vocabulary, into their folder."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(path)
 
 
 def ours(model: PreTrainedModel) -> ModelRunner:

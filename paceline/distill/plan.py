@@ -113,7 +113,7 @@ def random_draft(shape: DraftShape, device: torch.device) -> Runner:
     model = model.eval().requires_grad_(False)
     found = kernels() if device.type == "cpu" else ""
     if isinstance(found, Kernels):
-        packer = Packer(LinearBackends(KEEPING, Int8(activation_bits=8)))
+        packer = Packer(LinearBackends(KEEPING, Int8("int8")))
         try:
             return lean_runner(model, found, packer, rounds=packer.rounds)
         except NotLeanError:

@@ -8,12 +8,14 @@ import psutil
 import torch
 
 from paceline.config import EngineSettings
+from paceline.engine.gpu.kinds import missing
 from paceline.engine.kv_blocks import BLOCK
 from paceline.engine.native import Kernels, kernels
-from paceline.engine.products import BACKENDS, KeepingBackend, LinearBackends, with_byte_activations
-from paceline.engine.gpu.kinds import missing
+from paceline.engine.packed import GROUP, Activations
+from paceline.engine.products import BACKENDS, KeepingBackend, LinearBackends, with_activations
 from paceline.errors import ConfigError
 from paceline.hardware import usable_cores
+from paceline.models.quantization import LibraryQuantization, library_quantization
 from paceline.speculation import coupling
 
 KV_SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.8}
@@ -39,14 +41,17 @@ SDPA = Choice("attention", "sdpa, ragged", "PyTorch's scaled dot product, window
 class Backends:
     """Every "auto" of EngineSettings resolved as far as the machine alone allows.
 
-    `dtype` None keeps the checkpoint's. `linears` None leaves linear layers to the model; which of several takes a
-    layer only its weights can tell. `kernels` None means the model's own code runs.
+    `dtype` None keeps the checkpoint's. `linears` None leaves linear layers to the model, or to a library if
+    `quantization` names one; which of several takes a layer only its weights can tell. `kernels` None means the
+    model's own code runs, over several devices if `spread`.
     """
 
     device: torch.device
     dtype: torch.dtype | None
     threads: int
     linears: LinearBackends | None
+    quantization: LibraryQuantization | None
+    spread: bool
     kernels: Kernels | None
     choices: tuple[Choice, ...]
     attention: str = "sdpa"
@@ -62,8 +67,10 @@ def resolve_backends(settings: EngineSettings, *, distilled: bool = False) -> Ba
     device, why_device = _device(settings)
     dtype, why_dtype = _dtype(settings, device)
     threads, why_threads = _threads(settings)
-    linears, linear_choice = _linears(settings, device, dtype, distilled)
-    lean, why_lean = _forward(device, dtype)
+    quantization = library_quantization(settings, device)
+    others = _others_linears(settings, device, dtype, quantization)
+    linears, linear_choice = _linears(settings, others, distilled)
+    lean, why_lean = _forward(others)
     attention, why_attention = attention_for(settings, device)
     paged, why_cache = _cache(settings, device, attention)
     if device.type == "cpu" and attention != "auto":
@@ -79,8 +86,9 @@ def resolve_backends(settings: EngineSettings, *, distilled: bool = False) -> Ba
         Choice("kv layout", "paged" if paged else "static", why_cache),
         Choice("draws", *_draws(device)),
     )
+    spread = settings.device_map == "auto"
     fuses = settings.compile and attention in BLOCK_READERS
-    return Backends(device, dtype, threads, linears, lean, choices, attention, paged, fuses)
+    return Backends(device, dtype, threads, linears, quantization, spread, lean, choices, attention, paged, fuses)
 
 
 def describe(settings: EngineSettings) -> list[Choice]:
@@ -156,39 +164,76 @@ def _cache(settings: EngineSettings, device: torch.device, attention: str) -> tu
     return named == "paged", "as configured" if named != "auto" else "contiguous memory for each sequence"
 
 
+def _others_linears(
+    settings: EngineSettings,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    quantization: LibraryQuantization | None,
+) -> tuple[str, str] | None:
+    """What linear layers run with and why, if it is not ours. Raises ConfigError for settings that ours alone know."""
+    if quantization is not None:
+        found = quantization.name, "as configured"
+    elif settings.device_map == "auto":
+        found = "torch", "weights may be on several devices"
+    elif device.type != "cpu":
+        found = "torch", "cuBLAS on a GPU"
+    elif dtype != torch.float32:
+        found = "torch", "activations are not float32"
+    else:
+        return None
+    asked = {
+        "linear_backend": settings.linear_backend not in ("auto", "torch"),
+        "weight_dtype": settings.weight_dtype != "auto",
+        "compute_dtype": settings.compute_dtype != "auto",
+    }
+    for name in (name for name, wanted in asked.items() if wanted):
+        needed = "a CPU and float32 activations, without engine.quantization and engine.device_map"
+        raise ConfigError(f"engine.{name}: {getattr(settings, name)} needs {needed}", param=f"engine.{name}")
+    return found
+
+
 def _linears(
-    settings: EngineSettings, device: torch.device, dtype: torch.dtype | None, distilled: bool
+    settings: EngineSettings, others: tuple[str, str] | None, distilled: bool
 ) -> tuple[LinearBackends | None, Choice]:
-    named = settings.linear_backend
-    coarse = settings.compute_dtype == "int8" or (settings.compute_dtype == "auto" and distilled)
-    if device.type != "cpu" or dtype != torch.float32:
-        if named not in ("auto", "torch"):
-            raise ConfigError(
-                f"engine.linear_backend: {named} needs a CPU and float32 activations", param="engine.linear_backend"
-            )
-        if settings.compute_dtype != "auto":
-            raise ConfigError(
-                f"engine.compute_dtype: {settings.compute_dtype} needs a CPU and float32 activations",
-                param="engine.compute_dtype",
-            )
-        where = "cuBLAS on a GPU" if device.type != "cpu" else "activations are not float32"
-        return None, Choice("linear layers", "torch", where)
-    missing = {backend.name: backend.missing() for backend in BACKENDS}
-    backends = tuple(with_byte_activations(each) if coarse else each for each in BACKENDS)
+    _check_rounding(settings)
+    if others is not None:
+        return None, Choice("linear layers", *others)
+    activations: Activations = settings.compute_dtype if settings.compute_dtype != "auto" else "int16"
+    if settings.compute_dtype == "auto" and distilled:
+        activations = "int8"
+    backends = tuple(with_activations(each, activations, settings.group_size) for each in BACKENDS)
+    missing = {backend.name: backend.missing() for backend in backends}
     keeping = tuple(each for each in backends if isinstance(each, KeepingBackend) and missing[each.name] is None)
+    field = "linear_backend" if settings.weight_dtype == "auto" else "weight_dtype"
+    named = getattr(settings, field)
     if named == "auto":
         reason = "of those that keep the checkpoint's weights the fastest, measured when it is loaded"
-        reason += "; activations of 8 bits" if coarse else ""
+        reason += f"; activations of {activations}" if activations != "int16" else ""
         return LinearBackends(keeping), Choice("linear layers", " or ".join(one.name for one in keeping), reason)
     if (why := missing[named]) is not None:
-        raise ConfigError(f"engine.linear_backend: {named} does not run here: {why}", param="engine.linear_backend")
+        raise ConfigError(f"engine.{field}: {named} does not run here: {why}", param=f"engine.{field}")
     (rounding,) = (backend for backend in backends if backend.name == named)
     return LinearBackends(keeping, rounding), Choice("linear layers", named, "as configured")
 
 
-def _forward(device: torch.device, dtype: torch.dtype | None) -> tuple[Kernels | None, str]:
-    if device.type != "cpu" or dtype != torch.float32:
-        return None, "our kernels are for float32 on a CPU"
+def _check_rounding(settings: EngineSettings) -> None:
+    """Raise ConfigError where two settings say how to round, or none does what a third is for."""
+    if settings.weight_dtype != "auto" and settings.linear_backend != "auto":
+        raise ConfigError(
+            f"engine.weight_dtype: {settings.weight_dtype} has products of its own; set engine.linear_backend: auto",
+            param="engine.weight_dtype",
+        )
+    rounds = settings.weight_dtype != "auto" or settings.quantization == "torchao_int4"
+    if settings.group_size != GROUP and not rounds:
+        raise ConfigError(
+            f"engine.group_size: {settings.group_size} is for weights that are rounded; set engine.weight_dtype",
+            param="engine.group_size",
+        )
+
+
+def _forward(others: tuple[str, str] | None) -> tuple[Kernels | None, str]:
+    if others is not None:
+        return None, "our kernels are for float32 on a CPU, with linear layers of ours"
     found = kernels()
     if isinstance(found, str):
         return None, f"our kernels do not run here: {found}"
@@ -210,4 +255,7 @@ def _kv(settings: EngineSettings, dtype: torch.dtype | None, device: torch.devic
     stored = own if settings.kv_dtype == "auto" else settings.kv_dtype
     if settings.kv_tokens != "auto":
         return f"{settings.kv_tokens} tokens in {stored}", "as configured"
-    return f"{KV_SHARE_OF_FREE_MEMORY[device.type]:.0%} of free memory in {stored}", "shared by running and idle sessions"
+    return (
+        f"{KV_SHARE_OF_FREE_MEMORY[device.type]:.0%} of free memory in {stored}",
+        "shared by running and idle sessions",
+    )

@@ -309,7 +309,9 @@ class Drafter:
 
     def _owed(self, draft: _Draft, window: Window) -> int:
         """Tokens it may draw in a row from here: those owed, as far as its entry has room."""
-        return min(draft.depth - len(draft.drafted), draft.end - draft.length, 1 + window.entry.left - len(window.token_ids))
+        return min(
+            draft.depth - len(draft.drafted), draft.end - draft.length, 1 + window.entry.left - len(window.token_ids)
+        )
 
     def _draw(self, logits: torch.Tensor, drafts: list[_Draft]) -> None:
         """One more token for each; by one of the two rules, whose draws never mix."""

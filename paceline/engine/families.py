@@ -18,7 +18,10 @@ from paceline.engine.attention import ATTENTION_NAME, Window
 from paceline.engine.kv_cache import SlabKVCache
 from paceline.engine.per_sequence import PerSequenceRunner
 from paceline.engine.runner import ModelRunner, Runner
+from paceline.engine.spread import SpreadRunner
 from paceline.errors import ModelError
+from paceline.models.quantization import runs_in_library
+from paceline.models.spread import is_spread, main_device
 
 R = TypeVar("R", bound=Runner)
 
@@ -37,8 +40,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 TOLERANCE_HALF = 0.1
 """Largest difference of logits, root mean square of a row over their spread, at which it is the same model: of the
 median row of the prefills, of the decodes and of the verifications. Rounding gives 1e-5 in float32 and about 1e-2 in
-half precision, a wrong mask or position 0.2 and more. The median, because rounding may send single tokens to another
-expert."""
+half precision or where a library rounds activations, a wrong mask or position 0.2 and more. The median, because
+rounding may send single tokens to another expert."""
 
 
 def refuse_unservable(config: Any) -> None:
@@ -73,8 +76,8 @@ def runner_for(model: PreTrainedModel) -> ModelRunner | PerSequenceRunner:
     raise ModelError(f"{family} cannot be served: in one batch, {ragged}; sequence by sequence, {alone}")
 
 
-def require_same(runner: R, trusted: Runner) -> R:
-    """The runner, if it reproduces the logits of one that has been probed. Raises ModelError with the difference."""
+def require_same(runner: Runner, trusted: Runner) -> None:
+    """Raise ModelError, with the difference, unless a runner reproduces the logits of one that has been probed."""
     kv = SlabKVCache(trusted.kv_geometry(), PROBE_ROOM, PROBE_TOKENS)
     rows = []
     for ids in _probe_ids(runner.vocab_size):
@@ -82,7 +85,7 @@ def require_same(runner: R, trusted: Runner) -> R:
         assert entry is not None
         rows.append(trusted.run([Window(entry, ids, sample=len(ids))]))
         kv.release(entry)
-    return _probed(runner, rows)
+    _probed(runner, rows)
 
 
 def _attempt(build: Callable[[], R]) -> R | str:
@@ -104,7 +107,8 @@ def _ragged(model: PreTrainedModel) -> ModelRunner:
     model.set_attn_implementation("eager")
     reference = _reference(model)
     model.set_attn_implementation(ATTENTION_NAME)
-    return _probed(ModelRunner(model), reference)
+    runner = SpreadRunner(model) if is_spread(model) else ModelRunner(model)
+    return _probed(runner, reference)
 
 
 def _probe_ids(vocab_size: int) -> list[list[int]]:
@@ -116,14 +120,14 @@ def _probe_ids(vocab_size: int) -> list[list[int]]:
 def _reference(model: PreTrainedModel) -> list[torch.Tensor]:
     """The model's own logits of both sequences, each computed at once: [PROBE_TOKENS, vocab]."""
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.tensor(_probe_ids(vocab_size), device=model.device)
+    ids = torch.tensor(_probe_ids(vocab_size), device=main_device(model))
     return [model(input_ids=one[None], use_cache=False).logits[0].float() for one in ids]
 
 
 def _probed(runner: R, reference: list[torch.Tensor]) -> R:
     """The runner, after it has reproduced the reference in pieces. Raises ModelError with the difference."""
     geometry = runner.kv_geometry()
-    tolerance = TOLERANCE.get(geometry.dtype, TOLERANCE_HALF)
+    tolerance = TOLERANCE_HALF if runs_in_library(runner.model) else TOLERANCE.get(geometry.dtype, TOLERANCE_HALF)
     for kind, rows in _differences(runner, reference).items():
         difference = statistics.median(rows)
         if not difference < tolerance:

@@ -21,7 +21,8 @@ from paceline.speculation.sampling import Rows
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """What runs: the parts of a step, in the order of their rows, and its logits. `launched` if they are on their way."""
+    """What runs: the parts of a step, in the order of their rows, and its logits; `launched` if they are on their
+    way."""
 
     step: list[Scheduled]
     logits: torch.Tensor

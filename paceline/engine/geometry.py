@@ -17,6 +17,7 @@ from paceline.engine.attention import AttentionStep, Scoring
 from paceline.engine.kv_cache import KVGeometry
 from paceline.errors import ModelError
 from paceline.models.positions import ROPE_BY_LENGTH
+from paceline.models.spread import main_device
 
 DEFAULT_MAX_MODEL_LEN = 2048
 """For models that state no limit (ALiBi has none): what BLOOM and MPT were trained at."""
@@ -62,7 +63,7 @@ def kv_geometry(seen: Mapping[int, Seen], model: PreTrainedModel) -> KVGeometry:
     if len(shapes) != 1:
         raise ModelError(f"its layers keep keys and values of different shapes: {sorted(shapes)}")
     _, heads, _, head_dim = shapes.pop()
-    return KVGeometry(layers, heads, head_dim, model.dtype, torch.device(model.device))
+    return KVGeometry(layers, heads, head_dim, model.dtype, main_device(model))
 
 
 def max_model_len(model: PreTrainedModel) -> int:

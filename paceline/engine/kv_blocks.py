@@ -43,7 +43,7 @@ class BlockPool(KVMemory):
     @property
     def capacity(self) -> int:
         """Tokens of room, free or not."""
-        return self.keys.shape[1]
+        return int(self.keys.shape[1])
 
     def rounded(self, tokens: int) -> int:
         return -(-tokens // self.block) * self.block
@@ -67,7 +67,7 @@ class BlockPool(KVMemory):
 
     def trim(self, entry: KVEntry, room: int) -> None:
         kept = -(-room // self.block)
-        self._free += entry.blocks[:kept - 1:-1] if kept else entry.blocks[::-1]
+        self._free += entry.blocks[: kept - 1 : -1] if kept else entry.blocks[::-1]
         self._assign(entry, entry.blocks[:kept])
 
     def drop(self, entry: KVEntry) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from paceline.config import EngineSettings, SessionSettings, SpeculationSettings
 from paceline.engine.backends import (
@@ -47,6 +49,9 @@ from paceline.models import (
     weights_fingerprint,
 )
 from paceline.models.lazy import empty_causal_lm, with_weights_in_files
+from paceline.models.prequantized import quantization_method, unpacked_weights
+from paceline.models.quantization import runs_in_library
+from paceline.models.spread import Spread, is_spread
 from paceline.sessions.rules import WindowRules
 from paceline.speculation.cost import VerifyCost
 from paceline.speculation.proposer import Proposer
@@ -56,6 +61,8 @@ from paceline.types import SamplingParams
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+WEIGHTS_SHARE_OF_FREE_MEMORY = 0.7
+"""What `device_map: auto` may fill; the KV cache takes its share of the rest."""
 CPU_PREFILL_WHILE_DECODING = 64
 """Prompt tokens beside running streams on a CPU. Of smollm2-135m on one core a plain decode step takes 15 ms, with 64
 prompt tokens 167 ms, with 512 1.4 s; prefill alone goes at 383 tokens a second in chunks of 64, at 395 at best."""
@@ -168,11 +175,20 @@ def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
         fingerprint, eos = draft_folder.read_card(path).fingerprint, frozenset[int]()
     else:
         fingerprint, eos = tokenizer_fingerprint(tokenizer), eos_token_ids(path, tokenizer=tokenizer)
-    rounding = f"{settings.dtype} {settings.linear_backend} {settings.compute_dtype}"
-    kv_identity = f"{weights_fingerprint(path)} {rounding} {kv_geometry}"
+    kv_identity = f"{weights_fingerprint(path)} {_rounding(settings, backends)} {kv_geometry}"
     return LoadedModel(
         runner, tokenizer, eos, limits, kv_geometry, kv_tokens, key_shift, fingerprint, kv_identity, choices
     )
+
+
+def _rounding(settings: EngineSettings, backends: Backends) -> str:
+    """Whatever of the settings changes what a product gives."""
+    chosen = [str(backends.dtype), settings.linear_backend, settings.weight_dtype, settings.compute_dtype]
+    if settings.weight_dtype != "auto" or backends.quantization is not None:
+        chosen.append(f"group {settings.group_size}")
+    if backends.quantization is not None:
+        chosen.append(backends.quantization.name)
+    return " ".join(chosen)
 
 
 def _load_runner(path: Path, backends: Backends, settings: EngineSettings) -> tuple[Runner, tuple[Choice, ...]]:
@@ -192,32 +208,62 @@ def _load_runner(path: Path, backends: Backends, settings: EngineSettings) -> tu
 
 def _lean(path: Path, packer: Packer, kernels: Kernels) -> tuple[Runner, list[Choice]]:
     """Never holds the model whole, unless its files need Transformers' own loading. Raises NotLeanError."""
-    empty = empty_causal_lm(load_config(path), dtype=torch.float32)
+    config = load_config(path)
+    empty = empty_causal_lm(config, dtype=torch.float32)
     refuse_other_structures(empty)
     model = with_weights_in_files(empty, path)
     if isinstance(model, str):
+        if unpacked_weights(path, config, "cpu") is None and (method := quantization_method(config)) is not None:
+            raise NotLeanError(f"its checkpoint is {method}'s, whose library has modules of its own")
         logger.info("%s is loaded whole: %s", path.name, model)
         model = load_causal_lm(path, dtype=torch.float32, device="cpu", attn_implementation="eager")
     return lean_runner(model, kernels, packer, rounds=packer.rounds), [_linears(packer)]
 
 
 def _general(path: Path, backends: Backends, settings: EngineSettings) -> tuple[Runner, list[Choice]]:
-    whole = runner_for(load_causal_lm(path, dtype=backends.dtype or "auto", device=backends.device))
+    model = load_causal_lm(
+        path,
+        dtype=backends.dtype or "auto",
+        device=backends.device,
+        quantization=backends.quantization,
+        spread=_spread(settings) if backends.spread else None,
+    )
+    whole = runner_for(model)
     replaced: list[Choice] = []
-    if backends.linears is not None:
+    if is_spread(model):
+        replaced.append(Choice("device", _places(model), "each holds what the one before has no room for"))
+    if runs_in_library(model):
+        method = quantization_method(model.config) or "a library"
+        replaced += [] if backends.quantization else [Choice("linear layers", method, "the checkpoint's own")]
+    elif backends.linears is not None:
         packer = Packer(backends.linears)
         if replace_linears(whole.model, packer):
             replaced.append(_linears(packer))
     if isinstance(whole, PerSequenceRunner):
         own = Choice("attention", "the model's own, sequence by sequence", whole.why)
         return whole, [*replaced, own, Choice("kv layout", "static", "the model's own attention reads it")]
-    if backends.attention in BLOCK_READERS:
+    if backends.attention in BLOCK_READERS and not is_spread(model):
         from paceline.engine.gpu.load import on_device
 
         runner, choices = on_device(whole, backends, settings)
         return runner, [*replaced, *choices]
     whole.attend_as(backends.attention, paged=backends.paged)
     return whole, replaced
+
+
+def _spread(settings: EngineSettings) -> Spread:
+    """Room for weights on every device, beside KV and activations."""
+    room: dict[int | str, int] = {"cpu": int(free_memory(torch.device("cpu")) * WEIGHTS_SHARE_OF_FREE_MEMORY)}
+    if settings.device != "cpu":
+        for n in range(torch.cuda.device_count()):
+            room[n] = int(free_memory(torch.device("cuda", n)) * WEIGHTS_SHARE_OF_FREE_MEMORY)
+    return Spread(room, settings.offload_folder)
+
+
+def _places(model: PreTrainedModel) -> str:
+    """How many modules are on each device, for people."""
+    places = Counter(str(place) for place in model.hf_device_map.values())
+    return ", ".join(f"{'cuda:' if place.isdigit() else ''}{place} x{count}" for place, count in places.items())
 
 
 def _linears(packer: Packer) -> Choice:

@@ -1,23 +1,27 @@
-"""Weights of 4 or 8 bits times activations of 16 or 8: our kernels of linear.cpp, from Python.
+"""Weights of 4 or 8 bits times activations of 16, 8 or more: our kernels of linear.cpp, from Python.
 
-Where the weights already lie on such a grid, as those converted from GGUF's Q4_1, Q4_0 and Q8_0 do, the packed form
-is the same numbers in a sixth or less of float32's bytes. Activations of 16 bits cost 2e-5 of a product's norm, of
+Where the weights already lie on such a grid, as those of GGUF's Q4_1, Q4_0 and Q8_0 and of GPTQ and AWQ do, the packed
+form is the same numbers in a sixth or less of float32's bytes. Activations of 16 bits cost 2e-5 of a product's norm, of
 8 bits 5e-3: over the layers of smollm2-135m 3e-3 nats a token. One row takes as long either way, the memory's time;
-six rows take 1.7 times as long with 16.
+six rows take 1.7 times as long with 16. Activations that stay floats (fp32, or bf16 for its 8 bits) are for comparing
+with: they take longer than 16 bits and are hardly more precise.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from paceline.native import BUILD, compiled
 
+Activations = Literal["int16", "int8", "fp32", "bf16"]
 SOURCE = Path(__file__).with_name("linear.cpp")
 FLAGS = (*BUILD, "-ffp-contract=off")
 """Nothing that lets sums be reordered: a row's result must have the same bits whatever the batch."""
@@ -26,18 +30,35 @@ GROUP = 32
 PANEL = 16
 LARGEST = {4: 65504.0, 8: torch.finfo(torch.float32).max}
 """Weight that can be rounded: offsets of 4-bit weights are fp16."""
-ACTIVATION_ERROR = {16: 0.01, 8: 0.5}
-"""Of a product of 64 normal inputs, by the bits of activations: some 20 times what it is if all is well."""
+ACTIVATIONS: tuple[Activations, ...] = ("int16", "int8", "fp32", "bf16")
+"""What a group's activations may be rounded to, in the order of linear.cpp's numbers for them."""
+ACTIVATION_ERROR: Mapping[Activations, float] = {"int16": 0.01, "int8": 0.5, "fp32": 0.01, "bf16": 0.5}
+"""Of a product of 64 normal inputs: some 20 times what it is if all is well."""
 SAMPLE = 16
 """Outputs looked at before all of them are packed."""
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 
 
+class Offsets(IntEnum):
+    """What the offsets of 4-bit weights are stored as."""
+
+    FP16 = 0
+    ZERO_POINTS = 1
+
+
 class MatrixStruct(ctypes.Structure):
     """`Matrix` of linear.cpp."""
 
-    _fields_ = (("packed", _P), ("bias", _P), ("bits", _I), ("activation_bits", _I), ("outputs", _I), ("inputs", _I))
+    _fields_ = (
+        ("packed", _P),
+        ("bias", _P),
+        ("bits", _I),
+        ("offsets", _I),
+        ("activations", _I),
+        ("outputs", _I),
+        ("inputs", _I),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +70,7 @@ class LinearKernels:
     def __post_init__(self) -> None:
         signatures = {
             "packed_bytes": ((_I, _I, _I), _I),
-            "pack": ((_P, _I, _I, _I, _I, _P), _I),
+            "pack": ((_P, _I, _I, _I, _I, _I, _P), _I),
             "unpack_rows": ((_P, _P, _I, _P), _I),
             "product": ((_P, _P, _I, _P), None),
             "takes_bytes": ((_I,), _I),
@@ -78,19 +99,19 @@ def linear_kernels(flags: Sequence[str] = FLAGS) -> LinearKernels | str:
     if not library.lanes():
         return "the CPU has neither AVX-512 nor AVX2"
     found = LinearKernels(library)
-    right = all(_right(found, bits, activation_bits) for bits in LARGEST for activation_bits in ACTIVATION_ERROR)
+    right = all(_right(found, bits, activations) for bits in LARGEST for activations in ACTIVATIONS)
     return found if right else "this compiler builds them wrong"
 
 
-def _right(kernels: LinearKernels, bits: int, activation_bits: int) -> bool:
+def _right(kernels: LinearKernels, bits: int, activations: Activations) -> bool:
     """Whether a small product comes out right: of vectorizing code like this, compilers have bugs."""
     weight, x = torch.randn(2, 33, 64, generator=torch.Generator().manual_seed(0))
-    made = packed(kernels, weight, None, bits, activation_bits, rounded=True)
+    made = packed(kernels, weight, None, bits, activations, round_group=GROUP)
     if made is None:
         return False
     rows = made.rows(torch.arange(33))
     same_weights = torch.allclose(rows, weight, rtol=0, atol=4.0 / 2**bits)
-    return same_weights and torch.allclose(made(x), x @ rows.T, rtol=0, atol=ACTIVATION_ERROR[activation_bits])
+    return same_weights and torch.allclose(made(x), x @ rows.T, rtol=0, atol=ACTIVATION_ERROR[activations])
 
 
 class PackedWeight:
@@ -106,12 +127,15 @@ class PackedWeight:
         bias: torch.Tensor | None,
         shape: tuple[int, int],
         bits: int,
-        activation_bits: int,
+        offsets: Offsets,
+        activations: Activations,
     ) -> None:
         self.outputs, self.inputs = shape
         self._data, self._bias = data, bias
         bias_address = None if bias is None else bias.data_ptr()
-        self._matrix = MatrixStruct(data.data_ptr(), bias_address, bits, activation_bits, self.outputs, self.inputs)
+        self._matrix = MatrixStruct(
+            data.data_ptr(), bias_address, bits, offsets, ACTIVATIONS.index(activations), self.outputs, self.inputs
+        )
         self.address = ctypes.addressof(self._matrix)
         """Of what `LinearKernels.product_address` takes."""
         self.kernels = kernels
@@ -142,38 +166,58 @@ def packed(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     bits: int,
-    activation_bits: int = 16,
+    activations: Activations = "int16",
     *,
-    rounded: bool = False,
+    round_group: int | None = None,
 ) -> PackedWeight | None:
     """W [outputs, inputs], float32, packed: exactly, to the last bit, or else not at all (None).
 
     Activations of 8 bits are 16 where the CPU cannot multiply them with such weights.
 
-    `rounded` packs any finite weight, each to the nearest step of its group's grid. Inputs that are no multiple of
-    32, and numbers beyond the grid's range, are never packed.
+    With `round_group` any other finite weight is rounded to the nearest step of a grid that so many consecutive
+    inputs, a multiple of 32, share. Inputs that are no multiple of 32, and numbers beyond the grid's range, are never
+    packed.
     """
     if weight.shape[1] % GROUP:
         return None
-    if rounded:
-        low, high = weight.aminmax()
-        if not bool((-low <= LARGEST[bits]) & (high <= LARGEST[bits])):
-            return None
     weight = weight.contiguous()
-    if not rounded and _pack(kernels, weight[:SAMPLE], bits, rounded) is None:
+    found = _exact(kernels, weight, bits)
+    if found is None and round_group is not None:
+        found = _rounded(kernels, weight, bits, round_group)
+    if found is None:
         return None
-    data = _pack(kernels, weight, bits, rounded)
-    if data is None:
-        return None
+    data, offsets = found
     outputs, inputs = weight.shape
     if bias is not None:
         bias = torch.nn.functional.pad(bias.detach().float(), (0, -outputs % PANEL)).contiguous()
-    if not kernels.takes_bytes(bits):
-        activation_bits = 16
-    return PackedWeight(kernels, data, bias, (outputs, inputs), bits, activation_bits)
+    if activations == "int8" and not kernels.takes_bytes(bits):
+        activations = "int16"
+    return PackedWeight(kernels, data, bias, (outputs, inputs), bits, offsets, activations)
 
 
-def _pack(kernels: LinearKernels, weight: torch.Tensor, bits: int, rounded: bool) -> torch.Tensor | None:
+def _exact(kernels: LinearKernels, weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, Offsets] | None:
+    """The weight in the first form that has all its numbers."""
+    for offsets in Offsets if bits == 4 else (Offsets.FP16,):
+        if _pack(kernels, weight[:SAMPLE], bits, offsets)[1]:
+            data, exact = _pack(kernels, weight, bits, offsets)
+            if exact:
+                return data, offsets
+    return None
+
+
+def _rounded(
+    kernels: LinearKernels, weight: torch.Tensor, bits: int, group: int
+) -> tuple[torch.Tensor, Offsets] | None:
+    low, high = weight.aminmax()
+    if not bool((-low <= LARGEST[bits]) & (high <= LARGEST[bits])):
+        return None
+    return _pack(kernels, weight, bits, Offsets.FP16, group)[0], Offsets.FP16
+
+
+def _pack(
+    kernels: LinearKernels, weight: torch.Tensor, bits: int, offsets: Offsets, round_group: int = 0
+) -> tuple[torch.Tensor, bool]:
+    """The packed bytes, and whether they are exactly the weights."""
     data = torch.empty(kernels.library.packed_bytes(bits, *weight.shape), dtype=torch.uint8)
-    exact = kernels.library.pack(weight.data_ptr(), bits, *weight.shape, int(rounded), data.data_ptr())
-    return data if exact or rounded else None
+    exact = kernels.library.pack(weight.data_ptr(), bits, offsets, *weight.shape, round_group, data.data_ptr())
+    return data, bool(exact)

@@ -19,6 +19,7 @@ from paceline.engine.attention import Window
 from paceline.engine.geometry import Seen, kv_geometry
 from paceline.engine.runner import TransformersRunner
 from paceline.errors import ModelError
+from paceline.models.spread import main_device
 
 OBSERVED_TOKENS = 4
 
@@ -54,7 +55,7 @@ class WindowLayer(CacheLayerMixin):  # type: ignore[misc]
         entry.write(self._layer, self._window.start, key_states[0, :: self._copies], value_states[0, :: self._copies])
         self._length = self._end
         read = entry.read(self._layer, slice(0, self._end), key_states.dtype)
-        keys, values = (each[None] for each in read)
+        keys, values = (each[None].to(key_states.device) for each in read)
         if self._copies == 1:
             return keys, values
         return keys.repeat_interleave(self._copies, dim=1), values.repeat_interleave(self._copies, dim=1)
@@ -120,7 +121,7 @@ class PerSequenceRunner(TransformersRunner):
     def _observe(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of a few tokens, by layer."""
         cache = DynamicCache()
-        ids = torch.arange(1, 1 + OBSERVED_TOKENS, device=self.model.device) % self.vocab_size
+        ids = torch.arange(1, 1 + OBSERVED_TOKENS, device=main_device(self.model)) % self.vocab_size
         self.model(input_ids=ids[None], past_key_values=cache, use_cache=True)
         written = {n: layer for n, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None}
         return {n: (layer.keys, layer.values) for n, layer in written.items()}

@@ -2,8 +2,8 @@
 
 A decode step reads every weight once, so its floor is bytes over bandwidth. Fewer bytes are free only where they are
 the same weights: a checkpoint's output is fixed by its seed on every host, so a race between backends is run only
-among those that `keep` its weights, and in all of them activations have 16 bits or more. Whoever names a backend
-instead has the weights rounded to what it stores, and whoever asks for 8 bits of activations gets them.
+among those that `keep` its weights, and in all of them activations have 16 bits or more. Whoever names a backend, or a
+type of weights, has the weights rounded to what it stores, and whoever asks for 8 bits of activations gets them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paceline.engine.packed import linear_kernels, packed
+from paceline.engine.packed import GROUP, Activations, linear_kernels, packed
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """x -> x W^T + b, float32 [..., in] to [..., out]."""
@@ -36,6 +36,8 @@ to verify, a prompt of 512 tokens (64 at a time: by then the time is arithmetic 
 REPEATS, SECONDS = 3, 0.05
 """A time is the least of so many, or of as many as fit."""
 LARGER_THAN_CACHES = 64 << 20
+COARSE: tuple[Activations, ...] = ("int8", "bf16")
+"""Activations that show in the logits."""
 
 
 class LinearBackend(ABC):
@@ -103,28 +105,29 @@ class Fbgemm(KeepingBackend):
 
 
 class Packed(KeepingBackend):
-    """Weights on a grid of 4 or 8 bits in each group of 32 inputs, activations of 16 or 8, by our own kernels."""
+    """Weights on a grid of 4 or 8 bits in each group of 32 inputs, by our own kernels; rounded, a grid in each group of
+    `group_size`, a multiple of 32."""
 
     bits: ClassVar[int]
 
-    def __init__(self, activation_bits: int = 16) -> None:
-        self.activation_bits = activation_bits
+    def __init__(self, activations: Activations = "int16", group_size: int = GROUP) -> None:
+        self.activations, self.group_size = activations, group_size
 
     def missing(self) -> str | None:
         found = linear_kernels()
         return found if isinstance(found, str) else None
 
     def keep(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
-        return self._packed(weight, bias, rounded=False)
+        return self._packed(weight, bias, None)
 
     def round(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
-        return self._packed(weight, bias, rounded=True)
+        return self._packed(weight, bias, self.group_size)
 
-    def _packed(self, weight: torch.Tensor, bias: torch.Tensor | None, *, rounded: bool) -> Product | None:
+    def _packed(self, weight: torch.Tensor, bias: torch.Tensor | None, round_group: int | None) -> Product | None:
         kernels = linear_kernels()
         if isinstance(kernels, str):
             return None
-        return packed(kernels, weight, bias, self.bits, self.activation_bits, rounded=rounded)
+        return packed(kernels, weight, bias, self.bits, self.activations, round_group=round_group)
 
 
 class Int8(Packed):
@@ -164,9 +167,9 @@ KEEPING: tuple[KeepingBackend, ...] = (Torch(), Fbgemm(), Int8(), Int4())
 BACKENDS: tuple[LinearBackend, ...] = (*KEEPING, Bf16())
 
 
-def with_byte_activations(backend: B) -> B:
-    """The same backend with activations of 8 bits, if it can have them."""
-    return type(backend)(activation_bits=8) if isinstance(backend, Packed) else backend
+def with_activations(backend: B, activations: Activations, group_size: int = GROUP) -> B:
+    """The same backend with such activations and groups, if it is one to have a choice of them."""
+    return type(backend)(activations, group_size) if isinstance(backend, Packed) else backend
 
 
 def torch_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
@@ -240,6 +243,8 @@ class Packer:
         }
         alike = {name: one for name, one in kept.items() if one[0].rows_alike}
         kept = alike or kept
+        if Int4.name in kept:
+            kept.pop(Int8.name, None)  # the same integers in twice the bytes
         times = self._times_of(weight.shape, {name: product for name, (_, product) in kept.items()})
         name = min(kept, key=lambda name: request_time(times[name])) if times else next(iter(kept))
         backend, product = kept[name]
@@ -259,10 +264,8 @@ class Packer:
     @property
     def rounds(self) -> bool:
         """Whether it may change weights, or activations, by more than fp16 does."""
-        byte_activations = any(
-            isinstance(each, Packed) and each.activation_bits == 8 for each in self._backends.keeping
-        )
-        return byte_activations or isinstance(self._backends.rounding, Packed | Bf16)
+        coarse = any(isinstance(each, Packed) and each.activations in COARSE for each in self._backends.keeping)
+        return coarse or isinstance(self._backends.rounding, Packed | Bf16)
 
     @property
     def taken(self) -> str:

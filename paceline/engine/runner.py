@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from paceline.engine.attention import ATTENTION_NAME, RaggedBatch, Window
+from paceline.engine.attention import ATTENTION_NAME, AttentionStep, RaggedBatch, Window
 from paceline.engine.geometry import Observer, Seen, kv_geometry, max_model_len, text_config
 from paceline.engine.key_shift import PROBE, KeyReader, KeyShift, found_key_shift
 from paceline.engine.kv_blocks import BlockPool
 from paceline.engine.kv_cache import KVGeometry
 from paceline.engine.kv_memory import KVMemory, Slabs
 from paceline.errors import ModelError
+from paceline.models.spread import main_device
 from paceline.speculation.sampling import Columns, Rows
 
 
@@ -69,7 +70,10 @@ class Runner(ABC):
         """
 
     def launch(
-        self, windows: Sequence[Window], rows: Sequence[Rows], feeds: Sequence[int] | None = None
+        self,
+        windows: Sequence[Window],  # noqa: ARG002  (most cannot)
+        rows: Sequence[Rows],  # noqa: ARG002
+        feeds: Sequence[int] | None = None,  # noqa: ARG002
     ) -> Launched | None:
         """Begin a step all of whose sampled rows draw, as `rows` say, and do not wait for it; None if that cannot be
         here.
@@ -79,11 +83,16 @@ class Runner(ABC):
         """
         return None
 
-    def kv_memory(self, geometry: KVGeometry, capacity: int, max_model_len: int) -> KVMemory:
-        """Memory for a KV cache this runs over."""
+    def kv_memory(
+        self,
+        geometry: KVGeometry,
+        capacity: int,  # noqa: ARG002  (slabs are allocated one by one)
+        max_model_len: int,
+    ) -> KVMemory:
+        """Memory for a KV cache of `capacity` tokens this runs over."""
         return Slabs(geometry, max_model_len)
 
-    def warm_up(self, memory: KVMemory) -> int:
+    def warm_up(self, memory: KVMemory) -> int:  # noqa: ARG002  (most have nothing to prepare)
         """Prepare whatever the first steps over such memory would wait for. Returns how many shapes are ready."""
         return 0
 
@@ -164,10 +173,13 @@ class ModelRunner(TransformersRunner):
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=rows,
-            paceline_step=RaggedBatch(windows, self._eager),
+            paceline_step=self._step(windows),
         )
         logits: torch.Tensor = output.logits[0]
         return logits.float()
+
+    def _step(self, windows: Sequence[Window]) -> AttentionStep:
+        return RaggedBatch(windows, self._eager)
 
     @torch.inference_mode()
     def _keys_at(self, position: int) -> Mapping[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -179,7 +191,7 @@ class ModelRunner(TransformersRunner):
     @torch.inference_mode()
     def _observe(self) -> dict[int, Seen]:
         observer = Observer()
-        zero = torch.zeros((1, 1), dtype=torch.long, device=self.model.device)
+        zero = torch.zeros((1, 1), dtype=torch.long, device=main_device(self.model))
         self.model(input_ids=zero, position_ids=zero, use_cache=False, paceline_step=observer)
         return observer.seen
 

@@ -3,16 +3,19 @@
 Transformers builds the modules without weights, accelerate's hooks bring them. So a model can run, and be taken apart
 module by module, in the memory of its largest weight. Only a checkpoint that holds all of the model's weights under
 their own names is opened this way: whatever Transformers would rename, convert or fill in needs `load_causal_lm`.
+Weights that are packed integers are unpacked on the way (`paceline.models.prequantized`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from paceline.models.files import weight_files
+from paceline.models.prequantized import UnpackedWeights, quantization_method, unpacked_weights
 
 if TYPE_CHECKING:
     import torch
@@ -42,13 +45,14 @@ def with_weights_in_files(model: PreTrainedModel, path: Path) -> PreTrainedModel
     """
     from accelerate import dispatch_model
 
-    if getattr(model.config, "quantization_config", None) is not None:
-        return "its checkpoint is quantized"
-    index = _index(path, model)
+    unpacked = unpacked_weights(path, model.config, "cpu")
+    if unpacked is None and (method := quantization_method(model.config)) is not None:
+        return f"its checkpoint is {method}'s"
+    index = _index(path, model) if unpacked is None else _unpacked_index(unpacked, model)
     if isinstance(index, str):
         return index
     with _without_warning():
-        return dispatch_model(model, {"": "disk"}, main_device="cpu", offload_index=index)
+        return dispatch_model(model, {"": "disk"}, main_device="cpu", state_dict=unpacked, offload_index=index)
 
 
 def _index(path: Path, model: PreTrainedModel) -> Index | str:
@@ -59,7 +63,7 @@ def _index(path: Path, model: PreTrainedModel) -> Index | str:
     wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
     index: Index = {}
     try:
-        for file in _files(path):
+        for file in weight_files(path):
             index |= _weights(file, wanted)
     except (OSError, ValueError, KeyError) as error:
         return f"its files cannot be read weight by weight ({' '.join(str(error).split())[:100]})"
@@ -67,18 +71,30 @@ def _index(path: Path, model: PreTrainedModel) -> Index | str:
         stored = index.get(other) or index.get(one)
         if stored is not None:
             index = {one: stored, other: stored} | index
-    if missing := sorted(wanted.keys() - index.keys()):
-        return f"its files hold {len(missing)} weights under other names ({missing[0]})"
-    if any(name not in wanted for name in model.state_dict()):
-        return "it stores more than its modules' weights"
-    return index
+    return _lacking(model, wanted.keys() - index.keys()) or index
 
 
-def _files(path: Path) -> list[Path]:
-    sharded = path / "model.safetensors.index.json"
-    if not sharded.is_file():
-        return [path / "model.safetensors"]
-    return [path / name for name in sorted(set(json.loads(sharded.read_text())["weight_map"].values()))]
+def _unpacked_index(unpacked: UnpackedWeights, model: PreTrainedModel) -> Index | str:
+    """Nothing more than what is unpacked, or which weight is not there as expected."""
+    for one, other in model.all_tied_weights_keys.items():
+        stored = other if other in unpacked else one
+        for name in (one, other):
+            if name not in unpacked and stored in unpacked:
+                unpacked.alias(name, stored)
+    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
+    for name, shape in wanted.items():
+        if name in unpacked and unpacked.shape(name) != shape:
+            return f"{name} is {list(unpacked.shape(name))}"
+    return _lacking(model, wanted.keys() - set(unpacked)) or {}
+
+
+def _lacking(model: PreTrainedModel, missing: Set[str]) -> str | None:
+    """What of a model is not in its files under its own name."""
+    if missing:
+        return f"its files hold {len(missing)} weights under other names ({min(missing)})"
+    wanted = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    more = any(name not in wanted for name in model.state_dict())
+    return "it stores more than its modules' weights" if more else None
 
 
 def _weights(file: Path, wanted: dict[str, tuple[int, ...]]) -> Index:
@@ -103,7 +119,7 @@ def stored_rows(path: Path, name: str, count: int) -> torch.Tensor | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        for file in _files(path):
+        for file in weight_files(path):
             with safe_open(file, framework="pt") as opened:
                 if name in opened.keys():  # noqa: SIM118  (it is no mapping)
                     rows = opened.get_slice(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -9,8 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paceline.errors import ModelError
+from paceline.errors import ConfigError, ModelError, PacelineError
 from paceline.models import draft_folder
+from paceline.models.prequantized import quantization_method, unpacked_weights
+from paceline.models.quantization import LibraryQuantization
+from paceline.models.spread import Spread
 
 if TYPE_CHECKING:
     import torch
@@ -47,34 +51,82 @@ def load_causal_lm(
     dtype: torch.dtype | str,
     device: torch.device | str,
     attn_implementation: str | None = None,
+    quantization: LibraryQuantization | None = None,
+    spread: Spread | None = None,
 ) -> PreTrainedModel:
     """The model in `dtype` ("auto" is the checkpoint's) on `device`, in eval mode, without gradients.
 
-    `attn_implementation` is a name in Transformers' AttentionInterface; None is its own choice. Raises
-    ModelError, also if the files lack a weight: Transformers would fill it with random numbers and go on.
+    `attn_implementation` is a name in Transformers' AttentionInterface; None is its own choice. `quantization` rounds
+    the weights on the way; `spread` puts them on several devices, of which `device` is the first. Raises ModelError,
+    also if the files lack a weight: Transformers would fill it with random numbers and go on; and ConfigError if
+    `quantization` is of no use for this model.
     """
-    from transformers import AutoModelForCausalLM
-
     if draft_folder.is_draft(path):
+        if quantization is not None:
+            raise ConfigError("engine.quantization: a distilled draft has 8 bits already", param="engine.quantization")
         with _readable(path, "draft"):
             draft = draft_folder.load_draft(path, dtype=dtype, device=device)
             if attn_implementation is not None:
                 draft.set_attn_implementation(attn_implementation)
             return draft
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    options |= {"device_map": {"": device}} if spread is None else spread.options()
     with _readable(path, "model"), _no_bars():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = load_config(path)
+        if quantization is not None:
+            options["quantization_config"] = _library_config(quantization, config, dtype)
+        model, info = _from_pretrained(path, config, device, options)
+    if spread is not None:
+        spread.belongs_to(model)
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{path}: {len(missing)} weights missing ({missing[0]}); fetch or save the model again")
+    return model.eval().requires_grad_(False)
+
+
+def _from_pretrained(
+    path: Path | str, config: PretrainedConfig, device: torch.device | str, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and Transformers' account of its loading."""
+    found: tuple[PreTrainedModel, dict[str, Any]]
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    unpacked = unpacked_weights(path, config, device)
+    if unpacked is None:
+        found = AutoModelForCausalLM.from_pretrained(
             _folder(path),
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=attn_implementation,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{path}: {len(missing)} weights missing ({missing[0]}); fetch or save the model again")
-    return model.eval().requires_grad_(False)
+        return found
+    dtype = options["dtype"] = _dtype(config, options["dtype"])
+    weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in unpacked.items()}
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    found = kind.from_pretrained(None, config=plain, state_dict=weights, output_loading_info=True, **options)
+    return found
+
+
+def _library_config(quantization: LibraryQuantization, config: PretrainedConfig, dtype: torch.dtype | str) -> Any:
+    if (method := quantization_method(config)) is not None:
+        raise ConfigError(
+            f"engine.quantization: the checkpoint is quantized already, by {method}; set none",
+            param="engine.quantization",
+        )
+    return quantization.config(_dtype(config, dtype))
+
+
+def _dtype(config: PretrainedConfig, dtype: torch.dtype | str) -> torch.dtype:
+    """ "auto" is the checkpoint's; half precision if it does not say."""
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(config, "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.bfloat16
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -132,7 +184,7 @@ def _readable(path: Path | str, what: str) -> Iterator[None]:
     """What Transformers raises, as one line."""
     try:
         yield
-    except ModelError:
+    except PacelineError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from paceline.config import EngineSettings, SessionSettings
 from paceline.engine import load
@@ -26,8 +24,7 @@ LONG = tiny.prompt(100)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     MODEL.save_pretrained(tmp_path)
-    tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(tiny.VOCAB)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(tmp_path)
+    tiny.save_tokenizer(tmp_path)
     return tmp_path
 
 

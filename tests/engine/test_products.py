@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any
 
 import gguf
 import pytest
@@ -14,12 +14,20 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.config import EngineSettings
-from paceline.engine import products
+from paceline.config import ComputeDtype, EngineSettings
+from paceline.engine import backends, products
 from paceline.engine.backends import resolve_backends
 from paceline.engine.lean import _rows, lean_runner
 from paceline.engine.native import Kernels, kernels
-from paceline.engine.packed import FLAGS, LinearKernels, PackedWeight, linear_kernels, packed
+from paceline.engine.packed import (
+    ACTIVATIONS,
+    FLAGS,
+    Activations,
+    LinearKernels,
+    PackedWeight,
+    linear_kernels,
+    packed,
+)
 from paceline.engine.products import (
     BACKENDS,
     KEEPING,
@@ -33,13 +41,15 @@ from paceline.engine.products import (
     replace_linears,
 )
 from paceline.errors import ConfigError
+from paceline.models.quantization import LibraryQuantization
 from tests import tiny
 
 BITS = (4, 8)
-PAIRS = [(4, 16), (8, 16), (4, 8), (8, 8)]
-"""Bits of weights and of activations."""
-PRECISION = {16: 5e-5, 8: 2e-2}
-"""Of each group's largest activation half a step: 2e-5 of the norm of x, or 5e-3, spread over the outputs."""
+PAIRS: list[tuple[int, Activations]] = [(bits, activations) for activations in ACTIVATIONS for bits in BITS]
+"""Bits of weights, and activations."""
+PRECISION = {"int16": 5e-5, "int8": 2e-2, "fp32": 1e-6, "bf16": 5e-3}
+"""Of each group's largest activation half a step: 2e-5 of the norm of x, or 5e-3, spread over the outputs; of floats
+their rounding."""
 AVX2 = (*FLAGS, "-mno-avx512f", "-mno-avxvnni")
 NO_VECTORS = (*FLAGS, "-mno-avx")
 SHAPES = [(16, 32), (5, 64), (100, 96), (33, 576)]
@@ -67,9 +77,10 @@ def pack(
     bits: int,
     bias: torch.Tensor | None = None,
     flags: tuple[str, ...] = FLAGS,
-    activation_bits: int = 16,
+    activations: Activations = "int16",
+    group: int = 32,
 ) -> PackedWeight:
-    found = packed(ours(flags), weight, bias, bits, activation_bits, rounded=True)
+    found = packed(ours(flags), weight, bias, bits, activations, round_group=group)
     assert found is not None
     return found
 
@@ -124,22 +135,103 @@ def test_one_weight_off_the_grid_is_enough(kind: Kind, bits: int) -> None:
 def test_weights_that_are_not_finite_are_not_packed(bits: int, value: float) -> None:
     weight = dense(16, 32)
     weight[3, 5] = value
-    assert (packed(ours(), weight, None, bits), packed(ours(), weight, None, bits, rounded=True)) == (None, None)
+    assert (packed(ours(), weight, None, bits), packed(ours(), weight, None, bits, round_group=32)) == (None, None)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_inputs_that_are_no_multiple_of_32_are_not_packed(bits: int) -> None:
-    assert packed(ours(), torch.zeros(16, 48), None, bits, rounded=True) is None
+    assert packed(ours(), torch.zeros(16, 48), None, bits, round_group=32) is None
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(4, 15), (8, 254)])
-def test_rounded_weights_are_within_half_a_step(bits: int, levels: int) -> None:
-    weight = dense(100, 96)
-    groups = weight.view(100, 3, 32)
+@pytest.mark.parametrize("group", [32, 128])
+def test_rounded_weights_are_within_half_a_step(bits: int, levels: int, group: int) -> None:
+    weight = dense(100, 256)
+    groups = weight.view(100, -1, group)
     span = groups.amax(-1) - groups.amin(-1) if bits == 4 else 2 * groups.abs().amax(-1)
     # Half a step, and what rounding scale and offset to fp16 adds.
-    error = (weights_of(pack(weight, bits)) - weight).view(100, 3, 32).abs().amax(-1)
+    error = (weights_of(pack(weight, bits, group=group)) - weight).view(100, -1, group).abs().amax(-1)
     assert bool((error <= span / levels * 0.5 + span * 2.0**-10).all())
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(4, 16), (8, 255)])
+def test_a_group_of_128_has_the_levels_of_one_scale(bits: int, levels: int) -> None:
+    found = weights_of(pack(dense(16, 256), bits, group=128)).view(16, 2, 128)
+    assert max(len(group.unique()) for row in found for group in row) <= levels
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_last_inputs_may_be_less_than_a_group(bits: int) -> None:
+    weight = dense(16, 160)
+    tail = weights_of(pack(weight[:, 128:], bits, group=128))
+    assert torch.equal(weights_of(pack(weight, bits, group=128))[:, 128:], tail)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(Kind.Q4_1, 4), (Kind.Q8_0, 8)])
+def test_weights_on_a_grid_are_not_rounded_to_a_coarser_one(kind: Kind, bits: int) -> None:
+    weight = as_gguf(dense(100, 256), kind)
+    assert torch.equal(weights_of(pack(weight, bits, group=128)), weight)
+
+
+# ---- integers with zero points, as GPTQ, AWQ and compressed-tensors have them
+
+
+def affine(levels: int, zero: int | None, *, group: int, scales: torch.dtype = torch.float16) -> torch.Tensor:
+    """s (q - z), [48, 256], with q of so many levels and each group's own s and, without `zero`, z."""
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randint(0, levels, (48, 256 // group, group), generator=generator)
+    z = torch.randint(0, levels, (48, 256 // group, 1), generator=generator) if zero is None else zero
+    s = (torch.rand(48, 256 // group, 1, generator=generator) * 0.01 + 1e-3).to(scales).float()
+    return (s * (q - z)).view(48, 256)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("zero", [8, None])
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16])
+def test_4_bit_integers_are_packed_as_they_are(group: int, zero: int | None, scales: torch.dtype) -> None:
+    weight = affine(16, zero, group=group, scales=scales)
+    found = packed(ours(), weight, None, 4)
+    assert found is not None
+    assert torch.equal(weights_of(found), weight)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_8_bit_integers_around_0_are_packed_as_they_are(group: int) -> None:
+    weight = affine(256, 128, group=group)
+    found = packed(ours(), weight, None, 8)
+    assert found is not None
+    assert torch.equal(weights_of(found), weight)
+
+
+@pytest.mark.parametrize("q", [-3, 0, 11])
+def test_equal_weights_at_a_zero_point_are_packed_as_they_are(q: int) -> None:
+    weight = affine(16, None, group=32)
+    weight[5, 32:64] = q * torch.tensor(0.0123).half().float()
+    found = packed(ours(), weight, None, 4)
+    assert found is not None
+    assert torch.equal(weights_of(found), weight)
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("flags", [FLAGS, AVX2])
+def test_the_product_over_zero_points_is_that_of_its_weights(activations: Activations, flags: tuple[str, ...]) -> None:
+    weight, x = affine(16, None, group=64), dense(9, 256)
+    expected = x.double() @ weight.double().T
+    bound = PRECISION[activations] * x.norm(dim=1).max() * weight.norm(dim=1).max()
+    assert float((pack(weight, 4, None, flags, activations)(x) - expected).abs().max()) < float(bound)
+
+
+def test_activations_left_alone_are_nearer_than_16_bits() -> None:
+    weight, x = as_gguf(dense(64, 512), Kind.Q4_1), dense(9, 512, seed=1)
+    expected = x.double() @ weight.double().T
+    away = {each: float((pack(weight, 4, activations=each)(x) - expected).norm()) for each in ACTIVATIONS}
+    assert away["fp32"] < away["int16"] < away["bf16"] < away["int8"]
+
+
+def test_bf16_activations_are_those_torch_rounds_to() -> None:
+    x = dense(9, 96)
+    rounded = pack(dense(16, 96), 4, activations="fp32")(x.bfloat16().float())
+    assert torch.equal(pack(dense(16, 96), 4, activations="bf16")(x), rounded)
 
 
 def test_four_bits_hold_a_weight_in_five() -> None:
@@ -149,45 +241,45 @@ def test_four_bits_hold_a_weight_in_five() -> None:
 # ---- the products
 
 
-@pytest.mark.parametrize(("bits", "activation_bits"), PAIRS)
+@pytest.mark.parametrize(("bits", "activations"), PAIRS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("flags", [FLAGS, AVX2])
 def test_the_product_is_that_of_its_weights(
-    bits: int, activation_bits: int, shape: tuple[int, int], rows: int, flags: tuple[str, ...]
+    bits: int, activations: Activations, shape: tuple[int, int], rows: int, flags: tuple[str, ...]
 ) -> None:
     bias, x = dense(shape[0], seed=1), dense(rows, shape[1], seed=2)
-    found = pack(dense(*shape), bits, bias, flags, activation_bits)
+    found = pack(dense(*shape), bits, bias, flags, activations)
     expected = x.double() @ weights_of(found).double().T + bias.double()
-    bound = PRECISION[activation_bits] * x.norm(dim=1).max() * weights_of(found).norm(dim=1).max()
+    bound = PRECISION[activations] * x.norm(dim=1).max() * weights_of(found).norm(dim=1).max()
     assert float((found(x).double() - expected).abs().max()) < float(bound)
 
 
-@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 16), (8, 16), (4, 8)])
-def test_avx2_gives_the_same_bits(bits: int, activation_bits: int) -> None:
+@pytest.mark.parametrize(("bits", "activations"), [pair for pair in PAIRS if pair != (8, "int8")])
+def test_avx2_gives_the_same_bits(bits: int, activations: Activations) -> None:
     weight, x = dense(100, 576), dense(9, 576, seed=1)
-    ours_here = pack(weight, bits, activation_bits=activation_bits)
-    assert torch.equal(pack(weight, bits, flags=AVX2, activation_bits=activation_bits)(x), ours_here(x))
+    ours_here = pack(weight, bits, activations=activations)
+    assert torch.equal(pack(weight, bits, flags=AVX2, activations=activations)(x), ours_here(x))
 
 
 def test_without_instructions_for_bytes_activations_of_8_bit_weights_keep_16() -> None:
     weight, x = dense(100, 576), dense(9, 576, seed=1)
-    assert torch.equal(pack(weight, 8, flags=AVX2, activation_bits=8)(x), pack(weight, 8, flags=AVX2)(x))
+    assert torch.equal(pack(weight, 8, flags=AVX2, activations="int8")(x), pack(weight, 8, flags=AVX2)(x))
 
 
-@pytest.mark.parametrize(("bits", "activation_bits"), PAIRS)
+@pytest.mark.parametrize(("bits", "activations"), PAIRS)
 @pytest.mark.parametrize("flags", [FLAGS, AVX2])
-def test_a_rows_bits_do_not_depend_on_its_batch(bits: int, activation_bits: int, flags: tuple[str, ...]) -> None:
-    product, x = pack(dense(100, 96), bits, flags=flags, activation_bits=activation_bits), dense(70, 96, seed=1)
+def test_a_rows_bits_do_not_depend_on_its_batch(bits: int, activations: Activations, flags: tuple[str, ...]) -> None:
+    product, x = pack(dense(100, 96), bits, flags=flags, activations=activations), dense(70, 96, seed=1)
     together = product(x)
     for begin in (0, 1, 5, 63):
         for count in range(1, 8):
             assert torch.equal(product(x[begin : begin + count]), together[begin : begin + count])
 
 
-@pytest.mark.parametrize(("bits", "activation_bits"), PAIRS)
-def test_threads_do_not_change_the_bits(bits: int, activation_bits: int) -> None:
-    product, x = pack(dense(100, 96), bits, activation_bits=activation_bits), dense(70, 96, seed=1)
+@pytest.mark.parametrize(("bits", "activations"), PAIRS)
+def test_threads_do_not_change_the_bits(bits: int, activations: Activations) -> None:
+    product, x = pack(dense(100, 96), bits, activations=activations), dense(70, 96, seed=1)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
@@ -199,12 +291,12 @@ def test_threads_do_not_change_the_bits(bits: int, activation_bits: int) -> None
     assert torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize(("bits", "activation_bits"), PAIRS)
+@pytest.mark.parametrize(("bits", "activations"), PAIRS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_activation_that_is_not_finite_spoils_its_row_and_no_other(
-    bits: int, activation_bits: int, value: float
+    bits: int, activations: Activations, value: float
 ) -> None:
-    product, x = pack(dense(16, 64), bits, activation_bits=activation_bits), dense(3, 64, seed=1)
+    product, x = pack(dense(16, 64), bits, activations=activations), dense(3, 64, seed=1)
     clean = product(x)
     x[1, 40] = value
     spoilt = product(x)
@@ -289,7 +381,7 @@ def test_a_named_backend_leaves_what_it_cannot_hold_to_the_others() -> None:
 def test_a_backend_that_does_not_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "linear_kernels", lambda: "no compiler")
     with pytest.raises(ConfigError, match="int4 does not run here: no compiler"):
-        resolve_backends(EngineSettings(device="cpu", linear_backend="int4"))
+        resolve_backends(EngineSettings(device="cpu", weight_dtype="int4"))
 
 
 def test_where_our_kernels_do_not_run_auto_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,24 +393,50 @@ def test_where_our_kernels_do_not_run_auto_does_without(monkeypatch: pytest.Monk
 
 def test_a_cpu_backend_is_refused_where_activations_are_not_float32() -> None:
     with pytest.raises(ConfigError, match="float32 activations"):
-        resolve_backends(EngineSettings(device="cpu", dtype="bfloat16", linear_backend="int8"))
+        resolve_backends(EngineSettings(device="cpu", dtype="bfloat16", linear_backend="fbgemm_fp16"))
 
 
-def test_a_compute_dtype_without_float32_activations_is_refused() -> None:
-    with pytest.raises(ConfigError, match="compute_dtype: int8 needs a CPU and float32"):
-        resolve_backends(EngineSettings(device="cpu", dtype="bfloat16", compute_dtype="int8"))
+@pytest.mark.parametrize(("field", "value"), [("compute_dtype", "int8"), ("weight_dtype", "int4")])
+@pytest.mark.parametrize(
+    "without", [{"dtype": "bfloat16"}, {"quantization": "bitsandbytes_4bit"}, {"device_map": "auto"}]
+)
+def test_what_only_our_products_know_is_refused_without_them(
+    monkeypatch: pytest.MonkeyPatch, field: str, value: str, without: dict[str, Any]
+) -> None:
+    asked = without.get("quantization")
+    monkeypatch.setattr(backends, "library_quantization", lambda each, _: LibraryQuantization(each) if asked else None)
+    with pytest.raises(ConfigError, match=f"{field}: {value} needs a CPU and float32") as refused:
+        resolve_backends(EngineSettings(device="cpu", **{field: value}, **without))
+    assert refused.value.param == f"engine.{field}"
+
+
+def test_two_ways_to_round_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"set engine\.linear_backend: auto"):
+        resolve_backends(EngineSettings(device="cpu", weight_dtype="int4", linear_backend="bf16"))
+
+
+def test_a_group_size_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"set engine\.weight_dtype") as refused:
+        resolve_backends(EngineSettings(device="cpu", group_size=128))
+    assert refused.value.param == "engine.group_size"
+
+
+def test_groups_are_those_of_the_settings() -> None:
+    found = resolve_backends(EngineSettings(device="cpu", weight_dtype="int4", group_size=128)).linears
+    assert found is not None and isinstance(found.rounding, Packed)
+    assert (found.rounding.bits, found.rounding.group_size) == (4, 128)
 
 
 @pytest.mark.parametrize(
-    ("compute_dtype", "distilled", "bits"),
-    [("auto", False, 16), ("auto", True, 8), ("int16", True, 16), ("int8", False, 8)],
+    ("compute_dtype", "distilled", "activations"),
+    [("auto", False, "int16"), ("auto", True, "int8"), ("int16", True, "int16"), ("fp32", True, "fp32")],
 )
 def test_only_a_distilled_draft_has_activations_of_8_bits_unasked(
-    compute_dtype: Literal["auto", "int16", "int8"], distilled: bool, bits: int
+    compute_dtype: ComputeDtype, distilled: bool, activations: Activations
 ) -> None:
     found = resolve_backends(EngineSettings(device="cpu", compute_dtype=compute_dtype), distilled=distilled).linears
     assert found is not None
-    assert {each.activation_bits for each in found.keeping if isinstance(each, Packed)} == {bits}
+    assert {each.activations for each in found.keeping if isinstance(each, Packed)} == {activations}
 
 
 # ---- the choice
@@ -368,6 +486,12 @@ def test_the_smallest_wins_where_it_is_fastest(kind: str, taken: str) -> None:
     packer = Packer(LinearBackends(KEEPING), times_in_order("int4", "int8", "fbgemm_fp16", "torch"))
     packer(MADE[kind](0), None)
     assert packer.taken == taken
+
+
+def test_integers_of_4_bits_are_not_kept_in_8() -> None:
+    packer = Packer(LinearBackends(KEEPING), times_in_order("int8", "int4", "fbgemm_fp16", "torch"))
+    packer(affine(16, 8, group=32), None)
+    assert packer.taken == "int4"
 
 
 def test_a_shape_is_measured_once() -> None:

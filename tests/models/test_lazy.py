@@ -104,7 +104,7 @@ def test_a_quantized_checkpoint_is_loaded_whole(tmp_path: Path) -> None:
     model = saved(tmp_path)
     model.config.quantization_config = {"quant_method": "fp8"}
     empty = empty_causal_lm(model.config, dtype=torch.float32)
-    assert with_weights_in_files(empty, tmp_path) == "its checkpoint is quantized"
+    assert with_weights_in_files(empty, tmp_path) == "its checkpoint is fp8's"
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 64])

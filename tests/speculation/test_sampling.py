@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from paceline.errors import InvalidRequest
-from paceline.speculation import coupling, sampling
+from paceline.speculation import sampling
 from paceline.speculation.sampling import Columns, Rows
 from paceline.types import SamplingParams
 

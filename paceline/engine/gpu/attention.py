@@ -108,7 +108,14 @@ class PagedAttention:
         return self._library is None and longest <= SHORT
 
     def attend(
-        self, batch: Batch, layer: int, heads: Heads, scoring: Scoring, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self,
+        batch: Batch,
+        layer: int,
+        heads: Heads,
+        scoring: Scoring,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
     ) -> torch.Tensor:
         """[rows, heads * dim]. Prompts' windows go one by one to PyTorch's kernels, which need `batch.windows`."""
         if self._library is not None and scoring.sinks is None:
@@ -129,8 +136,8 @@ class PagedAttention:
             rows = slice(row, row + len(window.token_ids))
             row = rows.stop
             if len(window.token_ids) > SHORT:
-                its = (each[rows].transpose(0, 1)[None] for each in (q, k, v))
-                found = RaggedBatch([window]).attend(layer, *its, scoring)
+                own_q, own_k, own_v = (each[rows].transpose(0, 1)[None] for each in (q, k, v))
+                found = RaggedBatch([window]).attend(layer, own_q, own_k, own_v, scoring)
                 out[rows] = found[0].transpose(0, 1).flatten(1)
         return out
 

@@ -86,7 +86,8 @@ class FusedBody(Body):
 
     def _attended(self, batch: Batch, number: int, layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
         heads = layer.heads
-        q, k, v = qkv.view(qkv.shape[0], -1, heads.dim).split([heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
+        whole = qkv.view(qkv.shape[0], -1, heads.dim)
+        q, k, v = torch.split(whole, [heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
         if not self._attention.turns(batch.longest):
             self._turn(batch, heads, qkv)
             heads = layer.plain
@@ -112,7 +113,8 @@ class FusedBody(Body):
             attention.q_proj.out_features // dim,
             attention.k_proj.out_features // dim,
             dim,
-            *turns,
+            cos=turns[0],
+            sin=turns[1],
             q_norm=attention.q_norm.weight.detach() if normed else None,
             k_norm=attention.k_norm.weight.detach() if normed else None,
             norm_eps=float(attention.q_norm.variance_epsilon) if normed else 0.0,
@@ -145,13 +147,15 @@ def _fused(linears: list[Any]) -> Weight:
     if len(linears) == 1:
         return linears[0].weight.detach(), _bias(linears[0])
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    parts = weight.split([linear.out_features for linear in linears])
+    parts = torch.split(weight, [linear.out_features for linear in linears])
     for linear, part in zip(linears, parts, strict=True):
         linear.weight = nn.Parameter(part, requires_grad=False)
     biases = [_bias(linear) for linear in linears]
     if all(bias is None for bias in biases):
         return weight, None
-    filled = [weight.new_zeros(linear.out_features) if b is None else b for linear, b in zip(linears, biases, strict=True)]
+    filled = [
+        weight.new_zeros(linear.out_features) if b is None else b for linear, b in zip(linears, biases, strict=True)
+    ]
     return weight, torch.cat(filled)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,9 @@ class Batch:
 
     `ids` int32 and `slots` int64 are [rows], of which the windows have `lengths` from `first_rows` on, at positions
     `starts` and up to `ends`; int32 [sequences], 0 long where there is none; `bounds` int32 [sequences + 1] says the
-    same of the rows. `tables` int32 [sequences, columns] are their
-    blocks of `block` tokens. No window has more than `longest` rows. `keys` and `values` are the pool's, [layers, slots,
-    kv_heads, head_dim]. Logits are wanted of the rows `sampled`, int64, None: of all. `windows` are None where what is
-    computed must not depend on them: in a graph.
+    same of the rows. `tables` int32 [sequences, columns] are their blocks of `block` tokens. No window has more than
+    `longest` rows. `keys` and `values` are the pool's, [layers, slots, kv_heads, head_dim]. Logits are wanted of the
+    rows `sampled`, int64, None: of all. `windows` are None where what is computed must not depend on them: in a graph.
     """
 
     ids: torch.Tensor
@@ -84,7 +84,7 @@ class StepBuffers:
         size = sum(_padded(np.dtype(kind).itemsize * int(np.prod(shape))) for kind, shape in self._shapes.values())
         on_gpu = device.type == "cuda"
         self._hosts = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(IN_FLIGHT)]
-        self._events = [torch.cuda.Event() if on_gpu else None for _ in range(IN_FLIGHT)]
+        self._events: list[Any] = [torch.cuda.Event() if on_gpu else None for _ in range(IN_FLIGHT)]  # type: ignore[no-untyped-call]
         self._views = [self._cut(host) for host in self._hosts]
         self._numbers = [{name: view.numpy() for name, view in views.items()} for views in self._views]
         self._tables_at = size - _padded(4 * sequences * columns)

@@ -42,10 +42,14 @@ def rows_linear(
     for start in range(first, last, BLOCK_IN):
         i = start + tl.arange(0, BLOCK_IN)
         inside = i < last
-        w = tl.load(weight + o[:, None].to(tl.int64) * inputs + i[None, :], mask=in_range[:, None] & inside[None, :], other=0.0)
+        w = tl.load(
+            weight + o[:, None].to(tl.int64) * inputs + i[None, :], mask=in_range[:, None] & inside[None, :], other=0.0
+        )
         if GATED:
             u = tl.load(
-                weight + (o[:, None] + outputs).to(tl.int64) * inputs + i[None, :], mask=in_range[:, None] & inside[None, :], other=0.0
+                weight + (o[:, None] + outputs).to(tl.int64) * inputs + i[None, :],
+                mask=in_range[:, None] & inside[None, :],
+                other=0.0,
             )
         xt = tl.load(x + r[None, :] * x_stride + i[:, None], mask=(r[None, :] < count) & inside[:, None], other=0.0)
         if NORMED:
@@ -82,7 +86,9 @@ def rows_linear(
         ups *= scale[None, :]
     if GATED:
         gate = acc.to(x.dtype.element_ty).to(tl.float32)
-        acc = (gate * tl.sigmoid(gate)).to(x.dtype.element_ty).to(tl.float32) * ups.to(x.dtype.element_ty).to(tl.float32)
+        acc = (gate * tl.sigmoid(gate)).to(x.dtype.element_ty).to(tl.float32) * ups.to(x.dtype.element_ty).to(
+            tl.float32
+        )
     if BIASED:
         acc += tl.load(bias + o, mask=in_range, other=0.0).to(tl.float32)[:, None]
     keep = in_range[:, None] & (r[None, :] < count)
@@ -329,7 +335,7 @@ def rotate_rows(
     x, stride, positions, cos, sin, weights, eps, first_head,
     DIM: tl.constexpr, HALF: tl.constexpr, ROTATES: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """In place, heads [rows, first_head + head, DIM]: RMS norm by `weights`, if any, and the turn to their positions."""
+    """In place, heads [rows, first_head + head, DIM]: RMS norm by `weights`, if NORMED, and the turn to their place."""
     row = tl.program_id(0)
     d = tl.arange(0, HALF)
     whole = d < DIM // 2

@@ -1,7 +1,7 @@
 """Matrix products of a step on a GPU: which way is fastest depends on how many rows there are.
 
-A few rows take the time in which the weights are read, and what is done before and after is done on the way (`rows_linear`). From
-some rows on cuBLAS multiplies faster, and what surrounds the product runs apart.
+A few rows take the time in which the weights are read, and what is done before and after is done on the way
+(`rows_linear`). From some rows on cuBLAS multiplies faster, and what surrounds the product runs apart.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Linears:
         found = F.linear(self._norm(x, norm), weight, bias)
         return found if out is None else out.copy_(found)
 
-    def gated(self, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def gated(
+        self, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """silu(g) u of (g, u) = RMSNorm(x) W^T + b; W has the gates above the ups."""
         outputs = weight.shape[0] // 2
         out = x.new_empty(x.shape[0], outputs)
@@ -92,7 +94,9 @@ class Linears:
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
         width = x.shape[1]
-        kernels.norm_rows[(x.shape[0],)](x, weight, out, width, self._eps, WIDE=1 << (width - 1).bit_length(), num_warps=8)
+        kernels.norm_rows[(x.shape[0],)](
+            x, weight, out, width, self._eps, WIDE=1 << (width - 1).bit_length(), num_warps=8
+        )
         return out
 
     def _tiles(

@@ -15,6 +15,7 @@ from paceline.engine.kv_blocks import BLOCK
 from paceline.engine.lean import NotLeanError
 from paceline.engine.runner import ModelRunner, Runner
 from paceline.errors import ModelError
+from paceline.models.quantization import runs_in_library
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def on_device(own: ModelRunner, backends: Backends, settings: EngineSettings) ->
     Fused layers if the model is built for it, its own code if not; short steps as graphs.
     """
     body, how, why = _body(own, backends)
+    graphs = backends.fuses and not runs_in_library(own.model)
     runner = DeviceRunner(
         body,
         key_shift=own.key_shift(),
@@ -32,7 +34,7 @@ def on_device(own: ModelRunner, backends: Backends, settings: EngineSettings) ->
         max_rows=settings.max_batched_tokens,
         max_sequences=settings.max_num_seqs,
         block=BLOCK if backends.paged else own.max_model_len,
-        graphs=backends.fuses,
+        graphs=graphs,
     )
     try:
         require_same(runner, own)
@@ -40,8 +42,8 @@ def on_device(own: ModelRunner, backends: Backends, settings: EngineSettings) ->
         logger.warning("attention by %s is not used: %s", backends.attention, error.message)
         refused = Choice("attention", "sdpa", f"by {backends.attention} {error.message}")
         return own, [refused, Choice("forward pass", "transformers", ""), Choice("kv layout", "static", "")]
-    graphs = f", steps of up to {MOST_GRAPH_ROWS} rows as CUDA graphs" if backends.fuses else ""
-    return runner, [Choice("forward pass", how + graphs, why)]
+    captured = f", steps of up to {MOST_GRAPH_ROWS} rows as CUDA graphs" if graphs else ""
+    return runner, [Choice("forward pass", how + captured, why)]
 
 
 def _body(own: ModelRunner, backends: Backends) -> tuple[Body, str, str]:

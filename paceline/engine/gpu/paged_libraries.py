@@ -48,7 +48,8 @@ def _flash_3() -> Library:
             window_size=_window(scoring),
             softcap=scoring.softcap or 0.0,
         )
-        return (found[0] if isinstance(found, tuple) else found).flatten(1)
+        attended: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        return attended.flatten(1)
 
     return attend
 

@@ -1,8 +1,8 @@
 """Runs steps on a GPU: short ones as CUDA graphs, captured once for each shape, with their draws.
 
-    windows ── one copy ──► inputs ──► graph: ids, layers, logits, draws ── one copy ──► tokens
-                               ▲                                              │
-                               └──────── the next step's, if it is launched ◄─┘
+windows ── one copy ──► inputs ──► graph: ids, layers, logits, draws ── one copy ──► tokens
+                           ▲                                              │
+                           └──────── the next step's, if it is launched ◄─┘
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class DeviceRunner(Runner):
         host[:count].copy_(self._tokens[:count], non_blocking=True)
         if self.device.type != "cuda":
             return host[:count], None
-        event = torch.cuda.Event()
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return host[:count], event
 
@@ -218,7 +218,7 @@ class DeviceRunner(Runner):
         assert self._logits is not None
         batch = self._batch_of(shape, keys, values, block)
         logits = self._logits[: shape.rows]
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step(batch, logits)
@@ -269,10 +269,17 @@ class DeviceRunner(Runner):
         self, rows: int, sequences: int, longest: int, keys: torch.Tensor, values: torch.Tensor, block: int
     ) -> Batch:
         inputs = self._buffers.on_device
-        by_row = (inputs[name][:rows] for name in ("ids", "positions", "slots"))
-        by_sequence = (inputs[name][:sequences] for name in ("first_rows", "lengths", "starts", "ends"))
-        bounds, tables = inputs["bounds"][: sequences + 1], inputs["tables"][:sequences]
-        return Batch(*by_row, *by_sequence, bounds, tables, block, longest, keys, values, None, None)
+        return Batch(
+            **{name: inputs[name][:rows] for name in ("ids", "positions", "slots")},
+            **{name: inputs[name][:sequences] for name in ("first_rows", "lengths", "starts", "ends", "tables")},
+            bounds=inputs["bounds"][: sequences + 1],
+            block=block,
+            longest=longest,
+            keys=keys,
+            values=values,
+            sampled=None,
+            windows=None,
+        )
 
     def _sampled(self, windows: Sequence[Window]) -> torch.Tensor | None:
         """None if logits of all rows are wanted."""
