@@ -17,13 +17,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from paceline.engine.attention import ATTENTION_NAME, Window
 from paceline.engine.kv_cache import SlabKVCache
 from paceline.engine.per_sequence import PerSequenceRunner
-from paceline.engine.runner import ModelRunner, Runner
+from paceline.engine.runner import ModelRunner, Runner, TransformersRunner
 from paceline.engine.spread import SpreadRunner
 from paceline.errors import ModelError
 from paceline.models.quantization import runs_in_library
 from paceline.models.spread import is_spread, main_device
 
 R = TypeVar("R", bound=Runner)
+T = TypeVar("T", bound=TransformersRunner)
 
 PROBE_TOKENS = 24
 PROBE_ROOM = 128
@@ -85,7 +86,7 @@ def require_same(runner: Runner, trusted: Runner) -> None:
         assert entry is not None
         rows.append(trusted.run([Window(entry, ids, sample=len(ids))]))
         kv.release(entry)
-    _probed(runner, rows)
+    _require_close(runner, rows, TOLERANCE_HALF)
 
 
 def _attempt(build: Callable[[], R]) -> R | str:
@@ -124,15 +125,18 @@ def _reference(model: PreTrainedModel) -> list[torch.Tensor]:
     return [model(input_ids=one[None], use_cache=False).logits[0].float() for one in ids]
 
 
-def _probed(runner: R, reference: list[torch.Tensor]) -> R:
+def _probed(runner: T, reference: list[torch.Tensor]) -> T:
     """The runner, after it has reproduced the reference in pieces. Raises ModelError with the difference."""
-    geometry = runner.kv_geometry()
-    tolerance = TOLERANCE_HALF if runs_in_library(runner.model) else TOLERANCE.get(geometry.dtype, TOLERANCE_HALF)
+    exact = TOLERANCE.get(runner.kv_geometry().dtype, TOLERANCE_HALF)
+    _require_close(runner, reference, TOLERANCE_HALF if runs_in_library(runner.model) else exact)
+    return runner
+
+
+def _require_close(runner: Runner, reference: list[torch.Tensor], tolerance: float) -> None:
     for kind, rows in _differences(runner, reference).items():
         difference = statistics.median(rows)
         if not difference < tolerance:
             raise ModelError(f"its logits differ by {difference:.1e} of their spread in {kind}")
-    return runner
 
 
 def _differences(runner: Runner, reference: list[torch.Tensor]) -> dict[str, list[float]]:
