@@ -59,6 +59,8 @@ class Backends:
     paged: bool = False
     fuses: bool = False
     """Whether layers are fused and short steps captured, where attention reads blocks."""
+    weights_in_bytes: bool = False
+    """On a GPU: fused layers' weights are rounded to 8 bits."""
 
 
 def resolve_backends(settings: EngineSettings, *, distilled: bool = False) -> Backends:

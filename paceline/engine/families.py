@@ -77,16 +77,21 @@ def runner_for(model: PreTrainedModel) -> ModelRunner | PerSequenceRunner:
     raise ModelError(f"{family} cannot be served: in one batch, {ragged}; sequence by sequence, {alone}")
 
 
-def require_same(runner: Runner, trusted: Runner) -> None:
-    """Raise ModelError, with the difference, unless a runner reproduces the logits of one that has been probed."""
+def probed_logits(trusted: Runner) -> list[torch.Tensor]:
+    """What a runner that has been probed gives for the probe: of each sequence [PROBE_TOKENS, vocab]."""
     kv = SlabKVCache(trusted.kv_geometry(), PROBE_ROOM, PROBE_TOKENS)
     rows = []
-    for ids in _probe_ids(runner.vocab_size):
+    for ids in _probe_ids(trusted.vocab_size):
         entry = kv.reserve(ids, PROBE_TOKENS)
         assert entry is not None
         rows.append(trusted.run([Window(entry, ids, sample=len(ids))]))
         kv.release(entry)
-    _require_close(runner, rows, TOLERANCE_HALF)
+    return rows
+
+
+def require_same(runner: Runner, expected: list[torch.Tensor]) -> None:
+    """Raise ModelError, with the difference, unless a runner in half precision reproduces `probed_logits`."""
+    _require_close(runner, expected, TOLERANCE_HALF)
 
 
 def _attempt(build: Callable[[], R]) -> R | str:

@@ -102,6 +102,8 @@ class PagedAttention:
         self._library = None if name == "triton" else paged_libraries.attention(name)
         self._scratch = Scratch(device)
         self._processors = _processors(device)
+        self.overlaps = False
+        """Whether a launch may begin while the one before ends, which must say so."""
 
     def turns(self, longest: int) -> bool:
         """Whether rows of windows that long may come as they are, and are normed and turned here (`Heads`)."""
@@ -169,7 +171,7 @@ class PagedAttention:
             ROWS=plan.rows, ROW_TILES=plan.row_tiles, SPLIT=plan.split, BLOCK=batch.block, TILE=plan.tile, NEW=plan.new,
             ROTATES=heads.cos is not None, NORMED=heads.q_norm is not None, CAPPED=scoring.softcap is not None,
             SLIDING=scoring.sliding_window is not None, SLOPED=slopes is not None, SUNK=scoring.sinks is not None,
-            num_warps=plan.warps, num_stages=plan.stages,
+            OVERLAPS=self.overlaps, launch_pdl=self.overlaps, num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
 
 
@@ -187,6 +189,11 @@ class PagedStep(AttentionStep):
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
         found = self.attention.attend(self.batch, layer, Heads(heads, key.shape[1], dim), scoring, q, k, v)
         return found.view(-1, heads, dim).transpose(0, 1)[None]
+
+
+def launches_overlap(device: torch.device) -> bool:
+    """Whether this GPU has programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _power(n: int) -> int:

@@ -14,20 +14,38 @@ import triton
 import triton.language as tl
 
 
+AHEAD = tl.constexpr(4)
+"""Lines of 128 bytes of each weight row that are asked for ahead."""
+
+
+@triton.jit
+def _fetch_ahead(addresses):
+    """Ask for the lines at some addresses, so that they are in the L2 cache when they are read."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [addresses.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit
 def rows_linear(
-    x, weight, bias, norm, residual, out,
+    x, weight, scales, bias, norm, residual, out,
     count, outputs, inputs, eps,
     x_stride, out_stride,
-    NORMED: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
+    SCALED: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    SPLIT: tl.constexpr, partial, counters,
+    SPLIT: tl.constexpr, partial, counters, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """out[r, o] = sum_i x[r, i] weight[o, i], for `count` rows, at most ROWS.
 
-    NORMED: of RMS-normalized rows, times `norm` [inputs]. GATED: `weight` is [2 outputs, inputs], gates above ups;
+    SCALED: `weight` is int8, each output's times its `scales`, float32. NORMED: of RMS-normalized rows, times `norm` [inputs]. GATED: `weight` is [2 outputs, inputs], gates above ups;
     silu(gate) * up. ADDED: plus `residual`, [rows, outputs], which may be `out`. SPLIT: of the inputs between so many
-    programs; the last to finish adds up the sums in `partial`.
+    programs; the last to finish adds up the sums in `partial`. OVERLAPS: begins while the launch before ends
+    (programmatic dependent launch, compute capability 9), which says so as this does.
     """
     o = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     part = tl.program_id(1)
@@ -36,6 +54,14 @@ def rows_linear(
     per_part = tl.cdiv(tl.cdiv(inputs, BLOCK_IN), SPLIT) * BLOCK_IN
     first = part * per_part
     last = tl.minimum(first + per_part, inputs)
+    if OVERLAPS:
+        # Weights do not depend on the launch before: the first are on their way while it ends.
+        lines = tl.minimum(first + tl.arange(0, AHEAD) * 64, inputs - 1)
+        rows_of = weight + tl.minimum(o, outputs - 1)[:, None].to(tl.int64) * inputs
+        _fetch_ahead(rows_of + lines[None, :])
+        if GATED:
+            _fetch_ahead(rows_of + outputs.to(tl.int64) * inputs + lines[None, :])
+        tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
     ups = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
@@ -57,9 +83,11 @@ def rows_linear(
             squares += tl.sum(wide * wide, axis=0)
             g = tl.load(norm + i, mask=inside, other=0.0).to(tl.float32)
             xt = (wide * g[:, None]).to(xt.dtype)
-        acc = tl.dot(w, xt, acc)
+        acc = tl.dot(w.to(x.dtype.element_ty), xt, acc)
         if GATED:
-            ups = tl.dot(u, xt, ups)
+            ups = tl.dot(u.to(x.dtype.element_ty), xt, ups)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     if SPLIT > 1:
         tl.static_assert(not GATED)
         SIZE: tl.constexpr = (BLOCK_OUT + 1) * ROWS
@@ -80,15 +108,18 @@ def rows_linear(
             acc += tl.load(places + other * SIZE + inner, cache_modifier=".cg")
             if NORMED:
                 squares += tl.load(places + other * SIZE + BLOCK_OUT * ROWS + r, cache_modifier=".cg")
+    if SCALED:
+        acc *= tl.load(scales + o, mask=in_range, other=0.0)[:, None]
+        if GATED:
+            ups *= tl.load(scales + outputs + o, mask=in_range, other=0.0)[:, None]
     if NORMED:
         scale = tl.rsqrt(squares / inputs + eps)
         acc *= scale[None, :]
         ups *= scale[None, :]
     if GATED:
         gate = acc.to(x.dtype.element_ty).to(tl.float32)
-        acc = (gate * tl.sigmoid(gate)).to(x.dtype.element_ty).to(tl.float32) * ups.to(x.dtype.element_ty).to(
-            tl.float32
-        )
+        gate = (gate * tl.sigmoid(gate)).to(x.dtype.element_ty).to(tl.float32)
+        acc = gate * ups.to(x.dtype.element_ty).to(tl.float32)
     if BIASED:
         acc += tl.load(bias + o, mask=in_range, other=0.0).to(tl.float32)[:, None]
     keep = in_range[:, None] & (r[None, :] < count)
@@ -152,7 +183,7 @@ def paged_attention(
     ROWS: tl.constexpr, ROW_TILES: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, NEW: tl.constexpr,
     ROTATES: tl.constexpr, NORMED: tl.constexpr, CAPPED: tl.constexpr, SLIDING: tl.constexpr,
-    SLOPED: tl.constexpr, SUNK: tl.constexpr,
+    SLOPED: tl.constexpr, SUNK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Attention of ragged windows over paged keys and values; stores the windows' own on the way.
 
@@ -168,10 +199,12 @@ def paged_attention(
     head = tl.program_id(1)
     number = tl.program_id(2)
     count = tl.load(lengths + number)
-    if row_tile * ROWS >= count * GROUP:
-        return
     row = tl.load(first_rows + number)
     start = tl.load(starts + number)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    if row_tile * ROWS >= count * GROUP:
+        return
     # Row m: token m / GROUP of the window, and of the query heads that share this key's the one m mod GROUP.
     m = row_tile * ROWS + tl.arange(0, ROWS)
     token = m // GROUP
@@ -204,9 +237,13 @@ def paged_attention(
     begin = 0
     if SLIDING:
         begin = tl.maximum(start + row_tile * ROWS // GROUP - window + 1, 0) // TILE * TILE
-    per_split = tl.cdiv(tl.cdiv(tl.maximum(start - begin, 0), TILE), SPLIT) * TILE
+    # The last of several has the window's own tokens alone, which take a while of loading and turning.
+    OLD: tl.constexpr = SPLIT - 1 if SPLIT > 1 else 1
+    per_split = tl.cdiv(tl.cdiv(tl.maximum(start - begin, 0), TILE), OLD) * TILE
     begin += split * per_split
     end = tl.minimum(begin + per_split, start)
+    if SPLIT > 1 and split == SPLIT - 1:
+        end = begin
     n = tl.arange(0, TILE)
     for tile in range(begin, end, TILE):
         block = tl.load(tables + number * table_stride + tile // BLOCK).to(tl.int64)
@@ -261,6 +298,8 @@ def paged_attention(
             may = own[None, :] & live[:, None] & (at_i[None, :] <= position[:, None])
             found = _scored(found, may, at_i, position, softcap, window, slope, CAPPED, SLIDING, SLOPED)
             best, total, low, high = _absorbed(found, nv_low, nv_high, best, total, low, high)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     if SPLIT > 1:
         place = (number * KV_HEADS + head) * ROW_TILES + row_tile
         mine = place.to(tl.int64) * SPLIT + split
@@ -316,6 +355,16 @@ def norm_rows(x, weight, out, width, eps, WIDE: tl.constexpr):
     a = (a * tl.rsqrt(tl.sum(a * a, axis=0) / width + eps)).to(x.dtype.element_ty)
     g = tl.load(weight + i, mask=inside, other=0.0)
     tl.store(out + row * width + i, (a * g).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def widen_rows(weight, scales, out, inputs, BLOCK: tl.constexpr):
+    """int8 [outputs, inputs] times float32 [outputs], in the type of `out`."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < inputs
+    w = tl.load(weight + row * inputs + i, mask=inside, other=0).to(tl.float32)
+    tl.store(out + row * inputs + i, (w * tl.load(scales + row)).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -15,6 +15,8 @@ from paceline.engine.gpu import kernels
 from paceline.engine.gpu.attention import Scratch
 
 MOST_ROWS = 64
+AT_ONCE = 4096
+"""Rows of a weight that are rounded at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,105 +30,151 @@ class Tiles:
     stages: int
 
 
-def tiles_for(rows: int, outputs: int, inputs: int, *, gated: bool, normed: bool) -> Tiles | None:
-    """None where cuBLAS is faster: `rows` is 16, 32 or 64."""
-    if normed and not gated:
-        if outputs >= 2**15:
-            return Tiles(128, 64, 1, 8, 4) if rows == 64 else Tiles(64, 128, 1, 8, 4)
-        return Tiles(64, 128, 2, 8, 4) if rows == 16 else None
+def tiles_for(
+    rows: int, outputs: int, inputs: int, *, gated: bool, normed: bool, in_bytes: bool = False
+) -> Tiles | None:
+    """None where cuBLAS is faster: `rows` is 16, 32 or 64. Of `in_bytes` weights a tile is as many bytes."""
+    if in_bytes:
+        return _tiles_in_bytes(rows, outputs, inputs, gated=gated, normed=normed)
     if gated:
         return Tiles(64, 128, 1, 8, 4)
+    if normed and outputs >= 2**15:
+        return Tiles(128, 64, 1, 8, 4) if rows == 64 else Tiles(64, 128, 1, 8, 4)
+    if normed:
+        return Tiles(64, 128, 1 if outputs >= 4096 else 2, 8, 4) if rows == 16 else None
     if rows == 64:
         return Tiles(64, 128, 2, 8, 4) if inputs > outputs else None
-    programs = -(-outputs // 32)
-    split = 1 if programs >= 128 else 2 if programs >= 64 else 4
+    split = _split(-(-outputs // 32))
     return Tiles(32, 256, split, 4, 3 if split > 1 else 4)
 
 
-class Linears:
-    """A layer's products with what surrounds them. `x` is [rows, inputs], bfloat16 or float16; weights [outputs,
-    inputs] of the same type."""
+def _tiles_in_bytes(rows: int, outputs: int, inputs: int, *, gated: bool, normed: bool) -> Tiles | None:
+    if rows == 64:
+        wide = gated or outputs >= 2**15
+        return Tiles(64, 128, 1 if wide else _split(-(-outputs // 64)), 8, 3)
+    if gated:
+        return Tiles(64, 128, 1, 4, 4) if outputs > 2**13 else Tiles(32, 256, 1, 4, 4)
+    if normed and outputs >= 2**15:
+        return Tiles(128, 128, 1, 8, 3)
+    return Tiles(32, 256, 2 if normed and outputs >= 4096 else _split(-(-outputs // 32)), 4, 4 if rows == 16 else 3)
 
-    def __init__(self, eps: float, scratch: Scratch) -> None:
-        self._eps, self._scratch = eps, scratch
+
+def _split(programs: int) -> int:
+    """Among how many programs the inputs are shared, so that there are enough."""
+    return 1 if programs >= 128 else 2 if programs >= 96 else 4
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Of a product: [outputs, inputs] in the activations' type, or int8 with `scales`, float32 [outputs]; and a bias."""
+
+    data: torch.Tensor
+    bias: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+    @property
+    def outputs(self) -> int:
+        return int(self.data.shape[0])
+
+    @property
+    def inputs(self) -> int:
+        return int(self.data.shape[1])
+
+    def rounded(self) -> Weight:
+        """In 8 bits, each output's largest magnitude 127."""
+        tops = torch.cat([part.abs().amax(dim=1) for part in torch.split(self.data, AT_ONCE)]).float()
+        scales = tops.clamp(min=torch.finfo(torch.float32).tiny) / 127
+        pieces = zip(torch.split(self.data, AT_ONCE), torch.split(scales, AT_ONCE), strict=True)
+        data = torch.cat([(part.float() / scale[:, None]).round().to(torch.int8) for part, scale in pieces])
+        return Weight(data, self.bias, scales)
+
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """As numbers of that type."""
+        if self.scales is None:
+            return self.data
+        out = torch.empty(self.data.shape, dtype=dtype, device=self.data.device)
+        block = 1024
+        kernels.widen_rows[(self.outputs, -(-self.inputs // block))](
+            self.data, self.scales, out, self.inputs, BLOCK=block
+        )
+        return out
+
+
+class Linears:
+    """A layer's products with what surrounds them. `x` is [rows, inputs], bfloat16 or float16."""
+
+    def __init__(self, eps: float, scratch: Scratch, *, overlaps: bool = False) -> None:
+        self._eps, self._scratch, self._overlaps = eps, scratch, overlaps
 
     def normed(
-        self,
-        x: torch.Tensor,
-        norm: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
+        self, x: torch.Tensor, norm: torch.Tensor, weight: Weight, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """RMSNorm(x) W^T + b; in `out`, of any type, if it is given."""
-        tiles = self._tiles(x, weight.shape[0], weight.shape[1], normed=True)
+        tiles = self._tiles(x, weight, weight.outputs, normed=True)
         if tiles is not None:
-            out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
-            return self._launch(tiles, x, weight, out, norm=norm, bias=bias)
-        found = F.linear(self._norm(x, norm), weight, bias)
+            out = x.new_empty(x.shape[0], weight.outputs) if out is None else out
+            return self._launch(tiles, x, weight, out, norm=norm)
+        found = F.linear(self._norm(x, norm), weight.whole(x.dtype), weight.bias)
         return found if out is None else out.copy_(found)
 
-    def gated(
-        self, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def gated(self, x: torch.Tensor, norm: torch.Tensor, weight: Weight) -> torch.Tensor:
         """silu(g) u of (g, u) = RMSNorm(x) W^T + b; W has the gates above the ups."""
-        outputs = weight.shape[0] // 2
+        outputs = weight.outputs // 2
         out = x.new_empty(x.shape[0], outputs)
-        tiles = self._tiles(x, outputs, weight.shape[1], gated=True, normed=True) if bias is None else None
+        tiles = self._tiles(x, weight, outputs, gated=True, normed=True) if weight.bias is None else None
         if tiles is not None:
             return self._launch(tiles, x, weight, out, norm=norm, gated=True)
-        both = F.linear(self._norm(x, norm), weight, bias)
+        both = F.linear(self._norm(x, norm), weight.whole(x.dtype), weight.bias)
         block = 1024
         kernels.gate_rows[(x.shape[0], -(-outputs // block))](both, out, outputs, BLOCK=block)
         return out
 
-    def added(
-        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float
-    ) -> torch.Tensor:
+    def added(self, x: torch.Tensor, y: torch.Tensor, weight: Weight, scale: float) -> torch.Tensor:
         """x + scale (y W^T + b), in place of `x`."""
-        tiles = self._tiles(y, weight.shape[0], weight.shape[1]) if scale == 1.0 else None
+        tiles = self._tiles(y, weight, weight.outputs) if scale == 1.0 else None
         if tiles is not None:
-            return self._launch(tiles, y, weight, x, residual=x, bias=bias)
-        if scale == 1.0 and bias is None:
-            return torch.addmm(x, y, weight.T, out=x)
-        return x.add_(F.linear(y, weight, bias), alpha=scale)
+            return self._launch(tiles, y, weight, x, residual=x)
+        data = weight.whole(x.dtype)
+        if scale == 1.0 and weight.bias is None:
+            return torch.addmm(x, y, data.T, out=x)
+        return x.add_(F.linear(y, data, weight.bias), alpha=scale)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
         width = x.shape[1]
-        kernels.norm_rows[(x.shape[0],)](
-            x, weight, out, width, self._eps, WIDE=1 << (width - 1).bit_length(), num_warps=8
-        )
+        wide = 1 << (width - 1).bit_length()
+        kernels.norm_rows[(x.shape[0],)](x, weight, out, width, self._eps, WIDE=wide, num_warps=8)
         return out
 
     def _tiles(
-        self, x: torch.Tensor, outputs: int, inputs: int, *, gated: bool = False, normed: bool = False
+        self, x: torch.Tensor, weight: Weight, outputs: int, *, gated: bool = False, normed: bool = False
     ) -> Tiles | None:
         if x.shape[0] > MOST_ROWS:
             return None
-        return tiles_for(_rows(x.shape[0]), outputs, inputs, gated=gated, normed=normed)
+        in_bytes = weight.scales is not None
+        return tiles_for(_rows(x.shape[0]), outputs, weight.inputs, gated=gated, normed=normed, in_bytes=in_bytes)
 
     def _launch(
         self,
         tiles: Tiles,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: Weight,
         out: torch.Tensor,
         *,
         norm: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
         gated: bool = False,
     ) -> torch.Tensor:
-        count, inputs, outputs = x.shape[0], weight.shape[1], out.shape[1]
+        count, outputs = x.shape[0], out.shape[1]
         rows, programs = _rows(count), -(-outputs // tiles.out)
         size = programs * tiles.split * (tiles.out + 1) * rows if tiles.split > 1 else 0
         kernels.rows_linear[(programs, tiles.split)](
-            x, weight, bias, norm, residual, out, count, outputs, inputs, self._eps, x.stride(0), out.stride(0),
-            NORMED=norm is not None, GATED=gated, BIASED=bias is not None, ADDED=residual is not None,
-            ROWS=rows, BLOCK_OUT=tiles.out, BLOCK_IN=tiles.inputs, SPLIT=tiles.split,
+            x, weight.data, weight.scales, weight.bias, norm, residual, out,
+            count, outputs, weight.inputs, self._eps, x.stride(0), out.stride(0),
+            SCALED=weight.scales is not None, NORMED=norm is not None, GATED=gated, BIASED=weight.bias is not None,
+            ADDED=residual is not None, ROWS=rows, BLOCK_OUT=tiles.out, BLOCK_IN=tiles.inputs, SPLIT=tiles.split,
             partial=self._scratch.floats("linear", size), counters=self._scratch.counters("linear done", programs),
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            OVERLAPS=self._overlaps, launch_pdl=self._overlaps, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         return out
 

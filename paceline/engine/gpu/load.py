@@ -6,7 +6,7 @@ import logging
 
 from paceline.config import EngineSettings
 from paceline.engine.backends import Backends, Choice
-from paceline.engine.families import require_same
+from paceline.engine.families import probed_logits, require_same
 from paceline.engine.gpu.attention import PagedAttention
 from paceline.engine.gpu.body import Body, OwnCode
 from paceline.engine.gpu.fused import FusedBody
@@ -14,7 +14,7 @@ from paceline.engine.gpu.runner import MOST_GRAPH_ROWS, DeviceRunner
 from paceline.engine.kv_blocks import BLOCK
 from paceline.engine.lean import NotLeanError
 from paceline.engine.runner import ModelRunner, Runner
-from paceline.errors import ModelError
+from paceline.errors import ConfigError, ModelError
 from paceline.models.quantization import runs_in_library
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ def on_device(own: ModelRunner, backends: Backends, settings: EngineSettings) ->
 
     Fused layers if the model is built for it, its own code if not; short steps as graphs.
     """
+    expected = probed_logits(own)
     body, how, why = _body(own, backends)
     graphs = backends.fuses and not runs_in_library(own.model)
     runner = DeviceRunner(
@@ -37,8 +38,10 @@ def on_device(own: ModelRunner, backends: Backends, settings: EngineSettings) ->
         graphs=graphs,
     )
     try:
-        require_same(runner, own)
+        require_same(runner, expected)
     except ModelError as error:
+        if backends.weights_in_bytes:
+            raise  # the weights it was loaded with are gone
         logger.warning("attention by %s is not used: %s", backends.attention, error.message)
         refused = Choice("attention", "sdpa", f"by {backends.attention} {error.message}")
         return own, [refused, Choice("forward pass", "transformers", ""), Choice("kv layout", "static", "")]
@@ -51,6 +54,16 @@ def _body(own: ModelRunner, backends: Backends) -> tuple[Body, str, str]:
     if not backends.fuses:
         return OwnCode(own, attention), "transformers", "engine.compile is false"
     try:
-        return FusedBody(own.model, attention), "fused", "the model is built like Llama"
+        return (
+            FusedBody(own.model, attention, in_bytes=backends.weights_in_bytes),
+            "fused",
+            "the model is built like Llama",
+        )
     except NotLeanError as error:
+        if backends.weights_in_bytes:
+            raise ConfigError(
+                f"engine.weight_dtype: int8 on a GPU is for models built like Llama ({error}); "
+                "use engine.quantization: bitsandbytes_8bit",
+                param="engine.weight_dtype",
+            ) from None
         return OwnCode(own, attention), "transformers", f"its layers are not fused: {error}"
