@@ -90,7 +90,16 @@ def resolve_backends(settings: EngineSettings, *, distilled: bool = False) -> Ba
     )
     spread = settings.device_map == "auto"
     fuses = settings.compile and attention in BLOCK_READERS
-    return Backends(device, dtype, threads, linears, quantization, spread, lean, choices, attention, paged, fuses)
+    in_bytes = device.type == "cuda" and settings.weight_dtype == "int8"
+    if in_bytes and not fuses:
+        raise ConfigError(
+            "engine.weight_dtype: int8 on a GPU is for fused layers; set engine.compile: true and leave "
+            "engine.attn_implementation: auto, or use engine.quantization",
+            param="engine.weight_dtype",
+        )
+    return Backends(
+        device, dtype, threads, linears, quantization, spread, lean, choices, attention, paged, fuses, in_bytes
+    )
 
 
 def describe(settings: EngineSettings) -> list[Choice]:
@@ -183,9 +192,12 @@ def _others_linears(
         found = "torch", "activations are not float32"
     else:
         return None
+    fused = device.type == "cuda" and quantization is None and settings.device_map != "auto"
+    if fused and settings.weight_dtype == "int8":
+        found = "int8", "our kernels, over weights rounded to 8 bits for each output"
     asked = {
         "linear_backend": settings.linear_backend not in ("auto", "torch"),
-        "weight_dtype": settings.weight_dtype != "auto",
+        "weight_dtype": settings.weight_dtype not in (("auto", "int8") if fused else ("auto",)),
         "compute_dtype": settings.compute_dtype != "auto",
     }
     for name in (name for name, wanted in asked.items() if wanted):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from paceline.config import SpeculationSettings
 from paceline.engine import synthetic
-from paceline.engine.detokenizer import Decoder, Detokenizer
+from paceline.engine.detokenizer import Decoder, Detokenizer, without_wrapping
 from paceline.engine.flight import Flight
 from paceline.engine.kv_cache import KVCache
 from paceline.engine.kv_entry import SessionKV
@@ -74,7 +74,7 @@ class Engine:
         self.speculator = speculator
         self._runner = runner
         self._eos = eos
-        self._decoder = decoder
+        self._decoder = None if decoder is None else without_wrapping(decoder)
         speculation = speculation or SpeculationSettings()
         self._verification = speculation.verification
         self.synthetic_acceptance = speculation.synthetic_acceptance

@@ -17,6 +17,11 @@ class Body(ABC):
     shape: ModelRunner
     """Knows the model's sizes; may have no weights."""
 
+    @property
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """What a step reads of the weights, small vectors apart: of an embedding it reads a row for each token."""
+
     @abstractmethod
     def logits(self, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
         """float32 [rows wanted, vocab], in `out` if it is given."""
@@ -27,6 +32,11 @@ class OwnCode(Body):
 
     def __init__(self, runner: ModelRunner, attention: PagedAttention) -> None:
         self.shape, self._attention = runner, attention
+
+    @property
+    def weight_bytes(self) -> int:
+        linears = (each for each in self.shape.model.modules() if isinstance(each, torch.nn.Linear))
+        return sum(each.weight.nbytes for each in linears)
 
     @torch.inference_mode()
     def logits(self, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -46,7 +46,8 @@ class FusedBody(Body):
     """The layers of a Transformers model, which shares their weights from now on."""
 
     def __init__(self, model: PreTrainedModel, attention: PagedAttention, *, in_bytes: bool = False) -> None:
-        """With `in_bytes` weights are rounded to 8 bits, and the model keeps none. Raises NotLeanError, with the reason, if the model is built differently, before anything is changed."""
+        """With `in_bytes` weights are rounded to 8 bits, and the model keeps none. Raises NotLeanError, with the
+        reason, if the model is built differently, before anything is changed."""
         self.shape: ModelRunner = refuse_other_structures(model)
         body: Any = model.model
         _refuse_other_weights(model)
@@ -67,6 +68,11 @@ class FusedBody(Body):
         self._embedding_scale = float(getattr(config, "embedding_multiplier", 1.0) or 1.0)
         self._residual_scale = float(getattr(config, "residual_multiplier", 1.0) or 1.0)
         self._logits_scale = 1.0 / float(getattr(config, "logits_scaling", 1.0) or 1.0)
+
+    @property
+    def weight_bytes(self) -> int:
+        products = [self._head, *(each for one in self._layers for each in (one.qkv, one.out, one.gate_up, one.down))]
+        return sum(each.data.nbytes for each in products)
 
     @torch.inference_mode()
     def logits(self, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 AHEAD = tl.constexpr(4)
 """Lines of 128 bytes of each weight row that are asked for ahead."""
 
@@ -42,10 +41,11 @@ def rows_linear(
 ):  # fmt: skip
     """out[r, o] = sum_i x[r, i] weight[o, i], for `count` rows, at most ROWS.
 
-    SCALED: `weight` is int8, each output's times its `scales`, float32. NORMED: of RMS-normalized rows, times `norm` [inputs]. GATED: `weight` is [2 outputs, inputs], gates above ups;
-    silu(gate) * up. ADDED: plus `residual`, [rows, outputs], which may be `out`. SPLIT: of the inputs between so many
-    programs; the last to finish adds up the sums in `partial`. OVERLAPS: begins while the launch before ends
-    (programmatic dependent launch, compute capability 9), which says so as this does.
+    SCALED: `weight` is int8, each output's times its `scales`, float32. NORMED: of RMS-normalized rows, times `norm`
+    [inputs]. GATED: `weight` is [2 outputs, inputs], gates above ups; silu(gate) * up. ADDED: plus `residual`, [rows,
+    outputs], which may be `out`. SPLIT: of the inputs between so many programs; the last to finish adds up the sums in
+    `partial`. OVERLAPS: begins while the launch before ends (programmatic dependent launch, compute capability 9),
+    which says so as this does.
     """
     o = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     part = tl.program_id(1)

@@ -35,7 +35,7 @@ def tiles_for(
 ) -> Tiles | None:
     """None where cuBLAS is faster: `rows` is 16, 32 or 64. Of `in_bytes` weights a tile is as many bytes."""
     if in_bytes:
-        return _tiles_in_bytes(rows, outputs, inputs, gated=gated, normed=normed)
+        return _tiles_in_bytes(rows, outputs, gated=gated, normed=normed)
     if gated:
         return Tiles(64, 128, 1, 8, 4)
     if normed and outputs >= 2**15:
@@ -48,7 +48,7 @@ def tiles_for(
     return Tiles(32, 256, split, 4, 3 if split > 1 else 4)
 
 
-def _tiles_in_bytes(rows: int, outputs: int, inputs: int, *, gated: bool, normed: bool) -> Tiles | None:
+def _tiles_in_bytes(rows: int, outputs: int, *, gated: bool, normed: bool) -> Tiles | None:
     if rows == 64:
         wide = gated or outputs >= 2**15
         return Tiles(64, 128, 1 if wide else _split(-(-outputs // 64)), 8, 3)
@@ -66,7 +66,7 @@ def _split(programs: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """Of a product: [outputs, inputs] in the activations' type, or int8 with `scales`, float32 [outputs]; and a bias."""
+    """Of a product: [outputs, inputs] in the activations' type, or int8 with `scales`, float32 [outputs]; a bias."""
 
     data: torch.Tensor
     bias: torch.Tensor | None = None

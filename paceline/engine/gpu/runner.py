@@ -98,7 +98,7 @@ class DeviceRunner(Runner):
         block: int = BLOCK,
         graphs: bool = True,
     ) -> None:
-        self._body, self._shape, self._geometry = body, body.shape, geometry
+        self.body, self._shape, self._geometry = body, body.shape, geometry
         self._key_shift, self._block, self._graphs = key_shift, block, graphs and geometry.device.type == "cuda"
         self._sequences, self._expected = MOST_SEQUENCES, min(max_sequences, MOST_SEQUENCES)
         rows = max(max_rows, MOST_GRAPH_ROWS)
@@ -150,7 +150,7 @@ class DeviceRunner(Runner):
         shape = Shape.of(windows, self._sequences) if self._graphs else None
         if shape is None:
             self._buffers.load(windows)
-            return self._body.logits(self._batch(windows, self._sampled(windows)))
+            return self.body.logits(self._batch(windows, self._sampled(windows)))
         self._buffers.load(windows, (), None, shape.rows, shape.sequences)
         logits = self._replay(shape, windows)
         sampled = self._sampled(windows)
@@ -236,7 +236,7 @@ class DeviceRunner(Runner):
         kernels.take_ids[(1,)](
             inputs["ids"], inputs["feeds"], self._tokens, self._ids, count, BLOCK=1 << max(4, (count - 1).bit_length())
         )
-        logits = self._body.logits(batch, logits)
+        logits = self.body.logits(batch, logits)
         self._draw(logits)
         return logits
 
