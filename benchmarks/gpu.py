@@ -270,7 +270,7 @@ def _replaced(config: PretrainedConfig, quantized: Callable[[torch.nn.Linear], t
             if buffer is not None and buffer.is_meta:
                 module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype, device="cuda"), False)
     model.tie_weights()
-    model.is_loaded_in_8bit = model.is_loaded_in_4bit = True
+    model.hf_quantizer = "bitsandbytes"
     return model.eval().requires_grad_(False)
 
 
