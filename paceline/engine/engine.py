@@ -233,10 +233,9 @@ class Engine:
                 continue
             self._take(part, draws)
             committed.append(sequence)
-            room, new = _candidates_for(sequence), tuple(sequence.tokens[base:])
-            outcomes.append(
-                Outcome(sequence.sequence_id, base, new, part.draws, max(0, room), decoding, sequence.finished)
-            )
+            if self.speculator is not None:
+                room, new = max(0, _candidates_for(sequence)), tuple(sequence.tokens[base:])
+                outcomes.append(Outcome(sequence.sequence_id, base, new, part.draws, room, decoding, sequence.finished))
         if self.speculator is not None:
             self.speculator.commit(outcomes, prefilled, self._scheduler.prefill_ahead())
         return committed
@@ -246,7 +245,8 @@ class Engine:
         taken = sequence.extend(draws.tokens, self._eos)
         draws.note_logprobs(part, taken)
         kept = min(draws.accepted, taken)
-        self.kv.truncate(sequence.kv, base + kept)
+        if kept < len(part.candidates):
+            self.kv.truncate(sequence.kv, base + kept)
         for tally in (sequence.tally, self.tally):
             if part.proposal is not None:
                 tally.waste(part.proposal.source, part.unused)

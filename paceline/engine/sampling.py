@@ -19,12 +19,18 @@ Verification = Literal["coupled", "rejection"]
 class Draws:
     """What a step says of one sequence: the run of candidates accepted, then one token of the target's own.
 
-    `logits` is [drawing rows, vocab]; row i is the one that `tokens[i]` came from.
+    `rows` are its drawing rows among `step_logits`, [sampled rows of the step, vocab].
     """
 
     tokens: list[int]
     accepted: int
-    logits: torch.Tensor
+    step_logits: torch.Tensor
+    rows: range = range(0)
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[drawing rows, vocab]; row i is the one that `tokens[i]` came from."""
+        return self.step_logits[self.rows.start : self.rows.stop]
 
     def note_logprobs(self, part: Scheduled, taken: int) -> None:
         """Tell the sequence what the model thought of the tokens it took, if that was asked for."""
@@ -43,7 +49,7 @@ def sample(step: list[Scheduled], logits: torch.Tensor, verification: Verificati
     parts = [part for part in step if part.draws]
     found = iter(_coupled(parts, drawing) if verification == "coupled" else _rejection(parts, drawing))
     return [
-        Draws(*next(found), logits[span.start : span.stop]) if part.draws else Draws([], 0, logits[:0])
+        Draws(*next(found), logits, span) if part.draws else Draws([], 0, logits)
         for part, span in zip(step, spans, strict=True)
     ]
 
@@ -54,7 +60,7 @@ def settle(step: list[Scheduled], tokens: list[int], logits: torch.Tensor) -> li
     for part in step:
         end = start + part.draws
         run, accepted = sampling.accepted_run(tokens[start:end], part.candidates)
-        found.append(Draws(run, accepted, logits[start:end]))
+        found.append(Draws(run, accepted, logits, range(start, end)))
         start = end
     return found
 

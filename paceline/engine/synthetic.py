@@ -5,6 +5,8 @@ It tells the speed of the system from the quality of a draft. The text that come
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from paceline.engine.sampling import Draws
 from paceline.engine.scheduler import Scheduled
 from paceline.seeds import GOLDEN, mix
@@ -31,7 +33,7 @@ def _accept(part: Scheduled, draws: Draws, probability: float) -> Draws:
     own, second = draws.logits[accepted].topk(2).indices.tolist()
     if accepted < len(part.candidates) and own == part.candidates[accepted]:
         own = second
-    return Draws([*part.candidates[:accepted], own], accepted, draws.logits)
+    return replace(draws, tokens=[*part.candidates[:accepted], own], accepted=accepted)
 
 
 def _uniform(seed: int, position: int) -> float:

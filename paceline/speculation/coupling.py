@@ -34,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
 import torch
 
 from paceline.seeds import GOLDEN, MIX_1, MIX_2, mix
@@ -188,6 +189,20 @@ def _seed(params: SamplingParams) -> int:
 def _start(seed: int, position: int) -> int:
     """Where the counter of a position starts, in 64 bits."""
     return mix(mix(seed) + (position + 1) * _POSITION_STEP)
+
+
+def starts(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Where the counters of many rows start: uint64 [n], of uint64 [n] each."""
+    with np.errstate(over="ignore"):
+        return _mix(_mix(seeds) + (positions + np.uint64(1)) * np.uint64(_POSITION_STEP))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """`paceline.seeds.mix` of each."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(MIX_1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(MIX_2)
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def _bits(starts: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ import numpy as np
 import torch
 
 from paceline.engine.attention import Window
+from paceline.seeds import MASK
 from paceline.speculation import coupling, sampling
 from paceline.speculation.sampling import Rows
+from paceline.types import SamplingParams
 
 IN_FLIGHT = 3
 """Host copies of a step's inputs: one is filled while others are being read."""
@@ -92,6 +95,7 @@ class StepBuffers:
         self.on_device = self._cut(self._device)
         """By name; see `Batch`. `feeds` int32 [rows] say which of the last step's tokens a row's id is, -1: `ids`."""
         self._turn = 0
+        self._columns = _Columns.of([])
 
     def _cut(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
         found, start = {}, 0
@@ -126,7 +130,10 @@ class StepBuffers:
         for row, feed in (feeds or {}).items():
             host["feeds"][row] = feed
         if draws:
-            _write_draws(host, sampled_rows(windows), draws)
+            params, positions = sampling.by_row(draws)
+            if params != self._columns.params:
+                self._columns = _Columns.of(params)
+            self._columns.write(host, sampled_rows(windows), positions)
         beyond, idle = slice(count, rows), slice(len(windows), sequences)
         for name in ("ids", "positions", "slots", "temperatures"):
             host[name][beyond] = 0
@@ -140,20 +147,24 @@ class StepBuffers:
             event.record()
 
     def _write_windows(self, host: dict[str, np.ndarray], windows: Sequence[Window]) -> None:
-        row = 0
-        for number, window in enumerate(windows):
-            count, start, blocks = len(window.token_ids), window.start, window.entry.blocks
-            end = row + count
-            positions = np.arange(start, start + count)
-            host["ids"][row:end] = window.token_ids
-            host["positions"][row:end] = positions
-            table = host["tables"][number]
+        """All at once where that can be: with many windows this is what the host does most in a step."""
+        n = len(windows)
+        if not n:
+            return
+        ids = list(itertools.chain.from_iterable(window.token_ids for window in windows))
+        lengths = np.array([len(window.token_ids) for window in windows], dtype=np.int32)
+        starts = np.array([window.start for window in windows], dtype=np.int32)
+        first_rows = np.cumsum(lengths) - lengths
+        numbers = np.repeat(np.arange(n), lengths)
+        positions = np.arange(len(ids)) + (starts - first_rows)[numbers]
+        tables, block = host["tables"], windows[0].entry.block
+        for table, window in zip(tables, windows, strict=False):
+            blocks = window.entry.blocks
             table[: len(blocks)] = blocks
-            block = window.entry.block
-            host["slots"][row:end] = table[positions // block].astype(np.int64) * block + positions % block
-            host["first_rows"][number] = host["bounds"][number] = row
-            host["lengths"][number], host["starts"][number], host["ends"][number] = count, start, start + count
-            row = end
+        host["ids"][: len(ids)], host["positions"][: len(ids)] = ids, positions
+        host["slots"][: len(ids)] = tables[numbers, positions // block].astype(np.int64) * block + positions % block
+        host["first_rows"][:n] = host["bounds"][:n] = first_rows
+        host["lengths"][:n], host["starts"][:n], host["ends"][:n] = lengths, starts, starts + lengths
 
 
 def drawn_on_device(draws: Sequence[Rows]) -> bool:
@@ -175,14 +186,38 @@ def sampled_rows(windows: Sequence[Window]) -> list[int]:
     return found
 
 
-def _write_draws(host: dict[str, np.ndarray], rows: list[int], draws: Sequence[Rows]) -> None:
-    params, positions = sampling.by_row(draws)
-    host["counters"][rows] = [coupling.signed(start) for start in coupling.counters(params, positions)]
-    host["temperatures"][rows] = [0.0 if each.greedy else each.temperature for each in params]
-    host["top_ps"][rows] = [each.top_p for each in params]
-    host["top_ks"][rows] = [max(0, each.top_k) for each in params]
-    with np.errstate(divide="ignore"):
-        host["log_min_ps"][rows] = np.log(np.asarray([each.min_p for each in params], dtype=np.float32))
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """How some rows draw, column by column. What a step has of it, the next one mostly has, too."""
+
+    params: list[SamplingParams]
+    seeds: np.ndarray
+    greedy: np.ndarray
+    temperatures: np.ndarray
+    top_ps: np.ndarray
+    top_ks: np.ndarray
+    log_min_ps: np.ndarray
+
+    @classmethod
+    def of(cls, params: list[SamplingParams]) -> _Columns:
+        greedy = np.array([each.greedy for each in params])
+        with np.errstate(divide="ignore"):
+            log_min_ps = np.log(np.array([each.min_p for each in params], dtype=np.float32))
+        return cls(
+            params,
+            np.array([0 if each.greedy else (each.seed or 0) & MASK for each in params], dtype=np.uint64),
+            greedy,
+            np.array([0.0 if each.greedy else each.temperature for each in params], dtype=np.float32),
+            np.array([each.top_p for each in params]),
+            np.array([max(0, each.top_k) for each in params], dtype=np.int32),
+            log_min_ps,
+        )
+
+    def write(self, host: dict[str, np.ndarray], rows: list[int], positions: list[int]) -> None:
+        starts = coupling.starts(self.seeds, np.array(positions, dtype=np.uint64))
+        host["counters"][rows] = np.where(self.greedy, 0, starts).astype(np.uint64).view(np.int64)
+        for name in ("temperatures", "top_ps", "top_ks", "log_min_ps"):
+            host[name][rows] = getattr(self, name)
 
 
 def _padded(size: int) -> int:

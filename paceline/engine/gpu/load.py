@@ -25,12 +25,13 @@ def on_device(own: ModelRunner, backends: Backends, settings: EngineSettings) ->
 
     Fused layers if the model is built for it, its own code if not; short steps as graphs.
     """
-    expected = probed_logits(own)
+    # What the model itself is needed for, before its weights go.
+    expected, key_shift = probed_logits(own), own.key_shift()
     body, how, why = _body(own, backends)
     graphs = backends.fuses and not runs_in_library(own.model)
     runner = DeviceRunner(
         body,
-        key_shift=own.key_shift(),
+        key_shift=key_shift,
         geometry=own.kv_geometry(),
         max_rows=settings.max_batched_tokens,
         max_sequences=settings.max_num_seqs,
