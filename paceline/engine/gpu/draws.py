@@ -16,17 +16,24 @@ MIX_2 = tl.constexpr(0x94D049BB133111EB)
 """`paceline.seeds`' constants; a kernel takes globals only in this form."""
 CHUNK = 4096
 """Tokens of a program of `draw_chunks`."""
+NEAR = tl.constexpr(1e-3)
+"""Totals in float32 so far apart are in the same order in float64."""
 MOST_TRIES = tl.constexpr(256)
 
 
 @triton.jit
-def _gumbel(start, ids):
-    """Gumbel(0, 1) noise, float64, of token ids under the counter that starts at `start`."""
+def _bits(start, ids):
+    """64 random bits, uint64, of token ids under the counter that starts at `start`."""
     x = (ids.to(tl.int64) + 1).to(tl.uint64) * GOLDEN + start.to(tl.uint64)
     x = (x ^ (x >> 30)) * MIX_1
     x = (x ^ (x >> 27)) * MIX_2
-    x = x ^ (x >> 31)
-    u = ((x >> 11).to(tl.int64).to(tl.float64) + 0.5) * 1.1102230246251565e-16
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _gumbel(start, ids):
+    """Gumbel(0, 1) noise, float64."""
+    u = ((_bits(start, ids) >> 11).to(tl.int64).to(tl.float64) + 0.5) * 1.1102230246251565e-16
     # -log(1 - u); its series where 1 - u would lose the digits that matter, those of the likeliest winners.
     small = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * (0.25 + u * 0.2))))
     wait = tl.where(u < 0.0009765625, small, -tl.log(1.0 - u))
@@ -45,50 +52,68 @@ def _totals(logits, ids, inside, start, temperature):
 
 @triton.jit
 def draw_chunks(
-    logits, stride, vocab, starts, temperatures, best, where, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+    logits, stride, vocab, starts, temperatures, best, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Program (chunk, row): the best total of a chunk of a row, `best` float64 [rows, chunks], and its token."""
+    """Program (chunk, row): about the best total of a chunk of a row, `best` float32 [rows, chunks].
+
+    In float32, where logarithms are cheap: within some 1e-5 of what `_totals` says.
+    """
     chunk = tl.program_id(0)
     row = tl.program_id(1)
     start = tl.load(starts + row)
     temperature = tl.load(temperatures + row)
     i = tl.arange(0, BLOCK)
-    top = tl.full((BLOCK,), float("-inf"), tl.float64)
-    at = tl.zeros((BLOCK,), tl.int32)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
     for first in range(0, CHUNK, BLOCK):
         ids = chunk * CHUNK + first + i
-        found = _totals(logits + row.to(tl.int64) * stride, ids, ids < vocab, start, temperature)
-        at = tl.where(found > top, ids, at)
-        top = tl.maximum(top, found)
-    value = tl.max(top, axis=0)
-    # Of equal ones the first.
-    token = tl.min(tl.where(top == value, at, 2147483647), axis=0)
-    tl.store(best + row * tl.num_programs(0) + chunk, value)
-    tl.store(where + row * tl.num_programs(0) + chunk, token)
+        inside = ids < vocab
+        values = tl.load(logits + row.to(tl.int64) * stride + ids, mask=inside, other=float("-inf")).to(tl.float32)
+        if temperature > 0:
+            # All 53 bits, rounded: a small u, of the likeliest winners, keeps its digits; 1 - u would lose them.
+            u = (2 * (_bits(start, ids) >> 11).to(tl.int64) + 1).to(tl.float32) * 5.551115123125783e-17
+            wait = tl.where(u < 0.001, u * (1.0 + u * (0.5 + u * 0.33333334)), -tl.log(1.0 - u))
+            values = values / temperature - tl.log(wait)
+        top = tl.maximum(top, tl.where(inside, values, float("-inf")))
+    tl.store(best + row * tl.num_programs(0) + chunk, tl.max(top, axis=0))
 
 
 @triton.jit
 def draw_rows(
-    logits, stride, vocab, starts, temperatures, log_min_ps, top_ps, top_ks, best, where, chunks, tokens,
-    CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, vocab, starts, temperatures, log_min_ps, top_ps, top_ks, best, chunks, tokens,
+    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (row): the best of its chunks that its filters leave. `tokens` int64 [rows]."""
+    """Program (row): the best of the row that its filters leave, looked for where `draw_chunks` found the best.
+    `tokens` int64 [rows]."""
     row = tl.program_id(0)
+    start = tl.load(starts + row)
+    mine = logits + row.to(tl.int64) * stride
+    i = tl.arange(0, BLOCK)
     c = tl.arange(0, CHUNKS)
     found = tl.load(best + row * chunks + c, mask=c < chunks, other=float("-inf"))
-    ids = tl.load(where + row * chunks + c, mask=c < chunks, other=2147483647)
-    value = tl.max(found, axis=0)
-    token = tl.min(tl.where(found == value, ids, 2147483647), axis=0)
-    token = tl.minimum(token, vocab - 1)
+    near = tl.max(found, axis=0) - NEAR
+    value = tl.full((), float("-inf"), tl.float64)
+    token = tl.full((), 0, tl.int32)
+    chunk = tl.min(tl.where(found >= near, c, CHUNKS), axis=0)
+    while chunk < CHUNKS:
+        leading = tl.full((BLOCK,), float("-inf"), tl.float64)
+        at = tl.zeros((BLOCK,), tl.int32)
+        for first in range(0, CHUNK, BLOCK):
+            ids = chunk * CHUNK + first + i
+            sums = _totals(mine, ids, ids < vocab, start, tl.load(temperatures + row))
+            at = tl.where(sums > leading, ids, at)
+            leading = tl.maximum(leading, sums)
+        lead = tl.max(leading, axis=0)
+        # Of equal ones the first.
+        if lead > value:
+            token = tl.min(tl.where(leading == lead, at, 2147483647), axis=0)
+            value = lead
+        chunk = tl.min(tl.where((found >= near) & (c > chunk), c, CHUNKS), axis=0)
     temperature = tl.load(temperatures + row)
     log_min_p = tl.load(log_min_ps + row)
     top_p = tl.load(top_ps + row)
     top_k = tl.load(top_ks + row)
     filtered = (temperature > 0) & ((top_p < 1) | (top_k > 0) | (log_min_p > float("-inf")))
     if filtered:
-        start = tl.load(starts + row)
-        mine = logits + row.to(tl.int64) * stride
-        i = tl.arange(0, BLOCK)
         tops = tl.full((BLOCK,), float("-inf"), tl.float32)
         for first in range(0, vocab, BLOCK):
             scores = tl.load(mine + first + i, mask=first + i < vocab, other=float("-inf")) / temperature
@@ -115,14 +140,14 @@ def draw_rows(
             if kept:
                 tries = MOST_TRIES
             else:
-                leading = tl.full((BLOCK,), float("-inf"), tl.float64)
-                at = tl.zeros((BLOCK,), tl.int32)
+                next_best = tl.full((BLOCK,), float("-inf"), tl.float64)
+                place = tl.zeros((BLOCK,), tl.int32)
                 for first in range(0, vocab, BLOCK):
                     others = first + i
                     scores = tl.load(mine + others, mask=others < vocab, other=float("-inf")) / temperature
-                    sums = _totals(mine, others, (others < vocab) & (scores > own), start, temperature)
-                    at = tl.where(sums > leading, others, at)
-                    leading = tl.maximum(leading, sums)
-                lead = tl.max(leading, axis=0)
-                token = tl.min(tl.where(leading == lead, at, 2147483647), axis=0)
+                    rest = _totals(mine, others, (others < vocab) & (scores > own), start, temperature)
+                    place = tl.where(rest > next_best, others, place)
+                    next_best = tl.maximum(next_best, rest)
+                second = tl.max(next_best, axis=0)
+                token = tl.min(tl.where(next_best == second, place, 2147483647), axis=0)
     tl.store(tokens + row, token.to(tl.int64))

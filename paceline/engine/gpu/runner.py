@@ -111,8 +111,7 @@ class DeviceRunner(Runner):
         device = geometry.device
         self._logits = torch.empty((drawing, self.vocab_size), device=device) if self._graphs else None
         self._tokens = torch.zeros(drawing, dtype=torch.long, device=device)
-        self._best = torch.empty((drawing, chunks), dtype=torch.float64, device=device)
-        self._where = torch.empty((drawing, chunks), dtype=torch.int32, device=device)
+        self._best = torch.empty((drawing, chunks), device=device)
         self._ids = torch.zeros(rows, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
         self._read = [torch.zeros(drawing, dtype=torch.long, pin_memory=pinned) for _ in range(IN_FLIGHT)]
@@ -244,13 +243,13 @@ class DeviceRunner(Runner):
         inputs, (count, vocab) = self._buffers.on_device, logits.shape
         chunks = self._best.shape[1]
         draws.draw_chunks[(chunks, count)](
-            logits, logits.stride(0), vocab, inputs["counters"], inputs["temperatures"], self._best, self._where,
+            logits, logits.stride(0), vocab, inputs["counters"], inputs["temperatures"], self._best,
             CHUNK=draws.CHUNK, BLOCK=1024, num_warps=4,
         )  # fmt: skip
         draws.draw_rows[(count,)](
             logits, logits.stride(0), vocab, inputs["counters"], inputs["temperatures"], inputs["log_min_ps"],
-            inputs["top_ps"], inputs["top_ks"], self._best, self._where, chunks, self._tokens,
-            CHUNKS=1 << (chunks - 1).bit_length(), BLOCK=1024, num_warps=8,
+            inputs["top_ps"], inputs["top_ks"], self._best, chunks, self._tokens,
+            CHUNKS=1 << (chunks - 1).bit_length(), CHUNK=draws.CHUNK, BLOCK=1024, num_warps=8,
         )  # fmt: skip
 
     def _batch_of(self, shape: Shape, keys: torch.Tensor, values: torch.Tensor, block: int) -> Batch:
