@@ -13,6 +13,7 @@ Medians; least and most in brackets. Needs no files: models are random, tokens a
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import itertools
 import statistics
@@ -219,59 +220,64 @@ def random_model(config: PretrainedConfig) -> Any:
 def in_8_bits(config: PretrainedConfig) -> Any:
     import bitsandbytes as bnb
 
-    def quantized(linear: torch.nn.Linear) -> torch.nn.Module:
+    def quantized(linear: torch.nn.Linear, noise: torch.Tensor) -> torch.nn.Module:
         made = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False, device="meta")
-        made.weight = bnb.nn.Int8Params(_noise(linear).cpu(), requires_grad=False, has_fp16_weights=False)
-        made.bias = _bias(linear)
-        return made.to("cuda")
+        made.weight = bnb.nn.Int8Params(noise.cpu(), requires_grad=False, has_fp16_weights=False)
+        return made
 
-    return _replaced(config, quantized)
+    # The library multiplies in half precision.
+    return _replaced(config, quantized, torch.float16)
 
 
 def in_4_bits(config: PretrainedConfig) -> Any:
     import bitsandbytes as bnb
 
-    def quantized(linear: torch.nn.Linear) -> torch.nn.Module:
-        made = bnb.nn.Linear4bit(
-            linear.in_features, linear.out_features, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
-        )
-        made.weight = bnb.nn.Params4bit(_noise(linear), requires_grad=False, quant_type="nf4")
-        made.bias = _bias(linear)
-        return made.to("cuda")
+    def quantized(linear: torch.nn.Linear, noise: torch.Tensor) -> torch.nn.Module:
+        sizes = linear.in_features, linear.out_features
+        made = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
+        made.weight = bnb.nn.Params4bit(noise, requires_grad=False, quant_type="nf4")
+        return made
 
-    return _replaced(config, quantized)
+    return _replaced(config, quantized, torch.bfloat16)
 
 
-def _noise(linear: torch.nn.Linear) -> torch.Tensor:
-    shape = linear.out_features, linear.in_features
-    return torch.randn(shape, dtype=torch.bfloat16, device="cuda") * 0.02
-
-
-def _bias(linear: torch.nn.Linear) -> torch.nn.Parameter | None:
-    if linear.bias is None:
-        return None
-    return torch.nn.Parameter(torch.zeros(linear.out_features, dtype=torch.bfloat16), requires_grad=False)
-
-
-def _replaced(config: PretrainedConfig, quantized: Callable[[torch.nn.Linear], torch.nn.Module]) -> Any:
-    """All linear layers but the head, one after the other, as loading a checkpoint does."""
+def _replaced(
+    config: PretrainedConfig,
+    quantized: Callable[[torch.nn.Linear, torch.Tensor], torch.nn.Module],
+    dtype: torch.dtype,
+) -> Any:
+    """All linear layers but the head, one after the other, as loading a checkpoint does; of each shape one is rounded
+    and the others are copies of it."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
-    inside = [(name, each) for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)]
-    for name, linear in inside:
-        if "lm_head" not in name:
-            model.set_submodule(name, quantized(linear))
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                values = torch.randn(parameter.shape, dtype=torch.bfloat16, device="cuda") * 0.02
-                setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer is not None and buffer.is_meta:
-                module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype, device="cuda"), False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    made: dict[tuple[int, int], torch.nn.Module] = {}
+    for name, linear in [(name, each) for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)]:
+        if "lm_head" in name:
+            continue
+        shape = linear.out_features, linear.in_features
+        if shape not in made:
+            made[shape] = quantized(linear, 0.02 * torch.randn(shape, dtype=dtype, device="cuda"))
+            zeros = torch.zeros(linear.out_features, dtype=dtype)
+            made[shape].bias = None if linear.bias is None else torch.nn.Parameter(zeros, requires_grad=False)
+            model.set_submodule(name, made[shape].to("cuda"))
+        else:
+            model.set_submodule(name, copy.deepcopy(made[shape]))
+    _fill(model, dtype)
     model.tie_weights()
     model.hf_quantizer = "bitsandbytes"
     return model.eval().requires_grad_(False)
+
+
+def _fill(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """What is still without memory, at random."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                values = 0.02 * torch.randn(parameter.shape, dtype=dtype, device="cuda")
+                setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype, device="cuda"), False)
 
 
 def words(vocab: int) -> Any:
