@@ -10,8 +10,9 @@ import torch
 from paceline.engine.attention import Window
 from paceline.engine.key_shift import KeyShift
 from paceline.engine.kv_cache import KVGeometry
-from paceline.engine.runner import Runner
-from paceline.speculation.sampling import Columns
+from paceline.engine.kv_memory import KVMemory
+from paceline.engine.runner import Launched, Runner
+from paceline.speculation.sampling import Columns, Rows
 
 
 class ReducedVocabRunner(Runner):
@@ -25,7 +26,9 @@ class ReducedVocabRunner(Runner):
         assert runner.vocab_size == len(kept), f"{runner.vocab_size} tokens in the draft, {len(kept)} kept"
         self._runner = runner
         self._nearest: list[int] = nearest.tolist()
+        self._kept: list[int] = kept.tolist()
         self._columns = Columns(kept.to(runner.device), len(self._nearest))
+        runner.name_columns(kept)
 
     @property
     def vocab_size(self) -> int:
@@ -49,8 +52,35 @@ class ReducedVocabRunner(Runner):
     def key_shift(self) -> KeyShift | str:
         return self._runner.key_shift()
 
+    def kv_memory(self, geometry: KVGeometry, capacity: int, max_model_len: int) -> KVMemory:
+        return self._runner.kv_memory(geometry, capacity, max_model_len)
+
+    def warm_up(self, memory: KVMemory) -> int:
+        return self._runner.warm_up(memory)
+
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
+        return self._runner.run(self._under_own_ids(windows))
+
+    def launch(
+        self, windows: Sequence[Window], rows: Sequence[Rows], feeds: Sequence[int] | None = None
+    ) -> Launched | None:
+        launched = self._runner.launch(self._under_own_ids(windows), rows, feeds)
+        return None if launched is None else _UnderTargetsIds(launched, self._kept)
+
+    def _under_own_ids(self, windows: Sequence[Window]) -> list[Window]:
         nearest = self._nearest
-        return self._runner.run(
-            [replace(window, token_ids=[nearest[token] for token in window.token_ids]) for window in windows]
-        )
+        return [replace(window, token_ids=[nearest[token] for token in window.token_ids]) for window in windows]
+
+
+class _UnderTargetsIds(Launched):
+    """A launch whose tokens are the target's."""
+
+    def __init__(self, launched: Launched, kept: list[int]) -> None:
+        self._launched, self._kept = launched, kept
+
+    @property
+    def logits(self) -> torch.Tensor:
+        return self._launched.logits
+
+    def tokens(self) -> list[int]:
+        return [self._kept[token] for token in self._launched.tokens()]

@@ -83,6 +83,9 @@ class Runner(ABC):
         """
         return None
 
+    def name_columns(self, names: torch.Tensor) -> None:
+        """Say which tokens the columns of the logits are, int64 [vocab], for draws made where they are."""
+
     def kv_memory(
         self,
         geometry: KVGeometry,

@@ -41,22 +41,29 @@ def _gumbel(start, ids):
 
 
 @triton.jit
-def _totals(logits, ids, inside, start, temperature):
+def _named(names, ids, inside, NAMED: tl.constexpr):
+    """The tokens that columns `ids` stand for."""
+    return tl.load(names + ids, mask=inside, other=0) if NAMED else ids
+
+
+@triton.jit
+def _totals(logits, names, ids, inside, start, temperature, NAMED: tl.constexpr):
     """What a row's draw maximizes, float64; -inf outside. Greedy rows, of temperature 0, have no noise."""
     values = tl.load(logits + ids, mask=inside, other=float("-inf")).to(tl.float32)
     found = values.to(tl.float64)
     if temperature > 0:
-        found = _gumbel(start, ids) + (values / temperature).to(tl.float64)
+        found = _gumbel(start, _named(names, ids, inside, NAMED)) + (values / temperature).to(tl.float64)
     return tl.where(inside, found, float("-inf"))
 
 
 @triton.jit
 def draw_chunks(
-    logits, stride, vocab, starts, temperatures, best, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+    logits, stride, vocab, names, starts, temperatures, best,
+    NAMED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, row): about the best total of a chunk of a row, `best` float32 [rows, chunks].
 
-    In float32, where logarithms are cheap: within some 1e-5 of what `_totals` says.
+    `names`, int32 [vocab], are the tokens of the columns if they are NAMED. In float32, where logarithms are cheap: within some 1e-5 of what `_totals` says.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1)
@@ -70,7 +77,9 @@ def draw_chunks(
         values = tl.load(logits + row.to(tl.int64) * stride + ids, mask=inside, other=float("-inf")).to(tl.float32)
         if temperature > 0:
             # All 53 bits, rounded: a small u, of the likeliest winners, keeps its digits; 1 - u would lose them.
-            u = (2 * (_bits(start, ids) >> 11).to(tl.int64) + 1).to(tl.float32) * 5.551115123125783e-17
+            u = (2 * (_bits(start, _named(names, ids, inside, NAMED)) >> 11).to(tl.int64) + 1).to(
+                tl.float32
+            ) * 5.551115123125783e-17
             wait = tl.where(u < 0.001, u * (1.0 + u * (0.5 + u * 0.33333334)), -tl.log(1.0 - u))
             values = values / temperature - tl.log(wait)
         top = tl.maximum(top, tl.where(inside, values, float("-inf")))
@@ -79,8 +88,8 @@ def draw_chunks(
 
 @triton.jit
 def draw_rows(
-    logits, stride, vocab, starts, temperatures, log_min_ps, top_ps, top_ks, best, chunks, tokens,
-    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, vocab, names, starts, temperatures, log_min_ps, top_ps, top_ks, best, chunks, tokens,
+    NAMED: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (row): the best of the row that its filters leave, looked for where `draw_chunks` found the best.
     `tokens` int64 [rows]."""
@@ -99,7 +108,7 @@ def draw_rows(
         at = tl.zeros((BLOCK,), tl.int32)
         for first in range(0, CHUNK, BLOCK):
             ids = chunk * CHUNK + first + i
-            sums = _totals(mine, ids, ids < vocab, start, tl.load(temperatures + row))
+            sums = _totals(mine, names, ids, ids < vocab, start, tl.load(temperatures + row), NAMED)
             at = tl.where(sums > leading, ids, at)
             leading = tl.maximum(leading, sums)
         lead = tl.max(leading, axis=0)
@@ -145,7 +154,7 @@ def draw_rows(
                 for first in range(0, vocab, BLOCK):
                     others = first + i
                     scores = tl.load(mine + others, mask=others < vocab, other=float("-inf")) / temperature
-                    rest = _totals(mine, others, (others < vocab) & (scores > own), start, temperature)
+                    rest = _totals(mine, names, others, (others < vocab) & (scores > own), start, temperature, NAMED)
                     place = tl.where(rest > next_best, others, place)
                     next_best = tl.maximum(next_best, rest)
                 second = tl.max(next_best, axis=0)

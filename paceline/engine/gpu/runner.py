@@ -106,6 +106,7 @@ class DeviceRunner(Runner):
         self._buffers = StepBuffers(rows, MOST_SEQUENCES, columns, geometry.device)
         self._captured: dict[tuple[int, int, Shape], _Graph] = {}
         self._memory: Any = None
+        self._names: torch.Tensor | None = None
         drawing = min(rows, MOST_GRAPH_ROWS)
         chunks = -(-self.vocab_size // draws.CHUNK)
         device = geometry.device
@@ -184,6 +185,10 @@ class DeviceRunner(Runner):
         event.record()
         return host[:count], event
 
+    def name_columns(self, names: torch.Tensor) -> None:
+        """Draw with the noise of these tokens, int64 [vocab], in place of 0, 1, …: before anything is launched."""
+        self._names = names.to(self.device, torch.int32)
+
     def warm_up(self, memory: KVMemory) -> int:
         """Capture what decoding needs, and windows of one sequence. Returns how many graphs there are."""
         assert isinstance(memory, BlockPool)
@@ -243,13 +248,13 @@ class DeviceRunner(Runner):
         inputs, (count, vocab) = self._buffers.on_device, logits.shape
         chunks = self._best.shape[1]
         draws.draw_chunks[(chunks, count)](
-            logits, logits.stride(0), vocab, inputs["counters"], inputs["temperatures"], self._best,
-            CHUNK=draws.CHUNK, BLOCK=1024, num_warps=4,
+            logits, logits.stride(0), vocab, self._names, inputs["counters"], inputs["temperatures"], self._best,
+            NAMED=self._names is not None, CHUNK=draws.CHUNK, BLOCK=1024, num_warps=4,
         )  # fmt: skip
         draws.draw_rows[(count,)](
-            logits, logits.stride(0), vocab, inputs["counters"], inputs["temperatures"], inputs["log_min_ps"],
-            inputs["top_ps"], inputs["top_ks"], self._best, chunks, self._tokens,
-            CHUNKS=1 << (chunks - 1).bit_length(), CHUNK=draws.CHUNK, BLOCK=1024, num_warps=8,
+            logits, logits.stride(0), vocab, self._names, inputs["counters"], inputs["temperatures"],
+            inputs["log_min_ps"], inputs["top_ps"], inputs["top_ks"], self._best, chunks, self._tokens,
+            NAMED=self._names is not None, CHUNKS=1 << (chunks - 1).bit_length(), CHUNK=draws.CHUNK, BLOCK=1024, num_warps=8,
         )  # fmt: skip
 
     def _batch_of(self, shape: Shape, keys: torch.Tensor, values: torch.Tensor, block: int) -> Batch:
