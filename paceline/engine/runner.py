@@ -83,7 +83,7 @@ class Runner(ABC):
         """
         return None
 
-    def name_columns(self, names: torch.Tensor) -> None:
+    def name_columns(self, names: torch.Tensor) -> None:  # noqa: B027  (most leave drawing to others)
         """Say which tokens the columns of the logits are, int64 [vocab], for draws made where they are."""
 
     def kv_memory(

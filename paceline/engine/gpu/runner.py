@@ -247,14 +247,15 @@ class DeviceRunner(Runner):
     def _draw(self, logits: torch.Tensor) -> None:
         inputs, (count, vocab) = self._buffers.on_device, logits.shape
         chunks = self._best.shape[1]
+        named, names = self._names is not None, self._names
         draws.draw_chunks[(chunks, count)](
-            logits, logits.stride(0), vocab, self._names, inputs["counters"], inputs["temperatures"], self._best,
-            NAMED=self._names is not None, CHUNK=draws.CHUNK, BLOCK=1024, num_warps=4,
+            logits, logits.stride(0), vocab, names, inputs["counters"], inputs["temperatures"], self._best,
+            NAMED=named, CHUNK=draws.CHUNK, BLOCK=1024, num_warps=4,
         )  # fmt: skip
         draws.draw_rows[(count,)](
-            logits, logits.stride(0), vocab, self._names, inputs["counters"], inputs["temperatures"],
+            logits, logits.stride(0), vocab, names, inputs["counters"], inputs["temperatures"],
             inputs["log_min_ps"], inputs["top_ps"], inputs["top_ks"], self._best, chunks, self._tokens,
-            NAMED=self._names is not None, CHUNKS=1 << (chunks - 1).bit_length(), CHUNK=draws.CHUNK, BLOCK=1024, num_warps=8,
+            NAMED=named, CHUNKS=1 << (chunks - 1).bit_length(), CHUNK=draws.CHUNK, BLOCK=1024, num_warps=8,
         )  # fmt: skip
 
     def _batch_of(self, shape: Shape, keys: torch.Tensor, values: torch.Tensor, block: int) -> Batch:
