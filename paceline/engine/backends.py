@@ -12,7 +12,7 @@ from paceline.engine.gpu.kinds import missing
 from paceline.engine.kv_blocks import BLOCK
 from paceline.engine.native import Kernels, kernels
 from paceline.engine.packed import GROUP, Activations
-from paceline.engine.products import BACKENDS, KeepingBackend, LinearBackends, with_activations
+from paceline.engine.products import BACKENDS, Int4, Int8, KeepingBackend, LinearBackends, with_activations
 from paceline.errors import ConfigError
 from paceline.hardware import usable_cores
 from paceline.models.quantization import LibraryQuantization, library_quantization
@@ -212,8 +212,12 @@ def _linears(
         return LinearBackends(keeping), Choice("linear layers", " or ".join(one.name for one in keeping), reason)
     if (why := missing[named]) is not None:
         raise ConfigError(f"engine.{field}: {named} does not run here: {why}", param=f"engine.{field}")
-    (rounding,) = (backend for backend in backends if backend.name == named)
-    return LinearBackends(keeping, rounding), Choice("linear layers", named, "as configured")
+    by_name = {backend.name: backend for backend in backends}
+    if named != Int4.name:
+        return LinearBackends(keeping, by_name[named]), Choice("linear layers", named, "as configured")
+    # In 4 bits the head alone would cost more than all layers together, for a few per cent of the bytes.
+    linears = LinearBackends(keeping, by_name[named], head=by_name[Int8.name])
+    return linears, Choice("linear layers", named, "as configured; the output head in 8 bits")
 
 
 def _check_rounding(settings: EngineSettings) -> None:

@@ -211,6 +211,12 @@ def test_groups_of_128_are_another_rounding(folder: Path) -> None:
     assert by_32 != by_128
 
 
-@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
-def test_rounding_on_a_cpu_is_what_runs(folder: Path, weight_dtype: Any) -> None:
-    assert chosen(loaded(folder, weight_dtype=weight_dtype))["linear layers"] == weight_dtype
+@pytest.mark.parametrize(("weight_dtype", "runs"), [("int8", "int8"), ("int4", "int4 x12, int8 x1")])
+def test_rounding_on_a_cpu_is_what_runs(folder: Path, weight_dtype: Any, runs: str) -> None:
+    assert chosen(loaded(folder, weight_dtype=weight_dtype))["linear layers"] == runs
+
+
+def test_a_head_of_8_bits_is_the_model_s_own_code_s_too(folder: Path) -> None:
+    model = loaded(folder, weight_dtype="int4", attn_implementation="sdpa")
+    assert isinstance(model.runner, ModelRunner)
+    assert chosen(model)["linear layers"] == "int4 x21, int8 x1"
