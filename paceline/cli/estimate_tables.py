@@ -99,11 +99,12 @@ def _notes(asked: Question) -> Iterator[str]:
     if shape.quantized:
         yield f"Its checkpoint is quantized ({shape.quantized}); the tables say what its weights take if they are not."
     if shape.experts:
-        kept = "bitsandbytes" if cuda else "our packed products"
+        kept = "bitsandbytes and torchao" if cuda else "our packed products and libraries"
         yield f"{shape.experts / 1e6:,.1f} million of its parameters are experts, which {kept} leave as they are."
     if not cuda:
         lean = "the lean pass, product by product" if shape.lean else "its own code, loaded whole in float32"
-        yield f"Runs by {lean}. linear_backend: auto takes the smallest form that keeps the checkpoint's numbers."
+        yield f"Runs by {lean}; over a library's modules (bnb, torchao) by its own code in any case."
+        yield "engine.linear_backend: auto takes of the first two, int8 and int4 what keeps the checkpoint's numbers."
 
 
 def _comparison(compared: Compared) -> Table:

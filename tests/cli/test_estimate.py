@@ -44,11 +44,12 @@ def names(report: dict[str, Any]) -> list[str]:
 
 def test_a_gpu_has_its_precisions(run: Run, config: str) -> None:
     report = found(run("estimate", config, "--gpu-memory", "1", "--json"))
-    assert names(report) == ["fp32", "bf16", "bnb-8bit", "bnb-4bit", "bnb-4bit-dq"]
+    assert names(report) == ["fp32", "bf16", "bnb-8bit", "bnb-4bit", "torchao-int8", "bnb-4bit-dq"]
 
 
 def test_a_cpu_has_its_own(run: Run, config: str) -> None:
-    assert names(found(run("estimate", config, "--memory", "1", "--json"))) == ["fp32", "fp16", "int8", "int4"]
+    report = found(run("estimate", config, "--memory", "1", "--json"))
+    assert names(report) == ["fp32", "fp16", "int8", "int4", "bnb-8bit", "bnb-4bit", "torchao-int8"]
 
 
 def test_memory_is_this_machines_if_none_is_given(run: Run, config: str) -> None:
