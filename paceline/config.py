@@ -109,7 +109,8 @@ class EngineSettings(Settings):
     )
     kv_tokens: Positive | Auto = Field(
         "auto",
-        description="KV cache in tokens, running and idle sessions together; auto is a quarter of the free memory.",
+        description="KV cache in tokens, running and idle sessions together; auto is a quarter of a machine's "
+        "free memory, or 0.8 of a GPU's.",
     )
     kv_dtype: Literal["auto", "int8"] = Field(
         "auto",

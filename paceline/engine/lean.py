@@ -274,9 +274,10 @@ def lean_runner(
 ) -> LeanRunner:
     """The lean form of a model, after it has reproduced the model's own logits on a probe.
 
-    `pack_head` is for the output head, where that is packed otherwise. With `rounds`, these may change weights: then it is a lean pass that reads each weight anew that has to reproduce
-    them, and the packed one has to resemble them. Raises NotLeanError, with the reason, if the model is built
-    differently, which is known before any weight is needed, or if the logits differ. The model is left as it was.
+    `pack_head` is for the output head, where that is packed otherwise. With `rounds`, both may change weights: then it
+    is a lean pass that reads each weight anew that has to reproduce them, and the packed one has to resemble them.
+    Raises NotLeanError, with the reason, if the model is built differently, which is known before any weight is needed,
+    or if the logits differ. The model is left as it was.
     """
     shape = refuse_other_structures(model)
     own = _own_logits(model)

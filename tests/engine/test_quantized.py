@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from paceline.config import EngineSettings
 from paceline.engine.attention import Window
+from paceline.engine.backends import resolve_backends
 from paceline.engine.lean import LeanRunner
 from paceline.engine.load import LoadedModel, load_model
 from paceline.engine.runner import ModelRunner
@@ -183,6 +184,15 @@ def test_a_gpu_s_configuration_is_one_transformers_takes(name: Any) -> None:
     need(name)
     config = LibraryQuantization(EngineSettings(quantization=name, group_size=128)).config(torch.bfloat16)
     assert config.quant_type.set_inductor_config is False
+
+
+@pytest.mark.parametrize(
+    "setting", [{"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": True}, {"offload_folder": "weights"}]
+)
+def test_a_setting_that_says_nothing_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="set that, too") as refused:
+        resolve_backends(EngineSettings(device="cpu", **setting))
+    assert refused.value.param == f"engine.{next(iter(setting))}"
 
 
 # ---- what keys and values depend on
