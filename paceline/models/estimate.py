@@ -88,7 +88,8 @@ class ModelShape:
     `others` are norms, learned positions and the like. `buffers` are bytes: each has a type of its own.
     `width` is of the widest activations inside a layer, `scores_kept` whether its attention holds every score, since
     no fused kernel computes it. `lean` models run with fused products on a CPU, and are never in memory whole. Their
-    embedding takes `itemsize` bytes a number, or none where it is tied to a packed head. `quantized` is the method a checkpoint is quantized by, "" if it is not.
+    embedding takes `itemsize` bytes a number, or none where it is tied to a packed head. `quantized` is the method
+    a checkpoint is quantized by, "" if it is not.
     """
 
     family: str
@@ -173,8 +174,8 @@ def weight_bytes(shape: ModelShape, precision: Precision) -> int:
     """Parameters and buffers.
 
     Libraries take the linear layers but not the head; all else has the precision's plain type, and a tied head is the
-    embedding. On a CPU we pack every linear layer, the head too, beside its embedding; the lean pass keeps the embedding
-    in 16 bits where these have all of it, or in a tied head of 8 bits alone, and tables of rotary angles.
+    embedding. On a CPU we pack every linear layer, the head too, beside its embedding; the lean pass keeps the
+    embedding in 16 bits where these have all of it, or in a tied head of 8 bits alone, and tables of rotary angles.
     """
     linear = sum(matrix.count * _stored(matrix, precision) for matrix in shape.matrices)
     biases = sum(matrix.biases for matrix in shape.matrices)

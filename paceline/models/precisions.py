@@ -20,7 +20,7 @@ BLOCK, OUTER_BLOCK = 64, 256
 NF4_LEVELS, DYNAMIC_LEVELS = 16, 256
 """Numbers of the tables it keeps beside every weight."""
 GROUP, PANEL = 32, 16
-"""Ours: inputs with scales of their own, outputs side by side. Those of `engine.group_size: 128` are stored four times."""
+"""Ours: inputs with scales of their own, outputs side by side. A scale of 128 inputs is stored four times."""
 PACKED = ("int8", "int4")
 FBGEMM_TILE = 512
 """Inputs a packed half-precision weight is filled up to a multiple of."""
