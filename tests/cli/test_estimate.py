@@ -161,6 +161,17 @@ def test_the_peak_measured_is_near_the_one_expected(measured: command.Compared) 
     assert measured.measured.peak == pytest.approx(measured.expected.peak, rel=0.15)
 
 
+@pytest.mark.parametrize(("name", "library"), [("bnb-8bit", "bitsandbytes"), ("torchao-int8", "torchao")])
+def test_the_weights_measured_of_a_library_are_those_expected(tmp_path: Path, name: str, library: str) -> None:
+    pytest.importorskip(library)
+    tiny.tiny_llama().save_pretrained(tmp_path)
+    tiny.save_tokenizer(tmp_path)
+    precision, shape = command.precision_named(name, "cpu"), command._shape(str(tmp_path))
+    asked = command.Question(str(tmp_path), (shape,), "cpu", 1 << 30, (precision,), (128,), 512, kv_int8=False)
+    compared = command._compare(asked)
+    assert compared.measured.weights == pytest.approx(compared.expected.weights, rel=0.02)
+
+
 def test_what_is_measured_is_shown_beside_the_estimate(
     run: Run, monkeypatch: pytest.MonkeyPatch, smollm2: ModelFiles, measured: command.Compared
 ) -> None:
