@@ -4,7 +4,7 @@ smollm2-135m comes from a GGUF file of type Q4_1: rounding its layers to 4 bits 
 its channels shuffled it is the same function, and no group of its weights lies on a grid any more:
 
     python benchmarks/off_grid.py shuffle ./shuffled
-    paceline eval ./shuffled --set linear_backend=int4
+    paceline eval ./shuffled --set weight_dtype=int4
 
 Or the layers are rounded here, in groups of any size, and the output head is left alone:
 

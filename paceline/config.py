@@ -60,7 +60,9 @@ class EngineSettings(Settings):
     weight_dtype: WeightDtype = Field(
         "auto",
         description="What weights are rounded to on a CPU, to nearest, each group with its own scale; those that lie "
-        "on such a grid already stay as they are. auto rounds nothing.",
+        "on such a grid already stay as they are. int4 leaves the output head 8 bits, since in 4 it alone would cost "
+        "more quality than all layers; an embedding tied to a head that is rounded is looked up there, if the model is "
+        "built like Llama. auto rounds nothing.",
     )
     group_size: Literal[32, 128] = Field(
         32,
@@ -107,7 +109,8 @@ class EngineSettings(Settings):
     )
     kv_tokens: Positive | Auto = Field(
         "auto",
-        description="KV cache in tokens, running and idle sessions together; auto is a quarter of the free memory.",
+        description="KV cache in tokens, running and idle sessions together; auto is a quarter of a machine's "
+        "free memory, or 0.8 of a GPU's.",
     )
     kv_dtype: Literal["auto", "int8"] = Field(
         "auto",

@@ -107,7 +107,9 @@ def held_bytes() -> int:
         if isinstance(packed, torch.ScriptObject):
             outputs, inputs = torch.ops.quantized.linear_unpack_fp16(packed)[0].shape
             held[id(packed)] = outputs * -(-inputs // 512) * 512 * 2
-        elif type(each) not in (torch.Tensor, torch.nn.Parameter) or each.device.type != "cpu":
+        elif not issubclass(type(each), torch.Tensor) or hasattr(type(each), "__tensor_flatten__"):
+            continue  # what a tensor of several is made of is counted by itself
+        elif each.device.type != "cpu":
             continue
         elif each.layout is torch.strided:
             held[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()

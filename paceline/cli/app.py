@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version as installed_version
@@ -21,6 +22,9 @@ Examples:
   paceline serve --targets 2 --drafts 2
   paceline chat "What is the capital of France?"
 """
+
+NOISY = ("torchao", "torch.utils._pytree")
+"""Transformers imports torchao wherever it is installed, and that warns of GPU kernels it has no use for here."""
 
 app = group("Serve language models with a pool of drafters riding ahead.", EPILOG)
 app.command("serve", epilog=serve.EPILOG)(serve.serve)
@@ -53,6 +57,8 @@ def top_level(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 an error in one line, 2 wrong usage, 130 Ctrl-C."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(arguments)
     except PacelineError as error:

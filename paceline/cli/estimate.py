@@ -74,7 +74,8 @@ Precisions = Annotated[
     typer.Option(
         "--precision",
         metavar="NAME[,NAME…]",
-        help="fp32, bf16, bnb-8bit, bnb-4bit, bnb-4bit-dq on a GPU; fp32, fp16, int8, int4 on a CPU.  [default: all]",
+        help="fp32, bf16, bnb-8bit, bnb-4bit, torchao-int8, bnb-4bit-dq on a GPU; fp32, fp16, int8, int4, bnb-8bit, "
+        "bnb-4bit, torchao-int8 on a CPU.  [default: all]",
         show_default=False,
     ),
 ]

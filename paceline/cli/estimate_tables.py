@@ -90,7 +90,8 @@ def _notes(asked: Question) -> Iterator[str]:
     shape, cuda = asked.shapes[0], asked.device == "cuda"
     process = "a CUDA context" if cuda else "Python and its libraries"
     yield f"{size(PROCESS[asked.device])} for {process} are left out above and counted in the sessions."
-    yield "engine.kv_tokens: auto takes a quarter of what is free when the model is loaded; a number takes more."
+    share = "0.8" if cuda else "a quarter"
+    yield f"engine.kv_tokens: auto takes {share} of what is free when the model is loaded; a number may take more."
     if beyond := [each for each in asked.contexts if each > shape.max_model_len]:
         yield f"{beyond[0]} tokens are beyond the model's own {shape.max_model_len}."
     if shape.kv.sliding_layers:
@@ -99,11 +100,12 @@ def _notes(asked: Question) -> Iterator[str]:
     if shape.quantized:
         yield f"Its checkpoint is quantized ({shape.quantized}); the tables say what its weights take if they are not."
     if shape.experts:
-        kept = "bitsandbytes" if cuda else "our packed products"
+        kept = "bitsandbytes and torchao" if cuda else "our packed products and libraries"
         yield f"{shape.experts / 1e6:,.1f} million of its parameters are experts, which {kept} leave as they are."
     if not cuda:
         lean = "the lean pass, product by product" if shape.lean else "its own code, loaded whole in float32"
-        yield f"Runs by {lean}. linear_backend: auto takes the smallest form that keeps the checkpoint's numbers."
+        yield f"Runs by {lean}; over a library's modules (bnb, torchao) by its own code in any case."
+        yield "engine.linear_backend: auto takes of fp32, fp16, int8 and int4 what keeps the checkpoint's numbers."
 
 
 def _comparison(compared: Compared) -> Table:

@@ -12,7 +12,7 @@ from paceline.engine.gpu.kinds import missing
 from paceline.engine.kv_blocks import BLOCK
 from paceline.engine.native import Kernels, kernels
 from paceline.engine.packed import GROUP, Activations
-from paceline.engine.products import BACKENDS, KeepingBackend, LinearBackends, with_activations
+from paceline.engine.products import BACKENDS, Int4, Int8, KeepingBackend, LinearBackends, with_activations
 from paceline.errors import ConfigError
 from paceline.hardware import usable_cores
 from paceline.models.quantization import LibraryQuantization, library_quantization
@@ -20,6 +20,12 @@ from paceline.speculation import coupling
 
 KV_SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.8}
 """A machine's memory is for others, too; a GPU's is there to be used."""
+NEEDED = {
+    "bnb_4bit_quant_type": ("quantization", "bitsandbytes_4bit"),
+    "bnb_4bit_use_double_quant": ("quantization", "bitsandbytes_4bit"),
+    "offload_folder": ("device_map", "auto"),
+}
+"""Settings that are for another one's value alone."""
 BLOCK_READERS = ("triton", "flash_attention_3", "varlen_attn")
 """Attention kernels that read keys and values in blocks."""
 
@@ -116,7 +122,9 @@ def free_memory(device: torch.device) -> int:
 
 def _device(settings: EngineSettings) -> tuple[torch.device, str]:
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device: cuda is asked for, but torch sees no GPU here", param="engine.device")
+        raise ConfigError(
+            "engine.device: cuda is asked for, but torch sees no GPU here; set auto or cpu", param="engine.device"
+        )
     if settings.device != "auto":
         return torch.device(settings.device), "as configured"
     if torch.cuda.is_available():
@@ -151,13 +159,19 @@ def attention_for(settings: EngineSettings, device: torch.device) -> tuple[str, 
     if named in ("sdpa", "eager"):
         return named, "as configured"
     if device.type != "cuda":
-        raise ConfigError(f"engine.attn_implementation: {named} needs a GPU", param="engine.attn_implementation")
+        raise ConfigError(
+            f"engine.attn_implementation: {named} needs a GPU; set auto, sdpa or eager",
+            param="engine.attn_implementation",
+        )
     if (why := missing(named)) is not None:
         raise ConfigError(
             f"engine.attn_implementation: {named} does not run here: {why}", param="engine.attn_implementation"
         )
     if settings.kv_dtype == "int8" and named in BLOCK_READERS:
-        raise ConfigError(f"engine.kv_dtype: int8 is not for attention by {named}", param="engine.kv_dtype")
+        raise ConfigError(
+            f"engine.kv_dtype: int8 is not for attention by {named}; set engine.attn_implementation: sdpa",
+            param="engine.kv_dtype",
+        )
     return named, "as configured"
 
 
@@ -169,7 +183,7 @@ def _cache(settings: EngineSettings, device: torch.device, attention: str) -> tu
         return named != "static", f"one pool, in blocks of {size}"
     if named == "paged" and device.type == "cpu":
         raise ConfigError(
-            "engine.cache_implementation: paged needs a GPU; on a CPU memory is committed page by page as it is",
+            "engine.cache_implementation: paged needs a GPU; set auto, which commits a CPU's memory page by page",
             param="engine.cache_implementation",
         )
     return named == "paged", "as configured" if named != "auto" else "contiguous memory for each sequence"
@@ -226,17 +240,28 @@ def _linears(
         return LinearBackends(keeping), Choice("linear layers", " or ".join(one.name for one in keeping), reason)
     if (why := missing[named]) is not None:
         raise ConfigError(f"engine.{field}: {named} does not run here: {why}", param=f"engine.{field}")
-    (rounding,) = (backend for backend in backends if backend.name == named)
-    return LinearBackends(keeping, rounding), Choice("linear layers", named, "as configured")
+    by_name = {backend.name: backend for backend in backends}
+    if named != Int4.name:
+        return LinearBackends(keeping, by_name[named]), Choice("linear layers", named, "as configured")
+    # In 4 bits the head alone would cost more than all layers together, for a few per cent of the bytes.
+    linears = LinearBackends(keeping, by_name[named], head=by_name[Int8.name])
+    return linears, Choice("linear layers", named, "as configured; the output head in 8 bits")
 
 
 def _check_rounding(settings: EngineSettings) -> None:
-    """Raise ConfigError where two settings say how to round, or none does what a third is for."""
+    """Raise ConfigError where two settings say how to round, or none does what another is for."""
     if settings.weight_dtype != "auto" and settings.linear_backend != "auto":
         raise ConfigError(
             f"engine.weight_dtype: {settings.weight_dtype} has products of its own; set engine.linear_backend: auto",
             param="engine.weight_dtype",
         )
+    for name, needed in NEEDED.items():
+        default = type(settings).model_fields[name].default
+        if getattr(settings, name) != default and getattr(settings, needed[0]) != needed[1]:
+            raise ConfigError(
+                f"engine.{name}: says nothing without engine.{needed[0]}: {needed[1]}; set that, too",
+                param=f"engine.{name}",
+            )
     rounds = settings.weight_dtype != "auto" or settings.quantization == "torchao_int4"
     if settings.group_size != GROUP and not rounds:
         raise ConfigError(

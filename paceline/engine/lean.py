@@ -39,6 +39,9 @@ ROUNDED_TOLERANCE = 0.7
 """Root mean square of the difference, relative to the spread, at which rounded weights are still this model's: 4 bits
 give about 0.3, logits that have nothing to do with each other more than 1."""
 
+HALF_A_STEP = 1.01 / 254
+"""Of 8 bits, relative to the largest number; with room for the arithmetic's own rounding."""
+
 Take = Callable[[list[Any]], Product]
 """One product in place of several linear modules that share their input."""
 
@@ -82,16 +85,19 @@ class LeanRunner(Runner):
     `model` has passed `refuse_other_structures`. `shape` is a runner of the same configuration; it needs no weights.
     """
 
-    def __init__(self, model: PreTrainedModel, shape: ModelRunner, kernels: Kernels, take: Take) -> None:
+    def __init__(
+        self, model: PreTrainedModel, shape: ModelRunner, kernels: Kernels, take: Take, take_head: Take
+    ) -> None:
         self._kernels = kernels.library
         self._vocab_size, self._max_model_len = shape.vocab_size, shape.max_model_len
         self._geometry = replace(shape.kv_geometry(), device=torch.device("cpu"))
         body: Any = model.model
         self._cos, self._sin = rotary_tables(body, int(body.layers[0].self_attn.head_dim), shape.max_model_len)
         # The largest first, while nothing else is held.
-        self._head = take([model.lm_head])
+        self._head = take_head([model.lm_head])
         with align_module_device(body.embed_tokens):
-            self._embedding = _table(body.embed_tokens.weight.detach(), self._head)
+            tied = bool(getattr(model.config, "tie_word_embeddings", False))
+            self._embedding = _table(body.embed_tokens.weight.detach(), self._head, tied=tied)
         self._final_norm, self._eps = _norm(body.norm)
         self._layers = [_take_layer(layer, take) for layer in body.layers]
         self._stack = _layer_stack(self._layers)
@@ -263,18 +269,28 @@ def _layer_stack(layers: Sequence[Layer]) -> _LayerStack | None:
     return _LayerStack(structs, product, widest)
 
 
-def lean_runner(model: PreTrainedModel, kernels: Kernels, pack: Pack, *, rounds: bool = False) -> LeanRunner:
+def lean_runner(
+    model: PreTrainedModel, kernels: Kernels, pack: Pack, pack_head: Pack | None = None, *, rounds: bool = False
+) -> LeanRunner:
     """The lean form of a model, after it has reproduced the model's own logits on a probe.
 
-    With `rounds`, `pack` may change weights: then it is a lean pass that reads each weight anew that has to reproduce
-    them, and the packed one has to resemble them. Raises NotLeanError, with the reason, if the model is built
-    differently, which is known before any weight is needed, or if the logits differ. The model is left as it was.
+    `pack_head` is for the output head, where that is packed otherwise. With `rounds`, both may change weights: then it
+    is a lean pass that reads each weight anew that has to reproduce them, and the packed one has to resemble them.
+    Raises NotLeanError, with the reason, if the model is built differently, which is known before any weight is needed,
+    or if the logits differ. The model is left as it was.
     """
     shape = refuse_other_structures(model)
     own = _own_logits(model)
     if rounds:
-        _require_same(own, _probe(LeanRunner(model, shape, kernels, _read_anew)))
-    lean = LeanRunner(model, shape, kernels, lambda linears: pack(*_fused(linears)))
+        _require_same(own, _probe(LeanRunner(model, shape, kernels, _read_anew, _read_anew)))
+    pack_head = pack_head or pack
+    lean = LeanRunner(
+        model,
+        shape,
+        kernels,
+        take=lambda linears: pack(*_fused(linears)),
+        take_head=lambda linears: pack_head(*_fused(linears)),
+    )
     found = _probe(lean)
     if not rounds:
         _require_same(own, found)
@@ -454,13 +470,20 @@ def _read(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
         return linear.weight.detach().float(), None if linear.bias is None else linear.bias.detach().float()
 
 
-def _table(embedding: torch.Tensor, head: Product) -> torch.Tensor | PackedWeight:
-    """What rows are looked up in: the packed head, if the two are tied and it has every number of the embedding."""
+def _table(embedding: torch.Tensor, head: Product, *, tied: bool) -> torch.Tensor | PackedWeight:
+    """What rows are looked up in: the packed head, if it has every number of the embedding, or is the same weight,
+    rounded to 8 bits. A checkpoint that calls the two tied may still hold one for each."""
     if isinstance(head, PackedWeight) and (head.outputs, head.inputs) == tuple(embedding.shape):
+        slack = HALF_A_STEP if tied else 0.0
         pieces = zip(torch.split(torch.arange(head.outputs), 1024), torch.split(embedding, 1024), strict=True)
-        if all(torch.equal(head.rows(ids), rows) for ids, rows in pieces):
+        if all(_within(slack, head.rows(ids), rows) for ids, rows in pieces):
             return head
     return _narrowed(embedding)
+
+
+def _within(slack: float, found: torch.Tensor, rows: torch.Tensor) -> bool:
+    """Whether no number is away from its own by more than this share of its row's largest."""
+    return bool(((found - rows).abs() <= slack * rows.abs().amax(1, keepdim=True)).all())
 
 
 def _rows(table: torch.Tensor | PackedWeight, ids: torch.Tensor) -> torch.Tensor:

@@ -217,7 +217,7 @@ def _lean(path: Path, packer: Packer, kernels: Kernels) -> tuple[Runner, list[Ch
             raise NotLeanError(f"its checkpoint is {method}'s, whose library has modules of its own")
         logger.info("%s is loaded whole: %s", path.name, model)
         model = load_causal_lm(path, dtype=torch.float32, device="cpu", attn_implementation="eager")
-    return lean_runner(model, kernels, packer, rounds=packer.rounds), [_linears(packer)]
+    return lean_runner(model, kernels, packer, packer.head, rounds=packer.rounds), [_linears(packer)]
 
 
 def _general(path: Path, backends: Backends, settings: EngineSettings) -> tuple[Runner, list[Choice]]:

@@ -18,6 +18,7 @@ from typing import ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from paceline.engine.packed import GROUP, Activations, linear_kernels, packed
 
@@ -193,7 +194,8 @@ def _same_in_fp16(weight: torch.Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LinearBackends:
-    """What runs here: `keeping` race for each weight they keep. `rounding`, if named, takes every weight it can.
+    """What runs here: `keeping` race for each weight they keep. `rounding`, if named, takes every weight it can; of the
+    output head `head` takes what it cannot keep, if that is named, too.
 
     Those without `rows_alike` are taken only where no other keeps a weight: else the last bit of a logit would depend
     on how a sequence is cut into steps, and with it, where two tokens nearly tie, the token.
@@ -201,6 +203,7 @@ class LinearBackends:
 
     keeping: tuple[KeepingBackend, ...]
     rounding: LinearBackend | None = None
+    head: LinearBackend | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +228,15 @@ class Packer:
         self._taken: list[tuple[str, Mapping[str, Times]]] = []
 
     def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-        rounding = self._backends.rounding
+        return self._pack(weight, bias, self._backends.rounding)
+
+    def head(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """The output head's product."""
+        rounding, finer = self._backends.rounding, self._backends.head
+        keeps = isinstance(rounding, KeepingBackend) and rounding.keep(weight, bias) is not None
+        return self._pack(weight, bias, rounding if keeps or finer is None else finer)
+
+    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None, rounding: LinearBackend | None) -> Product:
         if rounding is not None and (product := rounding.round(weight, bias)) is not None:
             self._taken.append((rounding.name, {}))
             return product
@@ -347,10 +358,11 @@ class ProductLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def replace_linears(model: nn.Module, pack: Pack) -> int:
+def replace_linears(model: PreTrainedModel, packer: Packer) -> int:
     """Replace every nn.Linear in place; returns how many. Weights shared with an embedding stay there too."""
+    head = model.get_output_embeddings()
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for name, linear in found:
         parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], ProductLinear(linear, pack))
+        setattr(parent, name.rpartition(".")[2], ProductLinear(linear, packer.head if linear is head else packer))
     return len(found)

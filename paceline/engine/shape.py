@@ -23,7 +23,7 @@ from paceline.engine.attention import ATTENTION_NAME, Scoring
 from paceline.engine.families import refuse_unservable
 from paceline.engine.geometry import Observer, Seen, kv_geometry, max_model_len, text_config
 from paceline.engine.lean import NotLeanError, refuse_other_structures
-from paceline.engine.packed import SAMPLE, linear_kernels, packed
+from paceline.engine.packed import SAMPLE
 from paceline.errors import ModelError
 from paceline.models.estimate import KVShape, Matrix, ModelShape
 from paceline.models.lazy import empty_causal_lm, stored_rows
@@ -51,7 +51,7 @@ class _Attention:
 
 
 def model_shape(config: PretrainedConfig, folder: Path | None = None) -> ModelShape:
-    """Of a few rows of the embedding in `folder`, if it is given, it is tried what holds them exactly.
+    """Of a few rows of the embedding in `folder`, if it is given, it is tried whether 16 bits hold them exactly.
 
     Raises ModelError for a kind that cannot be served, or that Transformers cannot build or run empty.
     """
@@ -82,7 +82,6 @@ def model_shape(config: PretrainedConfig, folder: Path | None = None) -> ModelSh
         max_model_len=max_model_len(model),
         lean=_is_lean(config),
         itemsize=_itemsize(config) if rows is None else _narrowest(rows),
-        held_by=() if rows is None else _forms(rows),
         quantized=_method(config),
         scores_kept=not all(scoring.fused for scoring in attention.scorings.values()),
     )
@@ -182,14 +181,6 @@ def _narrowest(rows: torch.Tensor) -> int:
     """Bytes of a number of the smallest plain type that holds all of them, as the lean pass looks for it."""
     exact = any(torch.equal(rows.to(dtype).float(), rows) for dtype in (torch.float16, torch.bfloat16))
     return torch.float16.itemsize if exact else torch.float32.itemsize
-
-
-def _forms(rows: torch.Tensor) -> tuple[str, ...]:
-    """Which of our packed forms hold all of them."""
-    kernels = linear_kernels()
-    if isinstance(kernels, str):
-        return ()
-    return tuple(f"int{bits}" for bits in (8, 4) if packed(kernels, rows, None, bits) is not None)
 
 
 def _method(config: PretrainedConfig) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from paceline.models.precisions import FLOAT32, MATRIX, Precision
+from paceline.models.precisions import FLOAT32, GROUP, MATRIX, Precision
 
 GIB = 2**30
 KV_SCALE = 4
@@ -27,7 +27,7 @@ LIBRARIES = {"cuda": 64 << 20, "cpu": 0}
 class Matrix:
     """`count` linear layers alike: weights [outputs, inputs], and biases [outputs] or none.
 
-    `packs` and `quantizes` say whether our CPU kernels and bitsandbytes take them: both go by a module's class.
+    `packs` and `quantizes` say whether our CPU kernels and libraries take them: both go by a module's class.
     """
 
     outputs: int
@@ -88,8 +88,8 @@ class ModelShape:
     `others` are norms, learned positions and the like. `buffers` are bytes: each has a type of its own.
     `width` is of the widest activations inside a layer, `scores_kept` whether its attention holds every score, since
     no fused kernel computes it. `lean` models run with fused products on a CPU, and are never in memory whole. Their
-    embedding takes `itemsize` bytes a number, or none where it is tied to a head in one of the forms `held_by`, which
-    hold it exactly. `quantized` is the method a checkpoint is quantized by, "" if it is not.
+    embedding takes `itemsize` bytes a number, or none where it is tied to a packed head. `quantized` is the method
+    a checkpoint is quantized by, "" if it is not.
     """
 
     family: str
@@ -106,7 +106,6 @@ class ModelShape:
     max_model_len: int
     lean: bool = False
     itemsize: int = FLOAT32
-    held_by: tuple[str, ...] = ()
     quantized: str = ""
     scores_kept: bool = False
 
@@ -174,23 +173,19 @@ def footprint(shape: ModelShape, precision: Precision, step: Step, kv_tokens: in
 def weight_bytes(shape: ModelShape, precision: Precision) -> int:
     """Parameters and buffers.
 
-    On a GPU bitsandbytes takes the linear layers but not the head; all else has the precision's plain type, and a tied
-    head is the embedding. On a CPU every linear layer is packed, the head too, beside its embedding; the lean pass
-    keeps the embedding in 16 bits where these have all of it, and tables of rotary angles.
+    Libraries take the linear layers but not the head; all else has the precision's plain type, and a tied head is the
+    embedding. On a CPU we pack every linear layer, the head too, beside its embedding; the lean pass keeps the
+    embedding in 16 bits where these have all of it, or in a tied head of 8 bits alone, and tables of rotary angles.
     """
     linear = sum(matrix.count * _stored(matrix, precision) for matrix in shape.matrices)
     biases = sum(matrix.biases for matrix in shape.matrices)
     inner = linear + (biases + shape.experts + shape.others) * precision.plain + shape.buffers
-    if precision.device == "cuda":
-        head = 0 if shape.tied else shape.head.parameters
-        return inner + (shape.embedding + head) * precision.plain
-    head = _stored(shape.head, precision) + shape.head.biases * precision.plain
-    if shape.lean:
+    head = _stored_head(shape, precision) + shape.head.biases * precision.plain
+    if _runs_lean(shape, precision):
         tables = shape.max_model_len * shape.kv.head_dim * FLOAT32
-        shared = shape.tied and precision.matrix in shape.held_by
+        shared = shape.tied and precision.shares_head and shape.head.inputs % GROUP == 0
         return inner + tables + head + (0 if shared else shape.embedding * shape.itemsize)
-    # Of float32 nothing is packed, so a tied head is the embedding.
-    shared = shape.tied and precision.is_plain
+    shared = shape.tied and precision.head == "plain"
     return inner + shape.embedding * precision.plain + (0 if shared else head)
 
 
@@ -227,22 +222,33 @@ def loading_bytes(shape: ModelShape, precision: Precision) -> int:
 
     On a GPU weights are written in place, or rounded one at a time from 16 bits. On a CPU the lean pass reads one
     product at a time in float32, the head first, and joins those that share their input; any other model is loaded
-    whole in float32 and packed weight by weight.
+    whole in float32 and packed weight by weight, for a library all before the first of them is dropped.
     """
     weights = weight_bytes(shape, precision)
     if precision.device == "cuda":
         return weights + (0 if precision.is_plain else shape.largest * precision.plain)
-    if shape.lean:
-        head = FLOAT32 * shape.head.numbers + _stored(shape.head, precision)
-        return max(weights + 4 * FLOAT32 * shape.largest, head)
-    return max(weights, shape.parameters * FLOAT32 + shape.buffers + _stored(shape.head, precision))
+    if precision.of_library:
+        return weights + shape.parameters * FLOAT32
+    head = _stored_head(shape, precision)
+    if _runs_lean(shape, precision):
+        return max(weights + 4 * FLOAT32 * shape.largest, FLOAT32 * shape.head.numbers + head)
+    return max(weights, shape.parameters * FLOAT32 + shape.buffers + head)
 
 
 def _stored(matrix: Matrix, precision: Precision) -> int:
     """Bytes of one weight of these; plain numbers where neither library takes it."""
-    taken = matrix.packs if precision.device == "cpu" else matrix.quantizes
+    taken = matrix.quantizes if precision.device == "cuda" or precision.of_library else matrix.packs
     form = precision.matrix if taken else "plain"
     return MATRIX[form](matrix.outputs, matrix.inputs, precision.plain)
+
+
+def _stored_head(shape: ModelShape, precision: Precision) -> int:
+    """Bytes of the head's weight, if it has one of its own."""
+    return MATRIX[precision.head](shape.head.outputs, shape.head.inputs, precision.plain)
+
+
+def _runs_lean(shape: ModelShape, precision: Precision) -> bool:
+    return shape.lean and precision.device == "cpu" and not precision.of_library
 
 
 @dataclass(frozen=True, slots=True)

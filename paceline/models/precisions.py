@@ -1,7 +1,7 @@
 """Every way to store a model's weights, what it makes of a linear layer, and the settings that ask for it.
 
-The bytes are those of the libraries: bitsandbytes 0.50 (`functional.quantize_4bit`, `int8_vectorwise_quant`), FBGEMM's
-packed half precision, and our own packed weights (paceline/engine/linear.cpp).
+The bytes are those of the libraries: bitsandbytes 0.50 (`functional.quantize_4bit`, `int8_vectorwise_quant`), torchao
+0.18 (`Int8Tensor`), FBGEMM's packed half precision, and our own packed weights (paceline/engine/linear.cpp).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ BLOCK, OUTER_BLOCK = 64, 256
 NF4_LEVELS, DYNAMIC_LEVELS = 16, 256
 """Numbers of the tables it keeps beside every weight."""
 GROUP, PANEL = 32, 16
-"""Ours: inputs that share a scale, outputs side by side."""
+"""Ours: inputs with scales of their own, outputs side by side. A scale of 128 inputs is stored four times."""
+PACKED = ("int8", "int4")
 FBGEMM_TILE = 512
 """Inputs a packed half-precision weight is filled up to a multiple of."""
 
@@ -29,8 +30,8 @@ def _plain(outputs: int, inputs: int, itemsize: int) -> int:
     return outputs * inputs * itemsize
 
 
-def _llm_int8(outputs: int, inputs: int, _: int) -> int:
-    """A byte a weight and a float32 scale a row (2208.07339)."""
+def _row_int8(outputs: int, inputs: int, _: int) -> int:
+    """A byte a weight and a float32 scale a row: LLM.int8 (2208.07339), and torchao's int8."""
     return outputs * inputs + outputs * FLOAT32
 
 
@@ -73,7 +74,7 @@ def _ceil(number: int, of: int) -> int:
 
 MATRIX: Mapping[str, Callable[[int, int, int], int]] = {
     "plain": _plain,
-    "llm_int8": _llm_int8,
+    "row_int8": _row_int8,
     "nf4": _nf4,
     "nf4_double": _nf4_double,
     "int8": _int8,
@@ -89,7 +90,8 @@ class Precision:
 
     While a product runs it keeps `copies` bytes for every number of its weight, and `sums` for every output: of 4-bit
     weights bitsandbytes makes a copy in 16 bits, and one in float32 beside it where it is left to compute in that.
-    `settings` are the EngineSettings that ask for it.
+    `head` is the form of the output head; plain, it may be the embedding itself. `settings` are the EngineSettings
+    that ask for it.
     """
 
     name: str
@@ -100,43 +102,72 @@ class Precision:
     about: str
     copies: int = 0
     sums: int = 0
+    head: str = "plain"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:
         return self.matrix == "plain"
 
+    @property
+    def of_library(self) -> bool:
+        """Whether a library's modules take the place of linear layers, so that the model's own code runs."""
+        return "quantization" in self.settings
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether our packed products hold the output head, where an embedding tied to it can be looked up."""
+        return self.head in PACKED
+
+
+def _by_libraries(device: Device, plain: int) -> tuple[Precision, ...]:
+    """Of bitsandbytes and torchao; the model's own code runs, with `plain` bytes for any other number."""
+    return (
+        Precision(
+            "bnb-8bit",
+            device,
+            "row_int8",
+            plain,
+            plain,
+            "bitsandbytes LLM.int8",
+            sums=FLOAT32,
+            settings={"quantization": "bitsandbytes_8bit"},
+        ),
+        Precision(
+            "bnb-4bit",
+            device,
+            "nf4",
+            plain,
+            plain,
+            "bitsandbytes nf4, a float32 scale for 64 weights",
+            copies=plain,
+            settings={"quantization": "bitsandbytes_4bit"},
+        ),
+        Precision(
+            "torchao-int8",
+            device,
+            "row_int8",
+            plain,
+            plain,
+            "torchao's weights of 8 bits",
+            copies=plain,
+            settings={"quantization": "torchao_int8"},
+        ),
+    )
+
 
 PRECISIONS = (
     Precision("fp32", "cuda", "plain", FLOAT32, FLOAT32, "float32", settings={"dtype": "float32"}),
     Precision("bf16", "cuda", "plain", HALF, HALF, "bfloat16 or float16", settings={"dtype": "bfloat16"}),
-    Precision(
-        "bnb-8bit",
-        "cuda",
-        "llm_int8",
-        HALF,
-        HALF,
-        "bitsandbytes LLM.int8; head, embedding and norms in 16 bits",
-        sums=FLOAT32,
-        settings={"quantization": "bitsandbytes_8bit"},
-    ),
-    Precision(
-        "bnb-4bit",
-        "cuda",
-        "nf4",
-        HALF,
-        HALF,
-        "bitsandbytes nf4, a float32 scale for 64 weights",
-        copies=HALF,
-        settings={"quantization": "bitsandbytes_4bit"},
-    ),
+    *_by_libraries("cuda", HALF),
+    # On a CPU bitsandbytes takes the scales out again before the first product.
     Precision(
         "bnb-4bit-dq",
         "cuda",
         "nf4_double",
         HALF,
         HALF,
-        "the same with quantized scales (double quantization)",
+        "bitsandbytes nf4 with quantized scales (double quantization)",
         copies=HALF,
         settings={"quantization": "bitsandbytes_4bit", "bnb_4bit_use_double_quant": True},
     ),
@@ -148,6 +179,7 @@ PRECISIONS = (
         FLOAT32,
         FLOAT32,
         "linear layers in half precision, by FBGEMM",
+        head="fbgemm",
         settings={"linear_backend": "fbgemm_fp16"},
     ),
     Precision(
@@ -156,8 +188,9 @@ PRECISIONS = (
         "int8",
         FLOAT32,
         FLOAT32,
-        "linear layers in 8 bits, in groups of 32",
-        settings={"linear_backend": "int8"},
+        "linear layers in 8 bits",
+        head="int8",
+        settings={"weight_dtype": "int8"},
     ),
     Precision(
         "int4",
@@ -165,9 +198,11 @@ PRECISIONS = (
         "int4",
         FLOAT32,
         FLOAT32,
-        "linear layers in 4 bits, in groups of 32",
-        settings={"linear_backend": "int4"},
+        "linear layers in 4 bits, the head in 8",
+        head="int8",
+        settings={"weight_dtype": "int4"},
     ),
+    *_by_libraries("cpu", FLOAT32),
 )
 """In the order they are shown, and the one place where names become settings."""
 

@@ -15,7 +15,7 @@ from paceline.models import ModelFiles
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "most"),
-    [({"linear_backend": "int8"}, 0.01), ({"linear_backend": "int4"}, 0.08), ({"kv_dtype": "int8"}, 0.01)],
+    [({"weight_dtype": "int8"}, 0.01), ({"weight_dtype": "int4"}, 0.08), ({"kv_dtype": "int8"}, 0.01)],
 )
 def test_the_growth_of_perplexity_is_bounded(smollm2: ModelFiles, settings: dict[str, Any], most: float) -> None:
     candidate = load_candidate(smollm2.path, EngineSettings(device="cpu", **settings), context=1024)

@@ -34,7 +34,8 @@ def loaded(folder: Path, **options: Any) -> LoadedModel:
 
 def test_the_models_own_code_gives_the_last_rows() -> None:
     expected = MODEL(input_ids=torch.tensor([IDS])).logits[0, -7:]
-    assert torch.equal(REFERENCE.logits(IDS, 7), expected)
+    # The head is computed for 7 rows in place of 60: not to the last bit the same product on every number of threads.
+    torch.testing.assert_close(REFERENCE.logits(IDS, 7), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 25, 60])

@@ -44,11 +44,12 @@ def names(report: dict[str, Any]) -> list[str]:
 
 def test_a_gpu_has_its_precisions(run: Run, config: str) -> None:
     report = found(run("estimate", config, "--gpu-memory", "1", "--json"))
-    assert names(report) == ["fp32", "bf16", "bnb-8bit", "bnb-4bit", "bnb-4bit-dq"]
+    assert names(report) == ["fp32", "bf16", "bnb-8bit", "bnb-4bit", "torchao-int8", "bnb-4bit-dq"]
 
 
 def test_a_cpu_has_its_own(run: Run, config: str) -> None:
-    assert names(found(run("estimate", config, "--memory", "1", "--json"))) == ["fp32", "fp16", "int8", "int4"]
+    report = found(run("estimate", config, "--memory", "1", "--json"))
+    assert names(report) == ["fp32", "fp16", "int8", "int4", "bnb-8bit", "bnb-4bit", "torchao-int8"]
 
 
 def test_memory_is_this_machines_if_none_is_given(run: Run, config: str) -> None:
@@ -158,6 +159,17 @@ def test_the_kv_of_a_token_measured_is_that_expected(measured: command.Compared)
 
 def test_the_peak_measured_is_near_the_one_expected(measured: command.Compared) -> None:
     assert measured.measured.peak == pytest.approx(measured.expected.peak, rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "library"), [("bnb-8bit", "bitsandbytes"), ("torchao-int8", "torchao")])
+def test_the_weights_measured_of_a_library_are_those_expected(tmp_path: Path, name: str, library: str) -> None:
+    pytest.importorskip(library)
+    tiny.tiny_llama().save_pretrained(tmp_path)
+    tiny.save_tokenizer(tmp_path)
+    precision, shape = command.precision_named(name, "cpu"), command._shape(str(tmp_path))
+    asked = command.Question(str(tmp_path), (shape,), "cpu", 1 << 30, (precision,), (128,), 512, kv_int8=False)
+    compared = command._compare(asked)
+    assert compared.measured.weights == pytest.approx(compared.expected.weights, rel=0.02)
 
 
 def test_what_is_measured_is_shown_beside_the_estimate(

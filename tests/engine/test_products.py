@@ -378,6 +378,19 @@ def test_a_named_backend_leaves_what_it_cannot_hold_to_the_others() -> None:
     assert (packer.taken, packer.reason) == ("int4 x1, torch x1", "as configured")
 
 
+@pytest.mark.parametrize(("kind", "taken"), [("dense", "int8"), ("q4_1", "int4")])
+def test_the_head_has_8_bits_unless_4_keep_it(kind: str, taken: str) -> None:
+    packer = Packer(LinearBackends(KEEPING, BY_NAME["int4"], head=BY_NAME["int8"]))
+    packer.head(MADE[kind](0), None)
+    assert packer.taken == taken
+
+
+def test_layers_of_4_bits_go_with_a_head_of_8() -> None:
+    found = resolve_backends(EngineSettings(device="cpu", weight_dtype="int4", group_size=128)).linears
+    assert found is not None and isinstance(found.head, Packed)
+    assert (found.head.bits, found.head.group_size) == (8, 128)
+
+
 def test_a_backend_that_does_not_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "linear_kernels", lambda: "no compiler")
     with pytest.raises(ConfigError, match="int4 does not run here: no compiler"):
@@ -566,6 +579,15 @@ def test_an_embedding_tied_to_a_packed_head_is_looked_up_there(on_grids: tiny.Ll
     assert isinstance(found, Kernels)
     runner = lean_runner(on_grids, found, smallest())
     assert runner._embedding is runner._head
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_of_a_head_that_is_rounded_only_a_tied_embedding_is_looked_up_there(tied: bool) -> None:
+    found, model = kernels(), tiny.tiny_llama(hidden_size=96, tie_word_embeddings=tied)
+    assert isinstance(found, Kernels)
+    packer = Packer(LinearBackends(KEEPING, BY_NAME["int4"], head=BY_NAME["int8"]))
+    runner = lean_runner(model, found, packer, packer.head, rounds=True)
+    assert (runner._embedding is runner._head) == tied
 
 
 def test_an_embedding_of_its_own_is_not(on_grids: tiny.LlamaForCausalLM) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from paceline.config import EngineSettings
 from paceline.engine.attention import Window
+from paceline.engine.backends import resolve_backends
 from paceline.engine.lean import LeanRunner
 from paceline.engine.load import LoadedModel, load_model
 from paceline.engine.runner import ModelRunner
@@ -185,6 +186,15 @@ def test_a_gpu_s_configuration_is_one_transformers_takes(name: Any) -> None:
     assert config.quant_type.set_inductor_config is False
 
 
+@pytest.mark.parametrize(
+    "setting", [{"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": True}, {"offload_folder": "weights"}]
+)
+def test_a_setting_that_says_nothing_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="set that, too") as refused:
+        resolve_backends(EngineSettings(device="cpu", **setting))
+    assert refused.value.param == f"engine.{next(iter(setting))}"
+
+
 # ---- what keys and values depend on
 
 
@@ -211,6 +221,12 @@ def test_groups_of_128_are_another_rounding(folder: Path) -> None:
     assert by_32 != by_128
 
 
-@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
-def test_rounding_on_a_cpu_is_what_runs(folder: Path, weight_dtype: Any) -> None:
-    assert chosen(loaded(folder, weight_dtype=weight_dtype))["linear layers"] == weight_dtype
+@pytest.mark.parametrize(("weight_dtype", "runs"), [("int8", "int8"), ("int4", "int4 x12, int8 x1")])
+def test_rounding_on_a_cpu_is_what_runs(folder: Path, weight_dtype: Any, runs: str) -> None:
+    assert chosen(loaded(folder, weight_dtype=weight_dtype))["linear layers"] == runs
+
+
+def test_a_head_of_8_bits_is_the_model_s_own_code_s_too(folder: Path) -> None:
+    model = loaded(folder, weight_dtype="int4", attn_implementation="sdpa")
+    assert isinstance(model.runner, ModelRunner)
+    assert chosen(model)["linear layers"] == "int4 x21, int8 x1"

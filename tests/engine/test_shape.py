@@ -134,19 +134,6 @@ def test_a_quantized_checkpoint_is_seen() -> None:
     assert model_shape(config).quantized == "gptq"
 
 
-def test_random_numbers_are_on_no_grid(tmp_path: Path) -> None:
-    assert saved(tmp_path, torch.float32).held_by == ()
-
-
-def test_numbers_on_a_grid_of_8_bits_are_seen(tmp_path: Path) -> None:
-    model = tiny.tiny_llama(hidden_size=96)
-    steps = torch.randint(-127, 128, model.model.embed_tokens.weight.shape)
-    steps[:, ::32] = 127
-    model.model.embed_tokens.weight.copy_(steps / 64)
-    model.save_pretrained(tmp_path)
-    assert model_shape(model.config, tmp_path).held_by == ("int8",)
-
-
 def test_a_folder_without_weights_counts_as_none(tmp_path: Path) -> None:
     config = config_of("Llama", dtype="bfloat16")
     assert model_shape(config, tmp_path).itemsize == 2

@@ -29,7 +29,7 @@ from paceline.models.estimate import (
     together,
     weight_bytes,
 )
-from paceline.models.precisions import FLOAT32, HALF, MATRIX, PRECISIONS, precision_named, precisions
+from paceline.models.precisions import FLOAT32, HALF, MATRIX, PRECISIONS, Precision, precision_named
 
 SHORT = Step(rows=64, sampled=1, context=128)
 """A short prompt and 60 tokens."""
@@ -107,11 +107,12 @@ def test_int8_kv_takes_what_the_engine_says() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("outputs", [33, 48])
-def test_a_packed_weight_takes_what_our_kernels_take(bits: int, outputs: int) -> None:
+@pytest.mark.parametrize("group", [32, 128])
+def test_a_packed_weight_takes_what_our_kernels_take(bits: int, outputs: int, group: int) -> None:
     kernels = linear_kernels()
     if isinstance(kernels, str):
         pytest.skip(kernels)
-    made = packed(kernels, torch.randn(outputs, 64), None, bits, rounded=True)
+    made = packed(kernels, torch.randn(outputs, 64), None, bits, round_group=group)
     assert made is not None
     assert MATRIX[f"int{bits}"](outputs, 64, 4) == made.nbytes
 
@@ -136,7 +137,14 @@ def test_a_4_bit_weight_takes_what_bitsandbytes_takes(form: str, double: bool, o
 def test_an_8_bit_weight_takes_what_bitsandbytes_takes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     weight, scales, _ = functional.int8_vectorwise_quant(torch.randn(80, 96).half())
-    assert MATRIX["llm_int8"](80, 96, 2) == weight.nbytes + scales.nbytes
+    assert MATRIX["row_int8"](80, 96, 2) == weight.nbytes + scales.nbytes
+
+
+def test_an_8_bit_weight_takes_what_torchao_takes() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    linear = torch.nn.Linear(96, 80, bias=False)
+    quantization.quantize_(linear, quantization.Int8WeightOnlyConfig(set_inductor_config=False))
+    assert MATRIX["row_int8"](80, 96, 2) == linear.weight.qdata.nbytes + linear.weight.scale.nbytes
 
 
 def test_bitsandbytes_leaves_an_untied_head_in_16_bits() -> None:
@@ -145,10 +153,21 @@ def test_bitsandbytes_leaves_an_untied_head_in_16_bits() -> None:
     assert weight_bytes(untied, quantized) - weight_bytes(tied, quantized) == 640 * 2
 
 
-def test_a_lean_embedding_that_its_packed_head_holds_is_kept_once() -> None:
-    apart, once = shape(lean=True), shape(lean=True, held_by=("int8",))
-    int8 = precision_named("int8", "cpu")
-    assert weight_bytes(apart, int8) - weight_bytes(once, int8) == 640 * 4
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_lean_embedding_tied_to_a_packed_head_is_kept_once(name: str) -> None:
+    tied, precision = shape(lean=True), precision_named(name, "cpu")
+    apart = replace(tied, tied=False, parameters=tied.parameters + 640)
+    assert weight_bytes(apart, precision) - weight_bytes(tied, precision) == 640 * 4
+
+
+def test_the_head_has_8_bits_beside_layers_of_4() -> None:
+    assert precision_named("int4", "cpu").head == "int8"
+
+
+@pytest.mark.parametrize("name", ["bnb-8bit", "bnb-4bit", "torchao-int8"])
+def test_a_library_on_a_cpu_leaves_all_else_in_float32(name: str) -> None:
+    layers = 2 * MATRIX[precision_named(name, "cpu").matrix](64, 32, FLOAT32)
+    assert weight_bytes(shape(lean=True), precision_named(name, "cpu")) == layers + (640 + 20) * FLOAT32 + 12
 
 
 def test_experts_are_not_quantized() -> None:
@@ -218,6 +237,6 @@ def test_names_are_unique_on_a_device() -> None:
     assert len({(each.name, each.device) for each in PRECISIONS}) == len(PRECISIONS)
 
 
-@pytest.mark.parametrize("precision", precisions("cpu"), ids=lambda each: each.name)
-def test_the_settings_of_a_cpu_precision_are_the_engines(precision: Any) -> None:
-    assert EngineSettings(**precision.settings).linear_backend == precision.settings["linear_backend"]
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda each: f"{each.name}, {each.device}")
+def test_the_settings_of_a_precision_are_the_engines(precision: Precision) -> None:
+    assert EngineSettings(**precision.settings).model_dump(include=set(precision.settings)) == precision.settings
