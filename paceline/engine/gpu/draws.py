@@ -63,7 +63,8 @@ def draw_chunks(
 ):  # fmt: skip
     """Program (chunk, row): about the best total of a chunk of a row, `best` float32 [rows, chunks].
 
-    `names`, int32 [vocab], are the tokens of the columns if they are NAMED. In float32, where logarithms are cheap: within some 1e-5 of what `_totals` says.
+    `names`, int32 [vocab], are the tokens of the columns if they are NAMED. In float32, where logarithms are cheap:
+    within some 1e-5 of what `_totals` says.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1)
