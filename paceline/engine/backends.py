@@ -140,7 +140,10 @@ def attention_for(settings: EngineSettings, device: torch.device) -> tuple[str, 
     if named in ("sdpa", "eager"):
         return named, "as configured"
     if device.type != "cuda":
-        raise ConfigError(f"engine.attn_implementation: {named} needs a GPU", param="engine.attn_implementation")
+        raise ConfigError(
+            f"engine.attn_implementation: {named} needs a GPU; on a CPU set auto, sdpa or eager",
+            param="engine.attn_implementation",
+        )
     if (why := missing(named)) is not None:
         raise ConfigError(
             f"engine.attn_implementation: {named} does not run here: {why}", param="engine.attn_implementation"
