@@ -34,7 +34,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def complete(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with all of them."""
-    monkeypatch.setattr(backends, "missing", lambda name: None)
+    monkeypatch.setattr(backends, "missing", lambda _: None)
 
 
 def refused(field: str, device: torch.device, **given: object) -> str:
@@ -120,19 +120,19 @@ def test_the_choices_name_attention_and_layout() -> None:
     [("triton", "comes with PyTorch for CUDA"), ("flash_attention_3", "pip install fa3-fwd")],
 )
 def test_what_is_not_installed_is_said_with_its_remedy(monkeypatch: pytest.MonkeyPatch, name: str, remedy: str) -> None:
-    monkeypatch.setattr(kinds, "find_spec", lambda name: None)
+    monkeypatch.setattr(kinds, "find_spec", lambda _: None)
     assert remedy in (kinds.missing(name) or "")
 
 
 def test_what_is_installed_lacks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "find_spec", lambda name: object())
+    monkeypatch.setattr(kinds, "find_spec", lambda _: object())
     assert [kinds.missing(name) for name in ("triton", "flash_attention_3", "flash_attention_2")] == [None] * 3
 
 
 def test_an_older_pytorchs_varlen_attention_reads_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention import varlen
 
-    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value: None)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *_: None)
     assert "PyTorch 2.13" in (kinds.missing("varlen_attn") or "")
 
 
