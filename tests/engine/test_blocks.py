@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.engine.key_shift import KeyShift
+from paceline.engine.key_shift import KeyShift, Rotation
 from paceline.engine.kv_blocks import BlockPool
 from paceline.engine.kv_cache import KVEntry, KVExport, KVGeometry, SlabKVCache
 from paceline.engine.kv_memory import Slabs
@@ -173,6 +173,23 @@ def test_a_window_ends_before_its_blocks_do(ctx_size: int) -> None:
         kv.append(entry, [1])
     kv.shift(entry)
     assert (entry.left, keys_of(entry)) == (8, [float(n) for n in range(ctx_size) if not 4 <= n < 12])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_shift_turns_keys_in_blocks_as_in_slabs(dtype: torch.dtype) -> None:
+    geometry = KVGeometry(1, 2, 4, dtype, torch.device("cpu"))
+    shift, window = KeyShift((Rotation(torch.tensor([1.0, 0.1])),)), StreamingWindow(20, 4, 8)
+    found = []
+    for memory in (None, BlockPool(geometry, 64, BLOCK)):
+        kv = SlabKVCache(geometry, 64, 64, shift, memory=memory)
+        entry = kv.reserve([0], 20, window=window)
+        assert entry is not None
+        brought = torch.randn(2, 2, 20, 4, generator=torch.Generator().manual_seed(0))
+        entry.write(0, 0, *brought.to(torch.float32 if dtype == torch.int8 else dtype))
+        kv.append(entry, list(range(20)))
+        kv.shift(entry)
+        found.append(entry.taken(slice(0, entry.held)))
+    assert all(map(torch.equal, *found))
 
 
 def test_static_blocks_are_one_a_sequence() -> None:
