@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before anybody imports Triton, as several libraries do: its kernels then run in its interpreter, on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from paceline.models import ModelFiles, resolve
 

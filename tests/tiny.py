@@ -67,9 +67,9 @@ def kv_for(
     runner: Runner, capacity: int = 4096, *, quantized: bool = False, tiers: KVTiers | None = None
 ) -> SlabKVCache:
     spill = tiers.put if tiers is not None else None
-    return SlabKVCache(
-        geometry_of(runner, quantized=quantized), capacity, runner.max_model_len, runner.key_shift(), spill
-    )
+    geometry = geometry_of(runner, quantized=quantized)
+    memory = runner.kv_memory(geometry, capacity, runner.max_model_len)
+    return SlabKVCache(geometry, capacity, runner.max_model_len, runner.key_shift(), spill, memory)
 
 
 def geometry_of(runner: Runner, *, quantized: bool = False) -> KVGeometry:

@@ -6,6 +6,7 @@ import importlib
 import os
 import platform
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
     from paceline.engine.backends import Choice
 
 PACKAGES = ("torch", "transformers", "ray", "grpc")
+QUANTIZERS = {
+    "bitsandbytes": ("engine.quantization in 8 and 4 bits", "pip install 'paceline[gpu]'"),
+    "torchao": ("engine.quantization in int8, int4 and fp8", "pip install 'paceline[quantization]'"),
+    "accelerate": ("engine.device_map: auto", "pip install accelerate"),
+}
+"""What each is for, and how to get it."""
 HTTP_PORT = 8000
 GRPC_PORT = 9000
 MIN_DISK = 1 * GIB  # the demo model's download, its conversion and a margin
@@ -52,6 +59,15 @@ class Package:
     name: str
     version: str | None
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """One that a GPU makes use of, what for, and how to get it where it is `missing`."""
+
+    name: str
+    purpose: str
+    missing: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +111,7 @@ class Report:
     engine: Engine
     cache: Cache
     ports: tuple[Port, ...]
+    libraries: tuple[Library, ...] = ()
 
 
 def collect() -> Report:
@@ -115,6 +132,7 @@ def collect() -> Report:
             Port(HTTP_PORT, "HTTP", why_unusable("127.0.0.1", HTTP_PORT)),
             Port(GRPC_PORT, "gRPC", why_unusable(ALL_INTERFACES, GRPC_PORT)),
         ),
+        libraries=read_libraries(),
     )
 
 
@@ -125,6 +143,21 @@ def read_package(name: str) -> Package:
     except Exception as error:  # a broken binary raises anything, and that is what we are here to find
         return Package(name, None, " ".join(f"{type(error).__name__}: {error}".split()))
     return Package(name, str(getattr(module, "__version__", "unknown")))
+
+
+def read_libraries() -> tuple[Library, ...]:
+    """What a GPU makes use of, without importing it."""
+    from paceline.engine.gpu.kinds import missing
+
+    attention = (
+        Library("triton", "our attention kernel, fused layers, draws", missing("triton")),
+        Library("flash-attn 3", "engine.attn_implementation: flash_attention_3", missing("flash_attention_3")),
+    )
+    others = (
+        Library(name, purpose, None if find_spec(name) is not None else f"{name} is not installed; {remedy}")
+        for name, (purpose, remedy) in QUANTIZERS.items()
+    )
+    return (*attention, *others)
 
 
 def read_engine() -> Engine:
@@ -147,7 +180,7 @@ def read_cache(folder: Path) -> Cache:
 
 def problems(report: Report) -> list[Problem]:
     """What stands in the way, the required first."""
-    found = [*_software(report), *_hardware(report), *_places(report)]
+    found = [*_software(report), *_libraries(report), *_hardware(report), *_places(report)]
     return sorted(found, key=lambda problem: not problem.required)
 
 
@@ -168,6 +201,12 @@ def _software(report: Report) -> list[Problem]:
             )
         )
     return found
+
+
+def _libraries(report: Report) -> list[Problem]:
+    """Nothing without a GPU lacks them."""
+    missing = [each for each in report.libraries if each.missing is not None and report.gpus]
+    return [Problem(f"no {each.name}: {each.purpose} is not available", str(each.missing)) for each in missing]
 
 
 def _hardware(report: Report) -> list[Problem]:

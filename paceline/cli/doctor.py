@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from paceline.cli.diagnosis import Problem, Report
+    from paceline.cli.diagnosis import Library, Problem, Report
 
 EPILOG = """\b
 Examples:
@@ -66,6 +66,8 @@ def rows(report: Report) -> Iterator[tuple[str, str, str, str]]:
     yield from _section("hardware", _hardware(report))
     packages = [(package.name, package.version or "does not import", "") for package in report.packages]
     yield from _section("versions", [("python", report.python, ""), *packages])
+    libraries = [(each.name, "missing" if each.missing else "installed", _remark(each)) for each in report.libraries]
+    yield from _section("for a GPU", libraries)
     yield from _section("model cache", [("folder", report.cache.folder, f"{_gib(report.cache.free)} free")])
     yield from _section("choices", [(choice.name, choice.value, choice.reason) for choice in report.engine.choices])
     ports = [(port.purpose, str(port.number), port.trouble or "free") for port in report.ports]
@@ -86,6 +88,10 @@ def _hardware(report: Report) -> list[tuple[str, str, str]]:
         ("memory", _gib(report.memory.total), f"{_gib(report.memory.free)} free"),
         *(gpus or [("GPU", "none", "")]),
     ]
+
+
+def _remark(library: Library) -> str:
+    return library.purpose if library.missing is None else f"{library.purpose}: {library.missing}"
 
 
 def _section(title: str, lines: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, str, str]]:

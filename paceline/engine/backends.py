@@ -92,6 +92,7 @@ def resolve_backends(settings: EngineSettings, *, distilled: bool = False) -> Ba
         OUR_ATTENTION if lean is not None else Choice("attention", attention, why_attention),
         Choice("kv cache", *_kv(settings, dtype, device)),
         Choice("kv layout", "paged" if paged else "static", why_cache),
+        Choice("compile", *_compiled(settings, attention)),
         Choice("draws", *_draws(device)),
     )
     spread = settings.device_map == "auto"
@@ -160,7 +161,7 @@ def attention_for(settings: EngineSettings, device: torch.device) -> tuple[str, 
         return named, "as configured"
     if device.type != "cuda":
         raise ConfigError(
-            f"engine.attn_implementation: {named} needs a GPU; set auto, sdpa or eager",
+            f"engine.attn_implementation: {named} needs a GPU; on a CPU set auto, sdpa or eager",
             param="engine.attn_implementation",
         )
     if (why := missing(named)) is not None:
@@ -187,6 +188,14 @@ def _cache(settings: EngineSettings, device: torch.device, attention: str) -> tu
             param="engine.cache_implementation",
         )
     return named == "paged", "as configured" if named != "auto" else "contiguous memory for each sequence"
+
+
+def _compiled(settings: EngineSettings, attention: str) -> tuple[str, str]:
+    if attention not in BLOCK_READERS:
+        return "no", "for attention that reads blocks, on a GPU"
+    if not settings.compile:
+        return "no", "as configured"
+    return "fused layers, CUDA graphs", "layers if the model is built like Llama, graphs of short steps"
 
 
 def _others_linears(

@@ -74,7 +74,7 @@ class KeyShift:
                     entry.scales[0][layer, :, target] = entry.scales[0][layer, :, source].clone()
             elif entry.scales is None:
                 turned = rotation.turn(entry.keys[layer, :, source].float(), *turns[rotation])
-                entry.keys[layer, :, target] = turned
+                entry.keys[layer, :, target] = turned.to(entry.keys.dtype)
             else:
                 numbers, scales = entry.keys[layer, :, source], entry.scales[0][layer, :, source]
                 turned = rotation.turn(numbers * scales[..., None], *turns[rotation])

@@ -203,10 +203,8 @@ class SlabKVCache(KVCache):
         return True
 
     def append(self, entry: KVEntry, tokens: Sequence[int]) -> None:
-        end = entry.held + len(tokens)
-        limit = entry.charged if entry.window is None else min(entry.charged, entry.window.ctx_size)
-        if end > limit:
-            raise EngineError(f"KV append past its reservation: {end} > {limit}")
+        if len(tokens) > entry.left:
+            raise EngineError(f"KV append past its reservation: {len(tokens)} > {entry.left}")
         entry.write_ids(tokens)
         self._index.update(entry)
 

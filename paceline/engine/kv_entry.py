@@ -149,8 +149,9 @@ class KVEntry:
 
     @property
     def left(self) -> int:
-        """Tokens that fit behind those held."""
-        return self.charged - self.held
+        """Tokens that fit behind those held, before its streaming window shifts."""
+        end = self.charged if self.window is None else min(self.charged, self.window.ctx_size)
+        return end - self.held
 
     @property
     def full(self) -> bool:

@@ -59,7 +59,7 @@ def settle(step: list[Scheduled], tokens: list[int], logits: torch.Tensor) -> li
     found, start = [], 0
     for part in step:
         end = start + part.draws
-        run, accepted = sampling.accepted_run(tokens[start:end], part.candidates)
+        run, accepted = sampling.accepted_run(tokens[start:end], part.candidates) if part.draws else ([], 0)
         found.append(Draws(run, accepted, logits, range(start, end)))
         start = end
     return found

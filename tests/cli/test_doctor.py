@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 
 from paceline.cli import diagnosis
-from paceline.cli.diagnosis import Cache, Engine, Package, Port, Problem, Report, problems, read_cache, read_package
+from paceline.cli.diagnosis import (
+    Cache,
+    Engine,
+    Library,
+    Package,
+    Port,
+    Problem,
+    Report,
+    problems,
+    read_cache,
+    read_libraries,
+    read_package,
+)
+from paceline.cli.doctor import rows
 from paceline.cli.hardware import GIB, Cpu, Gpu, Memory, free_disk, nvidia_driver_present, read_cpu, read_memory
 from paceline.engine.backends import Choice
 from tests.cli.conftest import Run
@@ -81,6 +94,39 @@ def test_a_shortage_is_a_warning(change: dict[str, object], words: str) -> None:
 
 def test_a_gpu_makes_the_cpus_flags_irrelevant() -> None:
     assert problems(replace(HEALTHY, cpu=Cpu("old", ()), gpus=(Gpu("H200", 141 * GIB),))) == []
+
+
+NO_TRITON = replace(HEALTHY, libraries=(Library("triton", "our kernel", "Triton is not installed; install it"),))
+
+
+def test_a_library_for_a_gpu_is_not_missed_without_one() -> None:
+    assert problems(NO_TRITON) == []
+
+
+def test_a_library_that_a_gpu_lacks_is_a_warning_with_its_remedy() -> None:
+    problem = only_problem(replace(NO_TRITON, gpus=(Gpu("H200", 141 * GIB),)))
+    assert problem == Problem("no triton: our kernel is not available", "Triton is not installed; install it")
+
+
+def test_the_report_shows_what_a_gpu_would_lack_and_the_remedy() -> None:
+    assert ("for a GPU", "triton", "missing", "our kernel: Triton is not installed; install it") in rows(NO_TRITON)
+
+
+def test_the_libraries_for_a_gpu_are_named() -> None:
+    names = [library.name for library in read_libraries()]
+    assert names == ["triton", "flash-attn 3", "bitsandbytes", "torchao", "accelerate"]
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", "torchao", "accelerate"])
+def test_a_library_that_is_not_installed_is_found_missing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(diagnosis, "find_spec", lambda asked: None if asked == name else object())
+    missing = {library.name: library.missing for library in read_libraries()}
+    assert missing[name] is not None and missing[name].startswith(f"{name} is not installed; pip install")
+
+
+def test_attention_layout_and_compilation_are_among_the_choices() -> None:
+    names = [choice.name for choice in diagnosis.read_engine().choices]
+    assert {"attention", "kv layout", "compile"} <= set(names)
 
 
 def test_required_problems_come_first() -> None:

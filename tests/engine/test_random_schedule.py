@@ -230,7 +230,7 @@ def test_no_schedule_changes_a_token(
     model = DRAFTS[draft]
     drafter = tiny.drafter_for(model, capacity=220) if model is not None else None
     made = _engine(budget, drafter, share=share, quantized=quantized, depth=depth, lookup=lookup)
-    _runs_as_alone(World(made, drafter), schedule, quantized)
+    runs_as_alone(World(made, drafter), schedule, quantized)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -256,10 +256,10 @@ def test_no_schedule_changes_a_token_with_tiers(
         host_bytes = host_tokens * geometry.bytes_per_token
         tiers = Tiers(Slabs(geometry, CAPACITY), host_bytes, Path(folder) if disk else None)
         world = World(_engine(budget, None, quantized=quantized, tiers=tiers), None, tiers, jobs)
-        _runs_as_alone(world, schedule, quantized)
+        runs_as_alone(world, schedule, quantized)
 
 
-def _runs_as_alone(world: World, schedule: list[tuple[int, Arrival | Cancel | Evict | Drop]], quantized: bool) -> None:
+def runs_as_alone(world: World, schedule: list[tuple[int, Arrival | Cancel | Evict | Drop]], quantized: bool) -> None:
     for steps, event in schedule:
         world.act(event)
         for _ in range(steps):

@@ -1,0 +1,100 @@
+"""What a device draws, against what the coupling defines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton, which also interprets its kernels on a CPU, is not installed")
+
+from paceline.engine.gpu import draws
+from paceline.engine.gpu.inputs import drawn_on_device
+from paceline.speculation import coupling
+from paceline.speculation.sampling import Rows
+from paceline.types import SamplingParams
+
+VOCAB, CHUNK, BLOCK = 1000, 256, 128
+KINDS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "all tokens": SamplingParams(),
+    "temperature": SamplingParams(temperature=0.6),
+    "top_k": SamplingParams(top_k=5),
+    "top_k 1": SamplingParams(top_k=1),
+    "top_k beyond the vocabulary": SamplingParams(top_k=5000),
+    "top_p": SamplingParams(temperature=1.3, top_p=0.5),
+    "top_p of nearly all": SamplingParams(top_p=0.999),
+    "min_p": SamplingParams(min_p=0.1),
+    "min_p and top_p": SamplingParams(min_p=0.02, top_p=0.8),
+}
+
+
+def drawn(logits: torch.Tensor, params: list[SamplingParams], positions: range) -> list[int]:
+    rows, vocab = logits.shape
+    chunks = -(-vocab // CHUNK)
+    starts = [coupling.signed(start) for start in coupling.counters(params, positions)]
+    counters = torch.tensor(starts, dtype=torch.int64)
+    temperatures = torch.tensor([each.temperature for each in params])
+    best, where = torch.empty(rows, chunks, dtype=torch.float64), torch.empty(rows, chunks, dtype=torch.int32)
+    tokens = torch.full((rows,), -1)
+    draws.draw_chunks[(chunks, rows)](
+        logits, logits.stride(0), vocab, counters, temperatures, best, where, CHUNK=CHUNK, BLOCK=BLOCK
+    )
+    draws.draw_rows[(rows,)](
+        logits, logits.stride(0), vocab, counters, temperatures,
+        torch.tensor([each.min_p for each in params]).log(),
+        torch.tensor([each.top_p for each in params], dtype=torch.float64),
+        torch.tensor([each.top_k for each in params], dtype=torch.int32),
+        best, where, chunks, tokens, CHUNKS=1 << (chunks - 1).bit_length(), BLOCK=BLOCK,
+    )  # fmt: skip
+    return tokens.tolist()
+
+
+def some_logits(rows: int, scale: float = 3.0) -> torch.Tensor:
+    return scale * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(rows))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_the_coupling_defines(kind: str) -> None:
+    params = [replace(KINDS[kind], seed=seed) for seed in range(6)]
+    logits, positions = some_logits(6), range(40, 46)
+    expected = coupling.columns_by_definition(logits, params, positions).tolist()
+    assert drawn(logits, params, positions) == expected
+
+
+def test_rows_of_all_kinds_together() -> None:
+    params = [replace(each, seed=seed) for seed, each in enumerate(KINDS.values())]
+    logits, positions = some_logits(len(params), scale=1.0), range(len(params))
+    expected = coupling.columns_by_definition(logits, params, positions).tolist()
+    assert drawn(logits, params, positions) == expected
+
+
+def test_of_equal_logits_the_first_is_the_greatest() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [400, 700, 710]] = 2.0
+    assert drawn(logits, [KINDS["greedy"]], range(1)) == [400]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_row_that_is_no_distribution_ends_with_some_token(kind: str, value: float) -> None:
+    (token,) = drawn(torch.full((1, VOCAB), value), [replace(KINDS[kind], seed=1)], range(1))
+    assert 0 <= token < VOCAB
+
+
+@pytest.mark.parametrize(
+    ("params", "possible"),
+    [
+        *((each, True) for each in KINDS.values()),
+        (SamplingParams(top_k=5, top_p=0.5), False),
+        (SamplingParams(repetition_penalty=1.2), False),
+        (SamplingParams(min_tokens=3), False),
+        (SamplingParams(logit_bias={3: 1.0}), False),
+        (SamplingParams(temperature=0.0, top_k=5, top_p=0.5), True),
+    ],
+)
+def test_what_a_device_can_draw(params: SamplingParams, possible: bool) -> None:
+    """Neither what needs the tokens before, nor filters of which one applies to what the other leaves."""
+    assert drawn_on_device([Rows(params, 1, [0])]) is possible
