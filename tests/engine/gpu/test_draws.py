@@ -30,23 +30,34 @@ KINDS = {
 }
 
 
-def drawn(logits: torch.Tensor, params: list[SamplingParams], positions: range) -> list[int]:
+def drawn(
+    logits: torch.Tensor, params: list[SamplingParams], positions: range, names: torch.Tensor | None = None
+) -> list[int]:
     rows, vocab = logits.shape
     chunks = -(-vocab // CHUNK)
     starts = [coupling.signed(start) for start in coupling.counters(params, positions)]
     counters = torch.tensor(starts, dtype=torch.int64)
     temperatures = torch.tensor([each.temperature for each in params])
-    best, where = torch.empty(rows, chunks, dtype=torch.float64), torch.empty(rows, chunks, dtype=torch.int32)
+    best = torch.empty(rows, chunks)
     tokens = torch.full((rows,), -1)
     draws.draw_chunks[(chunks, rows)](
-        logits, logits.stride(0), vocab, counters, temperatures, best, where, CHUNK=CHUNK, BLOCK=BLOCK
+        logits,
+        logits.stride(0),
+        vocab,
+        names,
+        counters,
+        temperatures,
+        best,
+        NAMED=names is not None,
+        CHUNK=CHUNK,
+        BLOCK=BLOCK,
     )
     draws.draw_rows[(rows,)](
-        logits, logits.stride(0), vocab, counters, temperatures,
+        logits, logits.stride(0), vocab, names, counters, temperatures,
         torch.tensor([each.min_p for each in params]).log(),
         torch.tensor([each.top_p for each in params], dtype=torch.float64),
         torch.tensor([each.top_k for each in params], dtype=torch.int32),
-        best, where, chunks, tokens, CHUNKS=1 << (chunks - 1).bit_length(), BLOCK=BLOCK,
+        best, chunks, tokens, NAMED=names is not None, CHUNKS=1 << (chunks - 1).bit_length(), CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
     return tokens.tolist()
 
@@ -68,6 +79,25 @@ def test_rows_of_all_kinds_together() -> None:
     logits, positions = some_logits(len(params), scale=1.0), range(len(params))
     expected = coupling.columns_by_definition(logits, params, positions).tolist()
     assert drawn(logits, params, positions) == expected
+
+
+def test_columns_draw_with_the_noise_of_the_tokens_they_stand_for() -> None:
+    params, logits, positions = [replace(KINDS["top_p"], seed=seed) for seed in range(8)], some_logits(8), range(8)
+    names = torch.randperm(50 * VOCAB, generator=torch.Generator().manual_seed(0))[:VOCAB].sort().values
+    expected = coupling.columns_by_definition(logits, params, positions, names).tolist()
+    assert drawn(logits, params, positions, names.int()) == expected
+
+
+def test_totals_in_float32_are_far_nearer_than_chunks_are_looked_through_for() -> None:
+    logits, params = some_logits(32), [SamplingParams(seed=seed) for seed in range(32)]
+    counters = torch.tensor([coupling.signed(start) for start in coupling.counters(params, range(32))])
+    best, names = torch.empty(32, 1), None
+    draws.draw_chunks[(1, 32)](
+        logits, logits.stride(0), VOCAB, names, counters, torch.ones(32), best, NAMED=False, CHUNK=1024, BLOCK=1024
+    )
+    noise = torch.cat([coupling.gumbel(seed, [seed], VOCAB) for seed in range(32)])
+    exact = (logits.double() + noise).amax(dim=1)
+    assert (best[:, 0].double() - exact).abs().max() < draws.NEAR.value / 20
 
 
 def test_of_equal_logits_the_first_is_the_greatest() -> None:

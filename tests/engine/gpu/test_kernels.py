@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton, which also interprets its kernels 
 
 from paceline.engine.gpu import kernels, linear
 from paceline.engine.gpu.attention import Scratch
-from paceline.engine.gpu.linear import Linears, Tiles
+from paceline.engine.gpu.linear import Linears, Tiles, Weight
 from tests.engine.gpu.paged import difference
 
 EPS = 1e-5
@@ -48,7 +48,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ti
     """How products are launched."""
     found: Tiles | None = request.param
 
-    def tiles_for(rows: int, outputs: int, inputs: int, *, gated: bool, normed: bool) -> Tiles | None:
+    def tiles_for(rows: int, outputs: int, inputs: int, *, gated: bool, normed: bool, in_bytes: bool) -> Tiles | None:
         return found
 
     monkeypatch.setattr(linear, "tiles_for", tiles_for)
@@ -67,7 +67,7 @@ def test_a_product_of_normed_rows(tiles: Tiles | None, linears: Linears, biased:
         w = Weights(rows, dtype)
         bias = w.bias if biased else None
         expected = w.normed() @ w.weight.double().T + (bias.double() if biased else 0)
-        assert difference(linears.normed(w.x, w.norm, w.weight, bias), expected) < TOLERANCE[dtype]
+        assert difference(linears.normed(w.x, w.norm, Weight(w.weight, bias)), expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("tiles", LAUNCHES, ids=str, indirect=True)  # gated products are not split
@@ -78,7 +78,7 @@ def test_a_gated_product(tiles: Tiles | None, linears: Linears, biased: bool, dt
         w = Weights(rows, dtype)
         bias = w.biases if biased else None
         gates, ups = (w.normed() @ w.both.double().T + (bias.double() if biased else 0)).chunk(2, dim=1)
-        assert difference(linears.gated(w.x, w.norm, w.both, bias), silu(gates) * ups) < TOLERANCE[dtype]
+        assert difference(linears.gated(w.x, w.norm, Weight(w.both, bias)), silu(gates) * ups) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -90,14 +90,24 @@ def test_a_product_is_added_in_place(
         w = Weights(rows, dtype)
         bias = w.bias if biased else None
         expected = w.residual.double() + scale * (w.y.double() @ w.weight.double().T + (bias.double() if biased else 0))
-        assert linears.added(w.residual, w.y, w.weight, bias, scale) is w.residual
+        assert linears.added(w.residual, w.y, Weight(w.weight, bias), scale) is w.residual
         assert difference(w.residual, expected) < TOLERANCE[dtype]
+
+
+def test_weights_of_8_bits_are_their_steps_times_their_scales(linears: Linears, tiles: Tiles | None) -> None:
+    w = Weights(5, torch.float16)
+    rounded = Weight(w.weight).rounded()
+    assert rounded.scales is not None
+    steps = rounded.data.double() * rounded.scales[:, None].double()
+    assert (steps - w.weight.double()).abs().amax(dim=1).le(0.51 * rounded.scales.double()).all()
+    expected = w.normed() @ steps.T
+    assert difference(linears.normed(w.x, w.norm, rounded), expected) < TOLERANCE[torch.float16]
 
 
 def test_logits_are_float32_whatever_the_weights_are(tiles: Tiles | None, linears: Linears) -> None:
     w = Weights(3, torch.float16)
     out = torch.empty(3, OUTPUTS)
-    linears.normed(w.x, w.norm, w.weight, out=out)
+    linears.normed(w.x, w.norm, Weight(w.weight), out=out)
     assert difference(out, w.normed() @ w.weight.double().T) < TOLERANCE[torch.float16]
 
 
