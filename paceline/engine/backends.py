@@ -291,7 +291,7 @@ def _forward(others: tuple[str, str] | None) -> tuple[Kernels | None, str]:
 def _draws(device: torch.device) -> tuple[str, str]:
     """Builds the kernel, if need be, so that no request waits for it."""
     if device.type != "cpu":
-        return "torch", "our kernel is for CPUs"
+        return "on the device", "in the step's graph where our attention kernel runs; by torch where filters depend"
     found = coupling.kernel()
     if isinstance(found, str):
         return "torch", f"our kernel does not run here: {found}"
