@@ -256,7 +256,7 @@ def _replaced(
             continue
         shape = linear.out_features, linear.in_features
         if shape not in made:
-            made[shape] = quantized(linear, 0.02 * torch.randn(shape, dtype=dtype, device="cuda"))
+            made[shape] = quantized(linear, torch.empty(shape, dtype=dtype, device="cuda").normal_(std=0.02))
             zeros = torch.zeros(linear.out_features, dtype=dtype)
             made[shape].bias = None if linear.bias is None else torch.nn.Parameter(zeros, requires_grad=False)
             model.set_submodule(name, made[shape].to("cuda"))
@@ -273,7 +273,7 @@ def _fill(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                values = 0.02 * torch.randn(parameter.shape, dtype=dtype, device="cuda")
+                values = torch.empty(parameter.shape, dtype=dtype, device="cuda").normal_(std=0.02)
                 setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:

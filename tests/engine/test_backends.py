@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def test_the_choices_name_attention_and_layout() -> None:
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("triton", "comes with PyTorch for CUDA"), ("flash_attention_3", "pip install fa3-fwd")],
+    [("triton", "comes with PyTorch for CUDA"), ("flash_attention_3", "build it from its sources with paged KV")],
 )
 def test_what_is_not_installed_is_said_with_its_remedy(monkeypatch: pytest.MonkeyPatch, name: str, remedy: str) -> None:
     monkeypatch.setattr(kinds, "find_spec", lambda _: None)
@@ -185,3 +186,15 @@ def test_pytorchs_attention_says_the_same_over_blocks(attention: str) -> None:
     engine = tiny.engine_for(model, runner=runner)
     assert tiny.run(engine, *each) == tiny.run(tiny.engine_for(model), *each)
     assert engine.kv.memory.__class__.__name__ == "BlockPool"
+
+
+@pytest.mark.parametrize(("disabled", "reads"), [(True, False), (False, True)])
+def test_a_flash_attention_built_without_paged_kv_is_none(
+    disabled: bool, reads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"FLASHATTENTION_DISABLE_PAGEDKV": disabled}
+    (tmp_path / "fa3_fwd_interface.py").write_text("")
+    (tmp_path / "fa3_fwd_config.py").write_text(f"CONFIG = {{'build_flags': {flags}}}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "fa3_fwd_config", raising=False)
+    assert (kinds.missing("flash_attention_3") is None) is reads

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from importlib.util import find_spec
 
 NEEDS = {
     "triton": "Triton is not installed; it comes with PyTorch for CUDA",
     "flash_attention_2": None,
-    "flash_attention_3": "FlashAttention-3 is not installed; pip install fa3-fwd",
+    "flash_attention_3": "no FlashAttention-3 that reads blocks is installed; build it from its sources with paged KV "
+    "(the wheel fa3-fwd is built without)",
     "varlen_attn": "this PyTorch has no varlen_attn that reads blocks; PyTorch 2.13 has",
 }
 """By the names in `engine.attn_implementation`: what to do where a kernel does not run."""
+
+FLASH_3 = (("flash_attn_interface", "flash_attn_config"), ("fa3_fwd_interface", "fa3_fwd_config"))
+"""Modules of FlashAttention-3, as it is named upstream and in a wheel, and where each says how it was built."""
 
 
 def missing(name: str) -> str | None:
@@ -25,7 +30,15 @@ def _has_triton() -> bool:
 
 
 def _has_flash_3() -> bool:
-    return any(find_spec(name) is not None for name in ("flash_attn_interface", "fa3_fwd_interface"))
+    return any(find_spec(module) is not None and _reads_blocks(config) for module, config in FLASH_3)
+
+
+def _reads_blocks(config: str) -> bool:
+    """What FlashAttention-3's own record of its build says."""
+    if find_spec(config) is None:
+        return True
+    flags = getattr(importlib.import_module(config), "CONFIG", {}).get("build_flags", {})
+    return not flags.get("FLASHATTENTION_DISABLE_PAGEDKV", False)
 
 
 def _has_varlen() -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from paceline.config import EngineSettings
 from paceline.engine.backends import Backends, Choice
 from paceline.engine.families import probed_logits, require_same
@@ -39,7 +41,7 @@ def on_device(own: ModelRunner, backends: Backends, settings: EngineSettings) ->
         graphs=graphs,
     )
     try:
-        require_same(runner, expected)
+        _try(runner, expected)
     except ModelError as error:
         if backends.weights_in_bytes:
             raise  # the weights it was loaded with are gone
@@ -48,6 +50,16 @@ def on_device(own: ModelRunner, backends: Backends, settings: EngineSettings) ->
         return own, [refused, Choice("forward pass", "transformers", ""), Choice("kv layout", "static", "")]
     captured = f", steps of up to {MOST_GRAPH_ROWS} rows as CUDA graphs" if graphs else ""
     return runner, [Choice("forward pass", how + captured, why)]
+
+
+def _try(runner: DeviceRunner, expected: list[torch.Tensor]) -> None:
+    """Raise ModelError unless it runs, and gives what is expected. A library may lack what a model needs."""
+    try:
+        require_same(runner, expected)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ModelError(f"does not run: {' '.join(str(error).split())[:150]}") from error
 
 
 def _body(own: ModelRunner, backends: Backends) -> tuple[Body, str, str]:

@@ -13,6 +13,7 @@ import torch
 
 from paceline.engine.attention import Scoring
 from paceline.engine.gpu.inputs import Batch
+from paceline.engine.gpu.kinds import FLASH_3
 from paceline.errors import ModelError
 
 Library = Callable[[Batch, int, Scoring, torch.Tensor], torch.Tensor]
@@ -26,7 +27,7 @@ def attention(name: str) -> Library:
 
 def _flash_3() -> Library:
     flash: Any = None
-    for module in ("flash_attn_interface", "fa3_fwd_interface"):
+    for module, _ in FLASH_3:
         try:
             flash = importlib.import_module(module).flash_attn_with_kvcache
             break
