@@ -103,7 +103,7 @@ def test_pytorchs_attention_gets_contiguous_memory_unless_blocks_are_asked_for(l
 
 
 def test_blocks_are_refused_on_a_cpu() -> None:
-    with pytest.raises(ConfigError, match="needs a GPU; on a CPU memory is committed page by page") as caught:
+    with pytest.raises(ConfigError, match="needs a GPU; set auto, which commits a CPU's memory page by page") as caught:
         resolve_backends(settings(device="cpu", cache_implementation="paged"))
     assert caught.value.param == "engine.cache_implementation"
 

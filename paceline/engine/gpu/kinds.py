@@ -35,9 +35,10 @@ def _has_flash_3() -> bool:
 
 def _reads_blocks(config: str) -> bool:
     """What FlashAttention-3's own record of its build says."""
-    if find_spec(config) is None:
+    try:
+        flags = importlib.import_module(config).CONFIG["build_flags"]
+    except (ImportError, AttributeError, KeyError):
         return True
-    flags = getattr(importlib.import_module(config), "CONFIG", {}).get("build_flags", {})
     return not flags.get("FLASHATTENTION_DISABLE_PAGEDKV", False)
 
 
