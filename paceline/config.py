@@ -59,8 +59,9 @@ class EngineSettings(Settings):
     )
     weight_dtype: WeightDtype = Field(
         "auto",
-        description="What weights are rounded to on a CPU, to nearest, each group with its own scale; those that lie "
-        "on such a grid already stay as they are. int4 leaves the output head 8 bits, since in 4 it alone would cost "
+        description="What weights are rounded to, to nearest. On a CPU each group has its own scale; those that lie "
+        "on such a grid already stay as they are. On a GPU int8 alone, with a scale for each output, for models built "
+        "like Llama. int4 leaves the output head 8 bits, since in 4 it alone would cost "
         "more quality than all layers; an embedding tied to a head that is rounded is looked up there, if the model is "
         "built like Llama. auto rounds nothing.",
     )

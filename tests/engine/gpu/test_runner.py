@@ -23,6 +23,7 @@ from paceline.engine.gpu.runner import DeviceRunner
 from paceline.engine.kv_blocks import BLOCK, BlockPool
 from paceline.engine.kv_cache import KVEntry, SlabKVCache
 from paceline.engine.lean import NotLeanError
+from paceline.engine.reduced_vocab import ReducedVocabRunner
 from paceline.speculation import sampling
 from paceline.speculation.sampling import Rows
 from paceline.types import SamplingParams
@@ -279,6 +280,38 @@ def test_what_cannot_be_drawn_there_is_not_launched(params: SamplingParams, toke
     texts = Texts(runner(), (GREEDY, params))
     windows = [Window(texts.entries[0], TEXTS[0][9 : 9 + tokens], 1), texts.last()[1]]
     assert texts.runner.launch(windows, texts.rows()) is None
+
+
+def test_weights_in_8_bits_give_nearly_the_models_logits() -> None:
+    model = copy.deepcopy(model_of("llama", torch.float16))
+    geometry = tiny.ours(model).kv_geometry()
+    body = FusedBody(model, PagedAttention("triton", torch.device("cpu")), in_bytes=True)
+    rounded = DeviceRunner(body, key_shift="not here", geometry=geometry, max_rows=64, max_sequences=4, graphs=False)
+    exact = logits_of(runner(fused=True))
+    away = [float((a - b).square().mean().sqrt() / b.std()) for a, b in zip(logits_of(rounded), exact, strict=True)]
+    assert 1e-4 < max(away) < 0.05
+    assert not any(linear.weight.numel() for linear in model.modules() if isinstance(linear, torch.nn.Linear))
+
+
+def test_a_draft_over_a_part_of_the_vocabulary_launches_under_its_targets_ids() -> None:
+    kept = torch.arange(3, 3 + 5 * SHAPE["vocab_size"], 5)
+    nearest = (torch.arange(600) // 5).clamp(max=SHAPE["vocab_size"] - 1)
+    draft = ReducedVocabRunner(runner(), kept, nearest)
+    geometry = draft.kv_geometry()
+    kv = SlabKVCache(geometry, 512, 128, memory=draft.kv_memory(geometry, 512, 128))
+    text = [7, 99, 250, 400]
+    entry = kv.reserve(text, 20)
+    assert entry is not None
+    rows = [Rows(SEEDED, 4, text)]
+    first = draft.launch([Window(entry, text, sample=1)], rows)
+    second = draft.launch([Window(entry, [0], sample=1, ahead=4)], [Rows(SEEDED, 4, text, (0,))], [0])
+    assert first is not None and second is not None
+    (token,), (following,) = first.tokens(), second.tokens()
+    logits = draft.run([Window(entry, text, sample=1)])
+    assert sampling.draw(logits, rows, draft.columns) == [[token]]
+    kv.append(entry, text)
+    logits = draft.run([Window(entry, [token], sample=1)])
+    assert sampling.draw(logits, [Rows(SEEDED, 4, [*text, token])], draft.columns) == [[following]]
 
 
 def test_an_engine_over_it_says_what_the_models_own_code_says() -> None:
