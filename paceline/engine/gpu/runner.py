@@ -228,7 +228,8 @@ class DeviceRunner(Runner):
             self._step(batch, logits)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # Other threads may copy KV meanwhile: what they do is no part of it.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             self._step(batch, logits)
         self._memory = graph.pool()
         return _Graph(graph, logits)
