@@ -161,6 +161,7 @@ def test_the_peak_measured_is_near_the_one_expected(measured: command.Compared) 
     assert measured.measured.peak == pytest.approx(measured.expected.peak, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "library"), [("bnb-8bit", "bitsandbytes"), ("torchao-int8", "torchao")])
 def test_the_weights_measured_of_a_library_are_those_expected(tmp_path: Path, name: str, library: str) -> None:
     pytest.importorskip(library)

@@ -179,7 +179,7 @@ def test_draws_that_need_the_tokens_before_wait_for_them(params: dict[str, Any])
 
 
 @seed(20240607)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(schedules, st.sampled_from([5, 24, 64]), st.sampled_from([1, 7, 16]), st.sampled_from([3, 10_000]))
 def test_no_schedule_changes_a_token(
     schedule: list[tuple[int, Arrival | Cancel | Evict | Drop]], budget: int, block: int, most_rows: int
