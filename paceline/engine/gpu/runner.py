@@ -19,7 +19,7 @@ from paceline.engine.attention import Window
 from paceline.engine.gpu import draws, kernels
 from paceline.engine.gpu.attention import SHORT
 from paceline.engine.gpu.body import Body
-from paceline.engine.gpu.inputs import IN_FLIGHT, Batch, StepBuffers, drawn_on_device, sampled_rows
+from paceline.engine.gpu.inputs import Batch, StepBuffers, drawn_on_device, sampled_rows
 from paceline.engine.key_shift import KeyShift
 from paceline.engine.kv_blocks import BLOCK, BlockPool
 from paceline.engine.kv_entry import KVGeometry
@@ -107,16 +107,12 @@ class DeviceRunner(Runner):
         self._captured: dict[tuple[int, int, Shape], _Graph] = {}
         self._memory: Any = None
         self._names: torch.Tensor | None = None
-        drawing = min(rows, MOST_GRAPH_ROWS)
         chunks = -(-self.vocab_size // draws.CHUNK)
         device = geometry.device
-        self._logits = torch.empty((drawing, self.vocab_size), device=device) if self._graphs else None
-        self._tokens = torch.zeros(drawing, dtype=torch.long, device=device)
-        self._best = torch.empty((drawing, chunks), device=device)
+        self._logits = torch.empty((MOST_GRAPH_ROWS, self.vocab_size), device=device) if self._graphs else None
+        self._tokens = torch.zeros(MOST_GRAPH_ROWS, dtype=torch.long, device=device)
+        self._best = torch.empty((MOST_GRAPH_ROWS, chunks), device=device)
         self._ids = torch.zeros(rows, dtype=torch.int32, device=device)
-        pinned = device.type == "cuda"
-        self._read = [torch.zeros(drawing, dtype=torch.long, pin_memory=pinned) for _ in range(IN_FLIGHT)]
-        self._turn = 0
         self._drawn: list[int] = []
         """The rows that drew, of the step launched last."""
 
@@ -140,7 +136,7 @@ class DeviceRunner(Runner):
 
     def kv_memory(self, geometry: KVGeometry, capacity: int, max_model_len: int) -> KVMemory:
         longest = -(-max_model_len // BLOCK) * BLOCK
-        return BlockPool(geometry, capacity, min(self._block, longest))
+        return BlockPool.with_room(geometry, capacity, min(self._block, longest))
 
     @torch.inference_mode()
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
@@ -163,7 +159,7 @@ class DeviceRunner(Runner):
         shape = Shape.of(windows, self._sequences)
         if len(windows) > self._sequences or shape is None or not drawn_on_device(rows):
             return None
-        # Each window begins with one row, or with a token that is known.
+        # Windows that are fed have one row each, so the n-th is row n.
         fed = None if feeds is None else {row: self._drawn[feed] for row, feed in enumerate(feeds)}
         self._buffers.load(windows, rows, fed, shape.rows, shape.sequences)
         count = sum(len(window.token_ids) for window in windows)
@@ -177,13 +173,15 @@ class DeviceRunner(Runner):
 
     def _reading(self, count: int) -> tuple[torch.Tensor, Any]:
         """The first tokens, on their way to host memory, and what happens when they are there."""
-        host, self._turn = self._read[self._turn], (self._turn + 1) % IN_FLIGHT
-        host[:count].copy_(self._tokens[:count], non_blocking=True)
-        if self.device.type != "cuda":
-            return host[:count], None
+        # Each launch has its own: any number may be under way before the first is read.
+        on_gpu = self.device.type == "cuda"
+        host = torch.empty(count, dtype=torch.long, pin_memory=on_gpu)
+        host.copy_(self._tokens[:count], non_blocking=True)
+        if not on_gpu:
+            return host, None
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        return host[:count], event
+        return host, event
 
     def name_columns(self, names: torch.Tensor) -> None:
         """Draw with the noise of these tokens, int64 [vocab], in place of 0, 1, …: before anything is launched."""
@@ -195,7 +193,7 @@ class DeviceRunner(Runner):
         if not self._graphs:
             return 0
         counts = sorted({_rounded(n) for n in range(1, self._expected + 1)})
-        decodes = [Shape(n, max(_rounded(n), n), 1) for n in counts]
+        decodes = [Shape(n, n, 1) for n in counts]
         verifications = [Shape(1, longest, longest) for longest in WINDOWS[1:]]
         for shape in (*decodes, *verifications):
             self._buffers.load((), (), None, shape.rows, shape.sequences)

@@ -241,6 +241,16 @@ def test_steps_chained_without_a_look_equal_steps_one_by_one(fused: bool, params
     assert found == step_by_step(Texts(runner(fused=fused), params), 3)
 
 
+def test_any_number_of_steps_may_be_under_way_before_the_first_is_read() -> None:
+    """As in a chain of drafts: none takes the place of one that nobody has read."""
+    texts, made = Texts(runner(), (GREEDY, SEEDED)), []
+    for ahead in range(8):
+        windows = [Window(entry, [0], 1, ahead) for entry in texts.entries] if ahead else texts.last()
+        made.append(texts.runner.launch(windows, texts.rows(ahead), range(2) if ahead else None))
+    found = [each.tokens() for each in made if each is not None]
+    assert found == step_by_step(Texts(runner(), (GREEDY, SEEDED)), 8)
+
+
 def test_members_of_a_step_may_follow_others_of_the_one_before() -> None:
     """In any order, and not all: `feeds` says whose token each begins with."""
     texts = Texts(runner(), (SEEDED, SEEDED))
