@@ -40,10 +40,18 @@ class BlockPool(KVMemory):
         self._free = list(range(count - 1, -1, -1))
         self._offsets = torch.arange(block, device=g.device)
 
+    @classmethod
+    def with_room(cls, geometry: KVGeometry, tokens: int, block: int = BLOCK) -> BlockPool:
+        """Of as many whole blocks as so many tokens begin."""
+        return cls(geometry, -(-tokens // block) * block, block)
+
     @property
     def capacity(self) -> int:
         """Tokens of room, free or not."""
         return int(self.keys.shape[1])
+
+    def limit(self, tokens: int) -> int:  # noqa: ARG002  (it was allocated when it was made)
+        return self.capacity
 
     def rounded(self, tokens: int) -> int:
         return -(-tokens // self.block) * self.block

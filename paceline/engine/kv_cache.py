@@ -145,10 +145,10 @@ class SlabKVCache(KVCache):
         spill: Callable[[KVExport], None] | None = None,
         memory: KVMemory | None = None,
     ) -> None:
-        self.geometry, self.capacity = geometry, capacity
+        self.geometry, self.capacity = geometry, capacity if memory is None else memory.limit(capacity)
         self._key_shift = shift
         self._spill = spill
-        self.max_model_len = min(max_model_len, capacity)
+        self.max_model_len = min(max_model_len, self.capacity)
         self._slabs = Slabs(geometry, self.max_model_len)
         self.memory = self._slabs if memory is None else memory
         self._running: dict[KVEntry, None] = {}

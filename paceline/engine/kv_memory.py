@@ -39,6 +39,10 @@ class KVMemory(ABC):
     geometry: KVGeometry
 
     @abstractmethod
+    def limit(self, tokens: int) -> int:
+        """The room of a cache that was asked to have so much in all."""
+
+    @abstractmethod
     def rounded(self, tokens: int) -> int:
         """Room that is given for so many tokens."""
 
@@ -76,6 +80,9 @@ class Slabs(KVMemory):
 
     geometry: KVGeometry
     max_model_len: int
+
+    def limit(self, tokens: int) -> int:
+        return tokens
 
     def rounded(self, tokens: int) -> int:
         return tokens

@@ -166,7 +166,11 @@ class ModelRunner(TransformersRunner):
         self._eager, self._paged = attention == "eager", paged
 
     def kv_memory(self, geometry: KVGeometry, capacity: int, max_model_len: int) -> KVMemory:
-        return BlockPool(geometry, capacity) if self._paged else super().kv_memory(geometry, capacity, max_model_len)
+        return (
+            BlockPool.with_room(geometry, capacity)
+            if self._paged
+            else super().kv_memory(geometry, capacity, max_model_len)
+        )
 
     @torch.inference_mode()
     def run(self, windows: Sequence[Window]) -> torch.Tensor:

@@ -66,6 +66,13 @@ def test_a_room_is_whole_blocks() -> None:
     assert entry is not None and (entry.charged, entry.room, len(entry.blocks)) == (32, 32, 2)
 
 
+def test_a_cache_over_blocks_has_the_room_that_its_blocks_have() -> None:
+    """So that what it takes on as fitting it fits, when it is empty."""
+    kv = SlabKVCache(GEOMETRY, 40, 100, memory=BlockPool.with_room(GEOMETRY, 40, BLOCK))
+    assert kv.usage().total == 48
+    assert kv.reserve(list(range(47)), 48) is not None
+
+
 def test_capacity_that_is_no_whole_block_is_not_used() -> None:
     assert BlockPool(GEOMETRY, 47, BLOCK).capacity == 32
 
