@@ -26,6 +26,7 @@ SchedulingPolicy = Literal["fcfs", "priority"]
 AttnImplementation = Literal["auto", "triton", "flash_attention_3", "varlen_attn", "flash_attention_2", "sdpa", "eager"]
 ComputeDtype = Literal["auto", "int16", "int8", "fp32", "bf16"]
 WeightDtype = Literal["auto", "int8", "int4"]
+Collectives = Literal["auto", "shm", "gloo", "peer", "nccl"]
 Quantization = Literal["none", "bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8", "torchao_int4", "torchao_fp8"]
 
 DEFAULT_MODEL, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-draft"
@@ -103,7 +104,30 @@ class EngineSettings(Settings):
         "hold as they are. null is a temporary one.",
     )
     threads: Positive | Auto = Field(
-        "auto", description="Threads of one replica; auto is the cores this process may use."
+        "auto",
+        description="Threads of one replica, or of each rank; auto is the cores this process may use, of several ranks "
+        "on one machine each one's share.",
+    )
+    tensor_parallel_size: Positive = Field(
+        1,
+        description="Ranks that share one replica's model: processes, each on a GPU or a CPU socket of its own, each "
+        "with a part of the heads and of the width of every layer.",
+    )
+    collectives: Collectives = Field(
+        "auto",
+        description="How ranks sum what they computed. shm: our kernel in memory that CPU ranks of one host share; "
+        "gloo: TCP. peer: our kernel over NVLink for short steps, NCCL for long ones; nccl: NCCL alone. auto takes shm "
+        "on a CPU and peer on GPUs where they run, else gloo and nccl.",
+    )
+    collective_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="A rank that waits so long for another gives up: the replica ends and is built anew."
+    )
+    numa_bind: bool = Field(
+        True,
+        description="Bind each rank's threads and memory to a NUMA node of its own, if the machine has as many nodes.",
+    )
+    cores_per_rank: Positive | Auto = Field(
+        "auto", description="Cores that a rank is bound to; auto is all of its NUMA node."
     )
     max_model_len: Positive | Auto = Field(
         "auto", description="Longest prompt plus output, in tokens; auto is the model's own."
@@ -216,8 +240,12 @@ class TargetSettings(Settings):
     """The replicas that verify, hold sessions and answer."""
 
     num_replicas: Positive = Field(2, description="Target replicas.")
-    num_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="CPUs Ray reserves for one replica.")
-    num_gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="GPUs Ray reserves for one replica.")
+    num_cpus: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="CPUs Ray reserves for one replica, or for each rank of it."
+    )
+    num_gpus: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="GPUs Ray reserves for one replica, or for each rank of it."
+    )
     drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
         20.0,
         description="A replica that leaves goes on with what it is answering for so long; then those answers go on at "
@@ -236,8 +264,12 @@ class DraftSettings(Settings):
         "the path and not the speed.",
     )
     num_replicas: Annotated[int, Field(ge=0)] = Field(2, description="Draft replicas; 0 serves without speculation.")
-    num_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="CPUs Ray reserves for one replica.")
-    num_gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="GPUs Ray reserves for one replica.")
+    num_cpus: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="CPUs Ray reserves for one replica, or for each rank of it."
+    )
+    num_gpus: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="GPUs Ray reserves for one replica, or for each rank of it."
+    )
     host: str = Field(
         "auto",
         description="Address a draft replica listens on; auto is its node's. 127.0.0.1 keeps it on one machine.",

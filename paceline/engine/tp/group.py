@@ -1,0 +1,56 @@
+"""What the ranks of one replica compute together. All of them make the same calls, in the same order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+class Group(ABC):
+    """The ranks of one replica, numbered from 0.
+
+    A call that other ranks do not join raises EngineError after the group's deadline; nothing is said of the tensors
+    then, and the group is of no further use.
+    """
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks in place of `x`, contiguous, of any shape; the same bits on every rank. Returns `x`."""
+
+    @abstractmethod
+    def all_gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        """[rows, sum of widths]: the columns [rows, widths[rank]] of every rank side by side, on every rank."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what it holds. Idempotent."""
+
+    @property
+    def native_sum(self) -> tuple[int, int] | None:
+        """For kernels that sum on their own: addresses of a C function and of its first argument. None: call here.
+
+        `int64_t sum(void* group, float* x, int64_t n)` does what `all_reduce` does and returns 0, or anything else
+        after the deadline.
+        """
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where ranks find each other, made by rank 0 (`Leader.meeting`): plain data, for another process."""
+
+    host: str
+    store_port: int
+    """Of a `torch.distributed.TCPStore`, by which a group is set up."""
+    plan_port: int
+    """Of rank 0's plans."""
+    key: str
+    """Hexadecimal; only who knows it gets plans."""
+    size: int
+    timeout_s: float
