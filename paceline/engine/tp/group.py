@@ -21,7 +21,7 @@ class Group(ABC):
 
     @abstractmethod
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks in place of `x`, contiguous, of any shape; the same bits on every rank. Returns `x`."""
+        """The sum over all ranks in place of `x`, contiguous, of any shape, the same bits on every rank. Returns it."""
 
     @abstractmethod
     def all_gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
