@@ -14,7 +14,7 @@ from paceline.engine.tp.group import Meeting
 from paceline.engine.tp.leader import FAILED
 from paceline.engine.tp.plan import Op, Operation
 from paceline.engine.tp.share import Share
-from paceline.errors import EngineError, PacelineError
+from paceline.errors import PacelineError
 
 logger = logging.getLogger(__name__)
 
