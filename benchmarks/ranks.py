@@ -1,4 +1,4 @@
-"""One model on two ranks against the same on one: random weights of real shapes, written to a folder and served from it.
+"""One model on two ranks against the same on one: random weights of real shapes, written to a folder, served from it.
 
     python benchmarks/ranks.py cpu                # 160M parameters: 2 ranks x 1 thread against 1 x 2 threads
     python benchmarks/ranks.py gpu                # Llama-8B's shape on two GPUs against one
