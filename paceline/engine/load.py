@@ -126,6 +126,10 @@ class LoadedModel:
             restores=Restores(kv, tiers, sessions.kv_restore_timeout_s) if tiers is not None else None,
         )
 
+    def close(self) -> None:
+        """Let the other ranks of a sharded model end. Idempotent."""
+        self.runner.close()
+
     def drafter(self) -> Drafter:
         """A drafter with a KV cache of its own."""
         limits = self.limits

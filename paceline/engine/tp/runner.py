@@ -77,6 +77,9 @@ class ShardedRunner(Runner):
     def name_columns(self, names: torch.Tensor) -> None:
         self.leader.tell(Op.COLUMNS, tuple(names.tolist()))
 
+    def close(self) -> None:
+        self.leader.close()
+
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
         logits = self.leader.do(Op.RUN, windows_said(windows))
         assert isinstance(logits, torch.Tensor)
