@@ -148,7 +148,7 @@ class KVEntry:
             to[:, :, place] = of.to(to.device)
 
     def fill(self, tokens: int) -> None:
-        """Put something at the first positions, for measurements: that it is in memory costs time, what it is does not."""
+        """Put something at the first positions, for measurements: what it is costs no time."""
         place = self.at(slice(0, tokens))
         for each in (self.keys, self.values):
             each[:, :, place] = 0.5
