@@ -82,18 +82,17 @@ class SharedEntry(KVEntry):
 
     def fill(self, tokens: int) -> None:
         assert self.parts is not None
-        self.parts.tell(Op.FILL, self.number, tokens)
+        self.parts.fill(self.number, tokens)
 
 
 class Parts(Protocol):
-    """The keys and values of entries, put together from all ranks and cut up again, in host memory; or an operation on
-    them, before the next step."""
+    """The keys and values of entries: put together from all ranks, in host memory, and cut up again."""
 
     def gather(self, number: int, rows: slice) -> tuple[torch.Tensor, ...]: ...
 
     def scatter(self, number: int, start: int, tensors: Sequence[torch.Tensor]) -> None: ...
 
-    def tell(self, *operation: object) -> None: ...
+    def fill(self, number: int, tokens: int) -> None: ...
 
 
 def number_of(entry: KVEntry) -> int:

@@ -97,7 +97,7 @@ class ShardedRunner(Runner):
 
 
 class SharedMemory(KVMemory):
-    """Memory for a cache's entries on every rank, each with its share of the heads."""
+    """Memory for a cache's entries on every rank, each with its share of the heads. It lives as long as they do."""
 
     def __init__(self, leader: Leader, number: int, geometry: KVGeometry) -> None:
         """`number` is that of the memory that was opened; `geometry` is the whole model's."""
@@ -117,7 +117,7 @@ class SharedMemory(KVMemory):
         number = next(self._entries)
         self._leader.tell(Op.ENTER, self.number, number, room)
         ids = np.zeros(room, dtype=np.int32)
-        return SharedEntry(keys, keys, scales, ids, room, session_id, window=window, number=number, parts=self._leader)
+        return SharedEntry(keys, keys, scales, ids, room, session_id, window=window, number=number, parts=self)
 
     def widen(self, entry: KVEntry, room: int) -> None:
         if room > entry.room:
@@ -138,6 +138,15 @@ class SharedMemory(KVMemory):
 
     def check(self, entries: Sequence[KVEntry]) -> None:
         self._leader.check(self.number, {number_of(entry): entry.charged for entry in entries})
+
+    def gather(self, number: int, rows: slice) -> tuple[torch.Tensor, ...]:
+        return self._leader.gather(number, rows)
+
+    def scatter(self, number: int, start: int, tensors: Sequence[torch.Tensor]) -> None:
+        self._leader.scatter(number, start, tensors)
+
+    def fill(self, number: int, tokens: int) -> None:
+        self._leader.tell(Op.FILL, number, tokens)
 
     def _resize(self, entry: KVEntry, room: int) -> None:
         entry.keys, entry.scales = self._outline(room)

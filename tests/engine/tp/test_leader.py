@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from paceline.config import EngineSettings
+from paceline.engine.attention import Window
 from paceline.engine.tp import channel, follower, plan
 from paceline.engine.tp.leader import Leader
 from paceline.engine.tp.runner import ShardedRunner
@@ -205,3 +207,12 @@ def test_what_listens_without_the_key_is_no_leader() -> None:
         channel.connect("127.0.0.1", server.getsockname()[1], KEY, 1)
     thread.join()
     server.close()
+
+
+def test_an_entry_outlives_the_cache_it_was_made_by() -> None:
+    with two_ranks() as (runner, _, other):
+        entry = tiny.kv_for(runner).reserve(PROMPTS[0], 50)
+        assert entry is not None
+        gc.collect()
+        runner.run([Window(entry, PROMPTS[0], sample=1)])
+        assert list(other.entries) == [plan.number_of(entry)]
