@@ -109,6 +109,11 @@ def resolve_backends(settings: EngineSettings, *, distilled: bool = False) -> Ba
     )
 
 
+def device_for(settings: EngineSettings) -> torch.device:
+    """Raises ConfigError if it is not there."""
+    return _device(settings)[0]
+
+
 def describe(settings: EngineSettings) -> list[Choice]:
     """The choices alone, for `paceline doctor`."""
     return list(resolve_backends(settings).choices)

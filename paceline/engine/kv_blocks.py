@@ -83,12 +83,6 @@ class BlockPool(KVMemory):
         entry.keys = entry.values = entry.keys.new_empty(0)
         entry.scales = None
 
-    def taken_in(self, entry: KVEntry) -> KVEntry:
-        paged = self.entry(self.rounded(entry.held), entry.session_id, entry.window)
-        paged.put(0, entry.taken(slice(0, entry.held)))
-        paged.running, paged.ids, paged.length, paged.dropped = False, entry.ids, entry.length, entry.dropped
-        return paged
-
     def check(self, entries: Sequence[KVEntry]) -> None:
         held = sorted(block for entry in entries for block in entry.blocks)
         if sorted(held + self._free) != list(range(self.capacity // self.block)):

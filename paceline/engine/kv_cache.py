@@ -378,7 +378,7 @@ class SlabKVCache(KVCache):
     def _fork(self, source: KVEntry, entry: KVEntry, length: int) -> None:
         """Copy the first `length` tokens, as far as they are held."""
         entry.dropped = source.dropped_at(length)
-        entry.put(0, source.taken(slice(0, length - entry.dropped)))
+        self.memory.fork(source, entry, length - entry.dropped)
         self.append(entry, source.ids[:length].tolist())
         self._touch(source)
 

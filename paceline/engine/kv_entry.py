@@ -123,6 +123,11 @@ class KVEntry:
         return self.keys.shape[2] if self.slots is None else len(self.slots)
 
     @property
+    def is_slab(self) -> bool:
+        """Whether it has memory of its own, on the CPU."""
+        return self.keys.device.type == "cpu" and self.slots is None
+
+    @property
     def block(self) -> int:
         """Tokens of each of its `blocks`."""
         return self.room // len(self.blocks)
@@ -275,7 +280,7 @@ class KVExport:
     def moved(cls, entry: KVEntry) -> KVExport:
         """The valid part of an entry that is given up: on a CPU nothing is copied, its slab lives on in the export and
         is no more contiguous than it was (`packed`)."""
-        if entry.keys.device.type != "cpu" or entry.slots is not None:
+        if not entry.is_slab:
             return cls.of(entry)
         assert entry.session_id is not None
         keys, values, *scales = entry.taken(slice(0, entry.held))

@@ -62,9 +62,16 @@ class KVMemory(ABC):
     def drop(self, entry: KVEntry) -> None:
         """Take back all of it. Whoever still holds the entry must not hold its memory."""
 
-    @abstractmethod
+    def fork(self, source: KVEntry, entry: KVEntry, held: int) -> None:
+        """Copy the first `held` tokens that one entry holds into another."""
+        entry.put(0, source.taken(slice(0, held)))
+
     def taken_in(self, entry: KVEntry) -> KVEntry:
         """An entry that `Slabs.filled` made, in memory of this kind."""
+        own = self.entry(self.rounded(entry.held), entry.session_id, entry.window)
+        own.put(0, entry.taken(slice(0, entry.held)))
+        own.running, own.ids, own.length, own.dropped = False, entry.ids, entry.length, entry.dropped
+        return own
 
     @abstractmethod
     def check(self, entries: Sequence[KVEntry]) -> None:

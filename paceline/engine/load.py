@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 from transformers import PreTrainedModel
 
 from paceline.config import EngineSettings, SessionSettings, SpeculationSettings
@@ -18,6 +21,7 @@ from paceline.engine.backends import (
     KV_SHARE_OF_FREE_MEMORY,
     Backends,
     Choice,
+    device_for,
     free_memory,
     resolve_backends,
 )
@@ -37,8 +41,16 @@ from paceline.engine.products import Packer, replace_linears
 from paceline.engine.reduced_vocab import ReducedVocabRunner
 from paceline.engine.restores import Restores
 from paceline.engine.runner import Runner
+from paceline.engine.tp.group import Gathering, Group, Meeting
+from paceline.engine.tp.groups import open_group
+from paceline.engine.tp.leader import Leader, meet
+from paceline.engine.tp.local import local_ranks
+from paceline.engine.tp.place import on_one_host, settled
+from paceline.engine.tp.plan import Ready
+from paceline.engine.tp.runner import ShardedRunner
+from paceline.engine.tp.share import Share
 from paceline.engine.verify_cost import measure_verify_cost
-from paceline.errors import ConfigError, InvalidRequest
+from paceline.errors import ConfigError, EngineError, InvalidRequest
 from paceline.models import (
     draft_folder,
     eos_token_ids,
@@ -51,6 +63,7 @@ from paceline.models import (
 from paceline.models.lazy import empty_causal_lm, with_weights_in_files
 from paceline.models.prequantized import quantization_method, unpacked_weights
 from paceline.models.quantization import runs_in_library
+from paceline.models.sharding import ShardPlan
 from paceline.models.spread import Spread, is_spread
 from paceline.sessions.rules import WindowRules
 from paceline.speculation.cost import VerifyCost
@@ -151,39 +164,112 @@ class LoadedModel:
         return KVTiers(slabs, host_bytes, files, quantized=sessions.kv_tier_dtype == "int8", ttl_s=sessions.ttl_s)
 
 
-def load_model(path: Path, settings: EngineSettings) -> LoadedModel:
-    """Load weights and tokenizer from a folder. Raises ModelError or ConfigError with the remedy."""
+def load_model(path: Path, settings: EngineSettings, leader: Leader | None = None) -> LoadedModel:
+    """Load weights and tokenizer from a folder. Raises ModelError or ConfigError with the remedy.
+
+    Of a model on several ranks this is rank 0; `leader` knows where the others are, None starts them on this host.
+    """
     distilled = draft_folder.is_draft(path)
-    backends = resolve_backends(settings, distilled=distilled)
+    tokenizer = None if distilled else load_tokenizer(path)
+    if settings.tensor_parallel_size == 1:
+        share = _load_share(path, settings)
+        runner, kv_tokens = share.runner, share.kv_tokens
+    else:
+        share, runner, kv_tokens = _lead(path, settings, leader or local_ranks(path, settings))
+    if distilled:
+        runner = ReducedVocabRunner(runner, *draft_folder.load_tokens(path))
+    limits = _limits(settings, runner)
+    kv_geometry = _kv_geometry(settings, runner)
+    key_shift = runner.key_shift()
+    _check_window(limits, key_shift)
+    chosen = ", ".join(f"{c.name} {c.value}" for c in share.choices)
+    logger.info("%s: %s; %d KV tokens", path.name, chosen, kv_tokens)
+    if distilled:
+        fingerprint, eos = draft_folder.read_card(path).fingerprint, frozenset[int]()
+    else:
+        fingerprint, eos = tokenizer_fingerprint(tokenizer), eos_token_ids(path, tokenizer=tokenizer)
+    kv_identity = f"{weights_fingerprint(path)} {_rounding(settings, share.backends)} {kv_geometry}"
+    return LoadedModel(
+        runner, tokenizer, eos, limits, kv_geometry, kv_tokens, key_shift, fingerprint, kv_identity, share.choices
+    )
+
+
+def load_follower(path: Path, settings: EngineSettings, meeting: Meeting, rank: int) -> tuple[Share, Ready]:
+    """Another rank's share, and what rank 0 is to know of it."""
+    store = TCPStore(meeting.host, meeting.store_port, is_master=False)
+    loaded, _ = _load_rank(path, settings, store, rank, lambda: meet(store, meeting.size))
+    return Share(loaded.runner), Ready(loaded.kv_tokens, loaded.forward_pass, os.getpid())
+
+
+def _lead(path: Path, settings: EngineSettings, leader: Leader) -> tuple[_LoadedShare, Runner, int]:
+    """Rank 0's share, the runner of all ranks, and the tokens that each has room for. Raises EngineError."""
+    try:
+        plan = ShardPlan.of(load_config(path), settings.tensor_parallel_size)
+        leader.join()
+        loaded, leader.group = _load_rank(path, settings, leader.store, 0, leader.meet)
+        others = leader.ready()
+    except BaseException:
+        leader.close()
+        raise
+    passes = {loaded.forward_pass, *(other.forward_pass for other in others)}
+    if len(passes) > 1:
+        leader.close()
+        raise EngineError(f"the ranks would not run alike: {', '.join(sorted(passes))}")
+    heads = [plan.kv_heads(rank) for rank in range(plan.size)]
+    tokens = min(loaded.kv_tokens, *(other.kv_tokens for other in others))
+    return loaded, ShardedRunner(leader, Share(loaded.runner), heads), tokens
+
+
+def _load_rank(
+    path: Path, settings: EngineSettings, store: TCPStore, rank: int, meet: Callable[[], None]
+) -> tuple[_LoadedShare, Group]:
+    """This process's share, in its place, and the group of all."""
+    size = settings.tensor_parallel_size
+    settings = settled(settings, rank)
+    group = open_group(
+        store,
+        rank,
+        size,
+        collectives=settings.collectives,
+        device=device_for(settings),
+        timeout_s=settings.collective_timeout_s,
+        one_host=on_one_host(store, rank, size),
+    )
+    return _load_share(path, settings, Gathering(group, meet)), group
+
+
+def _load_share(path: Path, settings: EngineSettings, group: Group | None = None) -> _LoadedShare:
+    backends = resolve_backends(settings, distilled=draft_folder.is_draft(path))
     torch.set_num_threads(backends.threads)
     if backends.device.type == "cuda":
         # It plans anew for every length of a text: 40 ms to 1.4 s a token, the first time, on an H100.
         torch.backends.cuda.enable_cudnn_sdp(False)
     refuse_unservable(load_config(path))
     with compact_allocations():
-        tokenizer = None if distilled else load_tokenizer(path)
-        runner, choices = _load_runner(path, backends, settings)
-    if distilled:
-        runner = ReducedVocabRunner(runner, *draft_folder.load_tokens(path))
-    limits = _limits(settings, runner)
-    kv_geometry = _kv_geometry(settings, runner)
-    kv_tokens = _kv_tokens(settings, kv_geometry, limits)
-    key_shift = runner.key_shift()
-    _check_window(limits, key_shift)
-    logger.info("%s: %s; %d KV tokens", path.name, ", ".join(f"{c.name} {c.value}" for c in choices), kv_tokens)
-    if distilled:
-        fingerprint, eos = draft_folder.read_card(path).fingerprint, frozenset[int]()
-    else:
-        fingerprint, eos = tokenizer_fingerprint(tokenizer), eos_token_ids(path, tokenizer=tokenizer)
-    kv_identity = f"{weights_fingerprint(path)} {_rounding(settings, backends)} {kv_geometry}"
-    return LoadedModel(
-        runner, tokenizer, eos, limits, kv_geometry, kv_tokens, key_shift, fingerprint, kv_identity, choices
-    )
+        runner, choices = _load_runner(path, backends, settings, group)
+    tokens = _kv_tokens(settings, _kv_geometry(settings, runner), _limits(settings, runner))
+    return _LoadedShare(runner, backends, choices, tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadedShare:
+    """What one process runs: the whole model, or a rank's share of it."""
+
+    runner: Runner
+    backends: Backends
+    choices: tuple[Choice, ...]
+    kv_tokens: int
+
+    @property
+    def forward_pass(self) -> str:
+        return next((each.value for each in self.choices if each.name == "forward pass"), "")
 
 
 def _rounding(settings: EngineSettings, backends: Backends) -> str:
     """Whatever of the settings changes what a product gives."""
     chosen = [str(backends.dtype), settings.linear_backend, settings.weight_dtype, settings.compute_dtype]
+    if settings.tensor_parallel_size > 1:
+        chosen.append(f"{settings.tensor_parallel_size} ranks")
     if settings.weight_dtype != "auto" or backends.quantization is not None:
         chosen.append(f"group {settings.group_size}")
     if backends.quantization is not None:
@@ -314,5 +400,8 @@ def _kv_geometry(settings: EngineSettings, runner: Runner) -> KVGeometry:
 def _kv_tokens(settings: EngineSettings, geometry: KVGeometry, limits: EngineLimits) -> int:
     if settings.kv_tokens != "auto":
         return settings.kv_tokens
-    room = int(free_memory(geometry.device) * KV_SHARE_OF_FREE_MEMORY[geometry.device.type]) // geometry.bytes_per_token
+    free = free_memory(geometry.device) * KV_SHARE_OF_FREE_MEMORY[geometry.device.type]
+    if geometry.device.type == "cpu":
+        free /= settings.tensor_parallel_size  # ranks share a host's memory
+    room = int(free) // geometry.bytes_per_token
     return min(room, limits.max_num_seqs * limits.max_model_len)

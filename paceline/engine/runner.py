@@ -69,6 +69,11 @@ class Runner(ABC):
         advance, once it knows what stays.
         """
 
+    @property
+    def launches(self) -> bool:
+        """Whether `launch` is more than None."""
+        return False
+
     def launch(
         self,
         windows: Sequence[Window],  # noqa: ARG002  (most cannot)

@@ -26,6 +26,10 @@ class Body(ABC):
     def logits(self, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
         """float32 [rows wanted, vocab], in `out` if it is given."""
 
+    def place_for_logits(self, rows: int) -> torch.Tensor | None:  # noqa: ARG002  (most have none)
+        """Memory for logits of so many rows that they need not be copied to; None: any will do."""
+        return None
+
 
 class OwnCode(Body):
     """A Transformers model that runs its own code, all but attention."""

@@ -20,8 +20,10 @@ from paceline.engine.gpu.attention import Heads, PagedAttention, Scratch, launch
 from paceline.engine.gpu.body import Body
 from paceline.engine.gpu.inputs import Batch
 from paceline.engine.gpu.linear import Linears, Weight
+from paceline.engine.gpu.sums import Sums, sums_for
 from paceline.engine.lean import NotLeanError, layer_groups, layer_window, refuse_other_structures, rotary_tables
 from paceline.engine.runner import ModelRunner
+from paceline.engine.tp.group import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,17 @@ class Layer:
 class FusedBody(Body):
     """The layers of a Transformers model, which shares their weights from now on."""
 
-    def __init__(self, model: PreTrainedModel, attention: PagedAttention, *, in_bytes: bool = False) -> None:
-        """With `in_bytes` weights are rounded to 8 bits, and the model keeps none. Raises NotLeanError, with the
-        reason, if the model is built differently, before anything is changed."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: PagedAttention,
+        *,
+        in_bytes: bool = False,
+        group: Group | None = None,
+    ) -> None:
+        """With `in_bytes` weights are rounded to 8 bits, and the model keeps none. With a `group` the model is a
+        rank's share. Raises NotLeanError, with the reason, if the model is built differently, before anything is
+        changed."""
         self.shape: ModelRunner = refuse_other_structures(model)
         body: Any = model.model
         _refuse_other_weights(model)
@@ -68,6 +78,12 @@ class FusedBody(Body):
         self._embedding_scale = float(getattr(config, "embedding_multiplier", 1.0) or 1.0)
         self._residual_scale = float(getattr(config, "residual_multiplier", 1.0) or 1.0)
         self._logits_scale = 1.0 / float(getattr(config, "logits_scaling", 1.0) or 1.0)
+        self._sums: Sums | None = None
+        if group is not None:
+            width, dtype = self._embedding.shape[1], self._embedding.dtype
+            self._sums = sums_for(
+                group, self._head.outputs, len(self._layers), width, dtype, overlaps=attention.overlaps
+            )
 
     @property
     def weight_bytes(self) -> int:
@@ -76,21 +92,41 @@ class FusedBody(Body):
 
     @torch.inference_mode()
     def logits(self, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
-        x = F.embedding(batch.ids, self._embedding)
-        if self._embedding_scale != 1.0:
-            x *= self._embedding_scale
+        x = self._embedded(batch.ids)
         for number, layer in enumerate(self._layers):
             qkv = self._linears.normed(x, layer.attention_norm, layer.qkv)
             attended = self._attended(batch, number, layer, qkv)
-            x = self._linears.added(x, attended, layer.out, self._residual_scale)
+            x = self._added(x, attended, layer.out)
             gated = self._linears.gated(x, layer.mlp_norm, layer.gate_up)
-            x = self._linears.added(x, gated, layer.down, self._residual_scale)
+            x = self._added(x, gated, layer.down)
         if batch.sampled is not None:
             x = x[batch.sampled]
         if out is None:
-            out = torch.empty((x.shape[0], self._head.outputs), dtype=torch.float32, device=x.device)
-        self._linears.normed(x, self._final_norm, self._head, out)
+            out = torch.empty((x.shape[0], self.shape.vocab_size), dtype=torch.float32, device=x.device)
+        if self._sums is None:
+            self._linears.normed(x, self._final_norm, self._head, out)
+        else:
+            part = torch.empty((x.shape[0], self._head.outputs), dtype=torch.float32, device=x.device)
+            self._linears.normed(x, self._final_norm, self._head, part)
+            self._sums.logits(part, out)
         return out if self._logits_scale == 1.0 else out.mul_(self._logits_scale)
+
+    def place_for_logits(self, rows: int) -> torch.Tensor | None:
+        return None if self._sums is None else self._sums.place(rows)
+
+    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        if self._sums is None:
+            x = F.embedding(ids, self._embedding)
+        else:
+            self._sums.begin()
+            x = self._sums.embedded(ids, self._embedding)
+        return x if self._embedding_scale == 1.0 else x.mul_(self._embedding_scale)
+
+    def _added(self, x: torch.Tensor, y: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """What a product gives of all ranks, added to the residual."""
+        if self._sums is None:
+            return self._linears.added(x, y, weight, self._residual_scale)
+        return self._sums.add(x, self._linears.product(y, weight), self._residual_scale)
 
     def _attended(self, batch: Batch, number: int, layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
         heads = layer.heads

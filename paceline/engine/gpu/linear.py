@@ -139,6 +139,13 @@ class Linears:
             return torch.addmm(x, y, data.T, out=x)
         return x.add_(F.linear(y, data, weight.bias), alpha=scale)
 
+    def product(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """x W^T + b, in memory of its own."""
+        tiles = self._tiles(x, weight, weight.outputs)
+        if tiles is not None:
+            return self._launch(tiles, x, weight, x.new_empty(x.shape[0], weight.outputs))
+        return F.linear(x, weight.whole(x.dtype), weight.bias)
+
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
         width = x.shape[1]

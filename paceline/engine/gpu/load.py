@@ -16,20 +16,23 @@ from paceline.engine.gpu.runner import MOST_GRAPH_ROWS, DeviceRunner
 from paceline.engine.kv_blocks import BLOCK
 from paceline.engine.lean import NotLeanError
 from paceline.engine.runner import ModelRunner, Runner
+from paceline.engine.tp.group import Group
 from paceline.errors import ConfigError, ModelError
 from paceline.models.quantization import runs_in_library
 
 logger = logging.getLogger(__name__)
 
 
-def on_device(own: ModelRunner, backends: Backends, settings: EngineSettings) -> tuple[Runner, list[Choice]]:
+def on_device(
+    own: ModelRunner, backends: Backends, settings: EngineSettings, group: Group | None = None
+) -> tuple[Runner, list[Choice]]:
     """A runner over keys and values in blocks that reproduces the model's logits; `own` itself if there is none.
 
     Fused layers if the model is built for it, its own code if not; short steps as graphs.
     """
     # What the model itself is needed for, before its weights go.
     expected, key_shift = probed_logits(own), own.key_shift()
-    body, how, why = _body(own, backends)
+    body, how, why = _body(own, backends, group)
     graphs = backends.fuses and not runs_in_library(own.model)
     runner = DeviceRunner(
         body,
@@ -62,13 +65,13 @@ def _try(runner: DeviceRunner, expected: list[torch.Tensor]) -> None:
         raise ModelError(f"does not run: {' '.join(str(error).split())[:150]}") from error
 
 
-def _body(own: ModelRunner, backends: Backends) -> tuple[Body, str, str]:
+def _body(own: ModelRunner, backends: Backends, group: Group | None) -> tuple[Body, str, str]:
     attention = PagedAttention(backends.attention, own.device)
     if not backends.fuses:
         return OwnCode(own, attention), "transformers", "engine.compile is false"
     try:
         return (
-            FusedBody(own.model, attention, in_bytes=backends.weights_in_bytes),
+            FusedBody(own.model, attention, in_bytes=backends.weights_in_bytes, group=group),
             "fused",
             "the model is built like Llama",
         )

@@ -109,7 +109,10 @@ class DeviceRunner(Runner):
         self._names: torch.Tensor | None = None
         chunks = -(-self.vocab_size // draws.CHUNK)
         device = geometry.device
-        self._logits = torch.empty((MOST_GRAPH_ROWS, self.vocab_size), device=device) if self._graphs else None
+        self._logits: torch.Tensor | None = None
+        if self._graphs:
+            place = body.place_for_logits(MOST_GRAPH_ROWS)
+            self._logits = torch.empty((MOST_GRAPH_ROWS, self.vocab_size), device=device) if place is None else place
         self._tokens = torch.zeros(MOST_GRAPH_ROWS, dtype=torch.long, device=device)
         self._best = torch.empty((MOST_GRAPH_ROWS, chunks), device=device)
         self._ids = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -127,6 +130,10 @@ class DeviceRunner(Runner):
     @property
     def device(self) -> torch.device:
         return self._geometry.device
+
+    @property
+    def launches(self) -> bool:
+        return True
 
     def kv_geometry(self) -> KVGeometry:
         return self._geometry

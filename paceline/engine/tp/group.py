@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,34 @@ class Group(ABC):
         after the deadline.
         """
         return None
+
+
+class Gathering(Group):
+    """A group whose first call waits for all ranks to have come so far, however long they take to read weights."""
+
+    def __init__(self, group: Group, meet: Callable[[], None]) -> None:
+        self.rank, self.size = group.rank, group.size
+        self._group = group
+        self._meet: Callable[[], None] | None = meet
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self._met().all_reduce(x)
+
+    def all_gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        return self._met().all_gather(x, widths)
+
+    def close(self) -> None:
+        self._group.close()
+
+    @property
+    def native_sum(self) -> tuple[int, int] | None:
+        return self._group.native_sum
+
+    def _met(self) -> Group:
+        meet, self._meet = self._meet, None
+        if meet is not None:
+            meet()
+        return self._group
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,47 @@
+"""Where a rank runs: its cores and memory, its GPU, and whether all ranks are on one host."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from pathlib import Path
+
+import torch
+from torch.distributed import TCPStore
+
+from paceline import numa
+from paceline.config import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def settled(settings: EngineSettings, rank: int) -> EngineSettings:
+    """Bind this process to a rank's cores and memory, or its thread to its GPU; the settings with its threads.
+
+    Raises ConfigError if there are fewer cores than asked for.
+    """
+    size = settings.tensor_parallel_size
+    if settings.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        return settings
+    binding = numa.bindings(size, cores_per_rank=settings.cores_per_rank, numa_bind=settings.numa_bind)[rank]
+    if binding.nodes or settings.cores_per_rank != "auto":
+        numa.apply(binding)
+        logger.info("rank %d: %s", rank, binding)
+    return settings if settings.threads != "auto" else settings.model_copy(update={"threads": len(binding.cores)})
+
+
+def on_one_host(store: TCPStore, rank: int, size: int) -> bool:
+    """Whether all ranks, which call this, share a host's memory."""
+    store.set(f"host {rank}", json.dumps(_host()))
+    return len({bytes(store.get(f"host {other}")) for other in range(size)}) == 1
+
+
+def _host() -> tuple[str, str, str]:
+    """A machine, and a container's view of its shared memory."""
+    booted = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
+    shared = Path("/dev/shm")
+    return socket.gethostname(), booted, str(shared.stat().st_dev) if shared.exists() else ""
