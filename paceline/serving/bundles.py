@@ -78,7 +78,7 @@ def _check_model(role: str, model: str, size: int) -> None:
         return
     try:
         check_size(config, size)
-    except ConfigError as error:
+    except (ConfigError, ModelError) as error:
         key = f"{role}.engine.tensor_parallel_size"
         why = error.message.removeprefix(f"{error.param}: ")
         raise ConfigError(f"{key}: {why}", param=key) from None

@@ -14,7 +14,7 @@ from paceline.models import resolve
 from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.serving.draft_exchange import DraftExchange
 from paceline.serving.peers import KV_IDENTITY, ServePeers
-from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status, start_ranks
+from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
 from paceline.sessions.handoff import Bound, Receipt, Room
 from paceline.speculation.frames import Hello
 
@@ -38,7 +38,7 @@ class Draft:
     async def __init__(self, settings: AppSettings) -> None:  # type: ignore[misc]  # Serve awaits it
         context = serve.get_replica_context()
         self.replica_id: str = context.replica_id.unique_id
-        self._ranks = await start_ranks(settings.draft, settings.draft_model)
+        self._ranks = await Ranks.start(settings.draft, settings.draft_model)
         try:
             self._loop, model = await loading(self._ranks, asyncio.to_thread(_start, settings, self._ranks))
         except BaseException:
@@ -57,7 +57,7 @@ class Draft:
         self._server, self.address = await start_draft_server(self._service, host, settings.draft.port)
         self._settings = settings
         if self._ranks is not None:
-            self._ranks.watch(self._loop.abandon)
+            await self._ranks.watch(self._loop.abandon)
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Captured once, after `__init__`."""

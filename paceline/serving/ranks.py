@@ -11,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from paceline import numa
 from paceline.config import DraftSettings, EngineSettings, TargetSettings
 from paceline.errors import EngineError, PacelineError, Unavailable
 from paceline.models import resolve
@@ -59,39 +60,113 @@ class Place:
 
 
 class RankActor:
-    """A rank beside rank 0. Its calls run in threads, so that it answers while it runs. Undecorated: see `_actors`."""
+    """A rank beside rank 0. Its calls run in threads, so that it answers while it runs. Undecorated: see `Actors`."""
 
     def __init__(self, rank: int, engine: EngineSettings) -> None:
         self._rank, self._engine = rank, engine
 
-    def prepare(self, model: str) -> Place:
-        """Fetch the model to this node if need be, and settle on this rank's cores. Raises ModelError, ConfigError."""
+    def fetch(self, model: str) -> None:
+        """Have the model on this node. Raises ModelError."""
         resolve(model)
-        bind(self._engine, self._rank)
+
+    def place(self) -> Place:
         return Place.here(self._rank)
 
     def run(self, model: str, meeting: Meeting) -> None:
-        """Do as rank 0 says until it is done. Raises EngineError when it is lost, and what loading raises."""
+        """Load this rank's share and do as rank 0 says until that is done. Raises what ends it earlier."""
         from paceline.engine.tp.follower import follow
 
-        bind(self._engine, self._rank)  # this thread's memory
         follow(resolve(model).path, self._engine, meeting, self._rank)
 
 
+class Others(Protocol):
+    """The ranks but 0, in the order of their numbers: the seam to Ray."""
+
+    @abstractmethod
+    async def fetch(self, model: str) -> None:
+        """Have the model on their nodes. Raises ModelError."""
+
+    @abstractmethod
+    async def places(self) -> Sequence[Place]: ...
+
+    @abstractmethod
+    def run(self, model: str, meeting: Meeting) -> Sequence[asyncio.Future[None]]:
+        """Start their loops. One that is done has ended, or failed for what it holds."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End their processes. Idempotent."""
+
+
+class Actors(Others):
+    """One in each bundle of this replica's placement group but the first, where the replica is."""
+
+    def __init__(self, engine: EngineSettings) -> None:
+        group = ray.util.get_current_placement_group()
+        assert group is not None
+        self._actors = [
+            ray.remote(RankActor)
+            .options(
+                num_cpus=bundle.get("CPU", 0),
+                num_gpus=bundle.get("GPU", 0),
+                max_restarts=0,
+                max_concurrency=CALLS_AT_ONCE,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            )
+            .remote(rank, engine)
+            for rank, bundle in enumerate(group.bundle_specs)
+            if rank > 0
+        ]
+
+    async def fetch(self, model: str) -> None:
+        try:
+            await asyncio.gather(*(actor.fetch.remote(model) for actor in self._actors))
+        except RayTaskError as error:
+            raise _cause(error) from None
+
+    async def places(self) -> Sequence[Place]:
+        found: list[Place] = await asyncio.gather(*(actor.place.remote() for actor in self._actors))
+        return found
+
+    def run(self, model: str, meeting: Meeting) -> Sequence[asyncio.Future[None]]:
+        return [asyncio.ensure_future(actor.run.remote(model, meeting)) for actor in self._actors]
+
+    def kill(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+
 class Ranks:
-    """Rank 0's view of the others. Made by `start_ranks`; belongs to the event loop.
+    """Rank 0's view of the others. Made by `Ranks.start`; belongs to the event loop. `places` has all of them."""
 
-    `runs` are the others' loops, in the order of their ranks, `kill` ends their processes.
-    """
-
-    def __init__(
-        self, leader: Leader, places: Sequence[Place], runs: Sequence[asyncio.Future[None]], kill: Callable[[], None]
-    ) -> None:
+    def __init__(self, leader: Leader, others: Others, places: Sequence[Place], model: str) -> None:
         self.leader, self.places = leader, tuple(places)
-        self._runs, self._kill = tuple(runs), kill
+        self._others = others
+        self._runs = others.run(model, leader.meeting)
         self._failure: str | None = None
         self._watch: asyncio.Task[None] | None = None
         self._stopped = False
+
+    @classmethod
+    async def start(cls, settings: TargetSettings | DraftSettings, model: str) -> Self | None:
+        """Those of this replica, with the model at hand on their nodes; None if it is the only one.
+
+        Raises what one of them fails for.
+        """
+        from paceline.engine.tp.leader import Leader
+
+        engine = rank_engine(settings)
+        if engine.tensor_parallel_size == 1:
+            return None
+        others = Actors(engine)
+        try:
+            await asyncio.gather(others.fetch(model), asyncio.to_thread(resolve, model))
+            places = await others.places()
+            leader = await asyncio.to_thread(Leader.open, engine, ray.util.get_node_ip_address())
+            return cls(leader, others, (Place.here(0), *places), model)
+        except BaseException:
+            others.kill()
+            raise
 
     def failure(self) -> str | None:
         """Which rank was lost, and why; the first that was. None while all are there."""
@@ -105,16 +180,19 @@ class Ranks:
             await asyncio.wait(self._runs, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
         return failure
 
-    def watch(self, tell: Callable[[PacelineError], object]) -> None:
-        """From now on: when a rank is lost, tell so at once, in words for clients, and end the others.
+    async def watch(self, tell: Callable[[PacelineError], object]) -> None:
+        """All is loaded. From now on: when a rank is lost, tell so at once, in words for clients, and end the others.
 
         The step that runs then may hang in a sum over all ranks, until its deadline.
         """
+        self.places = (Place.here(0), *await self.loading(self._others.places()))  # now on cores of their own
+        for place in self.places:
+            logger.info("%s has cores %s", place, list(place.cores))
 
         async def wait() -> None:
             logger.error("%s; the replica ends", await self.lost())
             tell(Unavailable("the replica serving this request lost a part of its model; send it again"))
-            self._kill()
+            self._others.kill()
 
         self._watch = asyncio.create_task(wait())
 
@@ -131,9 +209,10 @@ class Ranks:
             if task.done() and not isinstance(task.exception(), EngineError):
                 return task.result()
             await asyncio.wait(self._runs, timeout=REASON_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
-            raise self._error() or task.exception() or EngineError(await self.lost())
+            raise self._error() or (task.exception() if task.done() else None) or EngineError(await self.lost())
         finally:
             lost.cancel()
+            task.cancel()
 
     async def stop(self) -> None:
         """Let them end, then kill whoever has not. Idempotent."""
@@ -146,7 +225,7 @@ class Ranks:
         await asyncio.to_thread(self.leader.close)
         if not lost:
             await asyncio.wait(self._runs, timeout=STOP_TIMEOUT_S)
-        self._kill()
+        self._others.kill()
 
     def _reason(self, place: Place, run: asyncio.Future[None]) -> str | None:
         if not run.done():
@@ -164,23 +243,6 @@ class Ranks:
             if error is not None and isinstance(ours := _cause(error), PacelineError):
                 return type(ours)(f"rank {place.rank}: {ours.message}", param=ours.param)
         return None
-
-
-async def start_ranks(settings: TargetSettings | DraftSettings, model: str) -> Ranks | None:
-    """The other ranks of this replica, each with the model at hand on its node; None if it is the only one.
-
-    Binds this process to its own cores. Raises what a rank fails for.
-    """
-    engine = rank_engine(settings)
-    if engine.tensor_parallel_size == 1:
-        return None
-    bind(engine, 0)
-    actors = _actors(engine, settings.num_gpus > 0)
-    try:
-        return await _met(actors, engine, model)
-    except BaseException:
-        _kill(actors)
-        raise
 
 
 def rank_engine(settings: TargetSettings | DraftSettings) -> EngineSettings:
@@ -202,56 +264,6 @@ def ranks_status(settings: TargetSettings | DraftSettings, ranks: Ranks | None) 
     if ranks is not None:
         told["ranks"] = [{**asdict(place), "cores": list(place.cores)} for place in ranks.places]
     return told
-
-
-def bind(engine: EngineSettings, rank: int) -> None:
-    """Keep this process, and the memory that this thread takes, to a CPU rank's part of the machine."""
-    if engine.device != "cpu":
-        return
-    found = numa.bindings(engine.tensor_parallel_size, cores_per_rank=engine.cores_per_rank, numa_bind=engine.numa_bind)
-    numa.apply(found[rank])
-
-
-def _actors(engine: EngineSettings, gpus: bool) -> list[Any]:
-    """One in each bundle but the first, where this replica is."""
-    group = ray.util.get_current_placement_group()
-    assert group is not None
-    made = []
-    for rank, bundle in enumerate(group.bundle_specs):
-        if rank > 0:
-            options = ray.remote(RankActor).options(
-                num_cpus=bundle.get("CPU", 0),
-                num_gpus=bundle.get("GPU", 0) if gpus else 0,
-                max_restarts=0,
-                max_concurrency=CALLS_AT_ONCE,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-            )
-            made.append(options.remote(rank, engine))
-    return made
-
-
-async def _met(actors: Sequence[Any], engine: EngineSettings, model: str) -> Ranks:
-    from paceline.engine.tp.leader import Leader
-
-    try:
-        prepared = asyncio.gather(*(actor.prepare.remote(model) for actor in actors))
-        await asyncio.to_thread(resolve, model)
-        places = await prepared
-    except Exception as error:
-        if isinstance(ours := _cause(error), PacelineError):
-            raise ours from None
-        raise
-    leader = await asyncio.to_thread(Leader.open, engine, ray.util.get_node_ip_address())
-    runs = [asyncio.ensure_future(actor.run.remote(model, leader.meeting)) for actor in actors]
-    ranks = Ranks(leader, (Place.here(0), *places), runs, lambda: _kill(actors))
-    for place in ranks.places:
-        logger.info("%s, cores %s", place, list(place.cores))
-    return ranks
-
-
-def _kill(actors: Sequence[Any]) -> None:
-    for actor in actors:
-        ray.kill(actor)
 
 
 def _cause(error: BaseException) -> BaseException:

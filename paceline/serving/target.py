@@ -18,7 +18,7 @@ from paceline.rpc.draft_client import DraftPool
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.exchange import Exchange
 from paceline.serving.peers import KV_IDENTITY, ServePeers
-from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status, start_ranks
+from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
 from paceline.sessions.handoff import Bound, Move, Outcome, Receipt, Room
 from paceline.sessions.placement import Route
 from paceline.sessions.prefixes import sketch
@@ -57,7 +57,7 @@ class Target:
         self._watch: ReplicaWatch | None = None
         self._idle = IdleWatch()
         self._ranks: Ranks | None = None
-        self._ranks = await start_ranks(settings.target, settings.model)
+        self._ranks = await Ranks.start(settings.target, settings.model)
         try:
             await self._set_up(draft_deployment)
         except BaseException:
@@ -79,7 +79,7 @@ class Target:
         started = asyncio.to_thread(_start, self._model, self._proposer, self._settings)
         self._loop = await loading(self._ranks, started)
         if self._ranks is not None:
-            self._ranks.watch(self._loop.abandon)
+            await self._ranks.watch(self._loop.abandon)
 
     def _watch_drafts(self, deployment: str) -> None:
         speculation = self._settings.speculation
