@@ -8,12 +8,17 @@ from pathlib import Path
 
 def usable_cores() -> int:
     """Cores this process may use: its affinity, cut to the cgroup's CPU quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota(Path("/sys/fs/cgroup/cpu.max"))
+    cores = len(affinity())
+    quota = cgroup_quota()
     return max(1, min(cores, quota) if quota else cores)
 
 
-def _cgroup_quota(path: Path) -> int | None:
+def affinity() -> set[int]:
+    """Hardware threads that the calling thread may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def cgroup_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
     """Whole cores of a cgroup v2 quota, None without one."""
     try:
         quota, period = path.read_text().split()

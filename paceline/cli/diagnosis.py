@@ -23,6 +23,7 @@ from paceline.cli.hardware import (
 )
 from paceline.config import cache_dir, parse_settings
 from paceline.errors import PacelineError
+from paceline.numa import Binding, Node, bindings, read_topology
 from paceline.ports import ALL_INTERFACES, why_unusable
 
 if TYPE_CHECKING:
@@ -98,6 +99,23 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True)
+class Sums:
+    """A kind of engine.collectives, by which ranks sum; `missing` says why it does not run here."""
+
+    name: str
+    missing: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """How a replica of several ranks would share this machine: as many as it has nodes, but two at least."""
+
+    nodes: tuple[Node, ...] = ()
+    bindings: tuple[Binding, ...] = ()
+    collectives: tuple[Sums, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Everything looked at. Memory and disk are in bytes; `shared_memory` is None where /dev/shm is not used."""
 
@@ -112,6 +130,7 @@ class Report:
     cache: Cache
     ports: tuple[Port, ...]
     libraries: tuple[Library, ...] = ()
+    ranks: Ranks = Ranks()
 
 
 def collect() -> Report:
@@ -133,6 +152,7 @@ def collect() -> Report:
             Port(GRPC_PORT, "gRPC", why_unusable(ALL_INTERFACES, GRPC_PORT)),
         ),
         libraries=read_libraries(),
+        ranks=read_ranks(torch_works),
     )
 
 
@@ -170,6 +190,30 @@ def read_engine() -> Engine:
         return Engine(cores, tuple(describe(parse_settings({}).target.engine)))
     except PacelineError as error:
         return Engine(cores, (), error.message)
+
+
+def read_ranks(torch_works: bool) -> Ranks:
+    """Nodes, the bindings of their ranks, and what those could sum by."""
+    topology = read_topology()
+    size = max(2, len(topology.nodes))
+    bound = bindings(size, cores_per_rank="auto", numa_bind=True, topology=topology)
+    return Ranks(topology.nodes, tuple(bound), read_collectives() if torch_works else ())
+
+
+def read_collectives() -> tuple[Sums, ...]:
+    """Those that one machine can tell about: of GPUs' own, whether torch has NCCL."""
+    from torch import cuda, distributed
+
+    from paceline.engine.tp.shared_memory import library
+
+    found = library()
+    gloo = None if distributed.is_gloo_available() else "torch was built without it"
+    nccl = None if distributed.is_nccl_available() else "torch was built without it"
+    return (
+        Sums("shm", found if isinstance(found, str) else None),
+        Sums("gloo", gloo),
+        Sums("nccl", nccl if cuda.is_available() else "torch sees no GPU"),
+    )
 
 
 def read_cache(folder: Path) -> Cache:

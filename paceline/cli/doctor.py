@@ -11,11 +11,12 @@ import typer
 from paceline.cli import options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
-    from paceline.cli.diagnosis import Library, Problem, Report
+    from paceline.cli.diagnosis import Library, Problem, Ranks, Report
+    from paceline.numa import Binding, Node
 
 EPILOG = """\b
 Examples:
@@ -27,8 +28,9 @@ Examples:
 def doctor(as_json: options.Json = False) -> None:
     """Check this machine and say what is wrong.
 
-    Shows hardware, versions, the model cache, what the automatic settings resolve to and whether the default ports are
-    free, then the problems found and their remedies. Exit code 1 if something required is broken.
+    Shows hardware, versions, the model cache, what the automatic settings resolve to, how the ranks of a replica with
+    tensor_parallel_size would share this machine and whether the default ports are free, then the problems found and
+    their remedies. Exit code 1 if something required is broken.
     """
     from paceline.cli.console import stdout
     from paceline.cli.diagnosis import collect, problems
@@ -70,6 +72,7 @@ def rows(report: Report) -> Iterator[tuple[str, str, str, str]]:
     yield from _section("for a GPU", libraries)
     yield from _section("model cache", [("folder", report.cache.folder, f"{_gib(report.cache.free)} free")])
     yield from _section("choices", [(choice.name, choice.value, choice.reason) for choice in report.engine.choices])
+    yield from _section("ranks", _ranks(report.ranks))
     ports = [(port.purpose, str(port.number), port.trouble or "free") for port in report.ports]
     yield from _section("ports", ports)
 
@@ -88,6 +91,36 @@ def _hardware(report: Report) -> list[tuple[str, str, str]]:
         ("memory", _gib(report.memory.total), f"{_gib(report.memory.free)} free"),
         *(gpus or [("GPU", "none", "")]),
     ]
+
+
+def _ranks(ranks: Ranks) -> list[tuple[str, str, str]]:
+    """Nodes, what each rank would be bound to, and how ranks could sum."""
+    nodes = [(f"node {node.number}", f"cores {_cores(node)}", _gib(node.memory)) for node in ranks.nodes]
+    bound = [(f"rank {each.rank}", f"cores {runs(each.cores)}", _memory(each)) for each in ranks.bindings]
+    sums = [
+        (each.name, "runs" if each.missing is None else "does not run", each.missing or "")
+        for each in ranks.collectives
+    ]
+    return [*nodes, *bound, *sums]
+
+
+def _cores(node: Node) -> str:
+    """By their first threads, and how many threads in all where that is more."""
+    threads = sum(map(len, node.cores))
+    text = runs([core[0] for core in node.cores])
+    return text if threads == len(node.cores) else f"{text}, {threads} threads"
+
+
+def _memory(binding: Binding) -> str:
+    """Where a rank's memory would come from."""
+    return f"memory of node {runs(binding.nodes)}" if binding.nodes else "memory of the machine"
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers as the kernel lists them: 0-3,8."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _remark(library: Library) -> str:

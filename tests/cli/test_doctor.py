@@ -15,15 +15,20 @@ from paceline.cli.diagnosis import (
     Package,
     Port,
     Problem,
+    Ranks,
     Report,
+    Sums,
     problems,
     read_cache,
     read_libraries,
     read_package,
+    read_ranks,
 )
-from paceline.cli.doctor import rows
+from paceline.cli.doctor import rows, runs
 from paceline.cli.hardware import GIB, Cpu, Gpu, Memory, free_disk, nvidia_driver_present, read_cpu, read_memory
 from paceline.engine.backends import Choice
+from paceline.engine.tp import shared_memory
+from paceline.numa import Binding, Node
 from tests.cli.conftest import Run
 
 HEALTHY = Report(
@@ -127,6 +132,55 @@ def test_a_library_that_is_not_installed_is_found_missing(monkeypatch: pytest.Mo
 def test_attention_layout_and_compilation_are_among_the_choices() -> None:
     names = [choice.name for choice in diagnosis.read_engine().choices]
     assert {"attention", "kv layout", "compile"} <= set(names)
+
+
+TWO_SOCKETS = replace(
+    HEALTHY,
+    ranks=Ranks(
+        (Node(0, ((0, 4), (1, 5)), 64 * GIB), Node(1, ((2,), (3,)), 32 * GIB)),
+        (Binding(0, (0, 1), (0,)), Binding(1, (2, 3))),
+        (Sums("shm", "no C++ compiler"), Sums("gloo", None)),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ("ranks", "node 0", "cores 0-1, 4 threads", "64.0 GiB"),
+        ("", "node 1", "cores 2-3", "32.0 GiB"),
+        ("", "rank 0", "cores 0-1", "memory of node 0"),
+        ("", "rank 1", "cores 2-3", "memory of the machine"),
+        ("", "shm", "does not run", "no C++ compiler"),
+        ("", "gloo", "runs", ""),
+    ],
+)
+def test_the_report_shows_how_ranks_would_share_the_machine(row: tuple[str, str, str, str]) -> None:
+    assert row in rows(TWO_SOCKETS)
+
+
+@pytest.mark.parametrize("report", [TWO_SOCKETS], indirect=True)
+def test_json_has_the_bindings(run: Run, report: Report) -> None:
+    binding = {"rank": 0, "cores": [0, 1], "nodes": [0], "bound": True}
+    assert json.loads(run("doctor", "--json").out)["ranks"]["bindings"][0] == binding
+
+
+def test_two_ranks_are_bound_at_least() -> None:
+    assert len(read_ranks(True).bindings) >= 2
+
+
+def test_without_torch_nothing_is_said_of_sums() -> None:
+    assert read_ranks(False).collectives == ()
+
+
+def test_shared_memory_that_does_not_compile_is_said_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "library", lambda: "no C++ compiler")
+    assert read_ranks(True).collectives[0] == Sums("shm", "no C++ compiler")
+
+
+@pytest.mark.parametrize(("numbers", "text"), [((0, 1, 2, 8), "0-2,8"), ((5,), "5"), ((), "")])
+def test_numbers_in_a_row_are_written_as_a_run(numbers: tuple[int, ...], text: str) -> None:
+    assert runs(numbers) == text
 
 
 def test_required_problems_come_first() -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from paceline.errors import EngineError
+
 
 class Group(ABC):
     """The ranks of one replica, numbered from 0.
@@ -35,10 +37,23 @@ class Group(ABC):
     def native_sum(self) -> tuple[int, int] | None:
         """For kernels that sum on their own: addresses of a C function and of its first argument. None: call here.
 
-        `int64_t sum(void* group, float* x, int64_t n)` does what `all_reduce` does and returns 0, or anything else
-        after the deadline.
+        `int64_t sum(void* group, float* x, int64_t n)` does what `all_reduce` does to n floats from x on. It returns 0,
+        or 1 + the number of a rank that did not join before the deadline (`not_joined` makes an error of it). It calls
+        no Python; one call at a time, from any one thread outside of parallel regions; valid until `close`.
         """
         return None
+
+    def abandon(self, rank: int) -> None:
+        """Rank `rank` is known to be lost: end waits now, not at their deadline, if this kind of group can.
+
+        From any thread.
+        """
+        del rank
+
+
+def not_joined(rank: int, timeout_s: float) -> EngineError:
+    """What a wait for `rank` ends with."""
+    return EngineError(f"rank {rank} did not join within {timeout_s:g} s")
 
 
 class Gathering(Group):
