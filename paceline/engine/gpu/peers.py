@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from paceline.engine.tp.group import Group
 from paceline.errors import EngineError
 
 NANOSECONDS = 1_000_000_000
+NEEDED = ("triton", "torch.distributed._symmetric_memory")
 
 
 class PeerGroup(Group):
@@ -46,12 +48,8 @@ class PeerGroup(Group):
             return "this process has a default group of torch already"
         if not all(torch.cuda.can_device_access_peer(device, other) for other in others):
             return "its GPU cannot write to the others' memory"
-        try:
-            import torch.distributed._symmetric_memory  # noqa: F401
-            import triton  # noqa: F401
-        except ImportError as error:
-            return str(error)
-        return None
+        lacking = [name for name in NEEDED if find_spec(name) is None]
+        return f"{lacking[0]} is not there" if lacking else None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         distributed.all_reduce(x)

@@ -117,8 +117,8 @@ class PeerSums(Sums):
         assert exchange < self._last_exchange, "a step has more sums than there are flags for"
         peer_kernels.sum_peers[(-(-y.numel() // block),)](
             x, y, scale, self._slots, self._flags, self._step, exchange % SLOTS, exchange, y.numel(),
-            self._peers.timeout_ns, RANK=self.group.rank, SIZE=self.group.size, SLOT=self._slot, PROGRAMS=PROGRAMS, ADDED=added,
-            BLOCK=block, OVERLAPS=self._overlaps, launch_pdl=self._overlaps, num_warps=warps,
+            self._peers.timeout_ns, RANK=self.group.rank, SIZE=self.group.size, SLOT=self._slot, PROGRAMS=PROGRAMS,
+            ADDED=added, BLOCK=block, OVERLAPS=self._overlaps, launch_pdl=self._overlaps, num_warps=warps,
         )  # fmt: skip
         return x
 

@@ -12,6 +12,7 @@ import secrets
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 
 from paceline.errors import EngineError
 
@@ -56,10 +57,8 @@ class Channel:
 
     def close(self) -> None:
         """Also wakes whoever waits in `receive`."""
-        try:
+        with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._connection.close()
 
 

@@ -14,7 +14,7 @@ from paceline.engine.tp.group import Meeting
 from paceline.engine.tp.leader import FAILED
 from paceline.engine.tp.plan import Op, Operation
 from paceline.engine.tp.share import Share
-from paceline.errors import EngineError, PacelineError
+from paceline.errors import PacelineError
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def follow(path: Path, settings: EngineSettings, meeting: Meeting, rank: int) ->
     try:
         share, ready = load_follower(path, settings, meeting, rank)
         said.send(plan.packed(asdict(ready)))
-        _execute(said, share)
+        execute(said, share)
     except PacelineError as error:
         _last_word(said, error.message)
         raise
@@ -42,7 +42,8 @@ def follow(path: Path, settings: EngineSettings, meeting: Meeting, rank: int) ->
         said.close()
 
 
-def _execute(said: Channel, share: Share) -> None:
+def execute(said: Channel, share: Share) -> None:
+    """What rank 0 says, until it has no more to say."""
     while (data := said.receive()) is not None:
         operations: Sequence[Operation] = plan.unpacked(data)
         name, *arguments = operations[-1]

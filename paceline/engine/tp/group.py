@@ -73,6 +73,9 @@ class Gathering(Group):
     def close(self) -> None:
         self._group.close()
 
+    def abandon(self, rank: int) -> None:
+        self._group.abandon(rank)
+
     @property
     def native_sum(self) -> tuple[int, int] | None:
         return self._group.native_sum

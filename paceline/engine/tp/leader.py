@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,7 +48,6 @@ class Leader:
         self._listener = listener
         self._others: dict[int, _Other] = {}
         self._waiting: list[Operation] = []
-        self._lock = threading.Lock()
         self._share: Share | None = None
         self._heads: list[range] = []
         self._closed = False
@@ -81,11 +80,13 @@ class Leader:
                 self._others[rank] = _Other(rank, connection, self)
         self._listener.close()
 
-    def fail(self, why: str) -> None:
-        """A rank is gone. The first reason stays."""
+    def fail(self, rank: int, why: str) -> None:
+        """A rank is gone: nobody need wait for it any more. The first reason stays. From any thread."""
         if self.failure is None and not self._closed:
-            logger.error("%s", why)
-            self.failure = why
+            self.failure = f"rank {rank} {why}"
+            logger.error("%s", self.failure)
+            if self.group is not None:
+                self.group.abandon(rank)
 
     def meet(self) -> None:
         """Wait for all ranks to have their weights, however long that takes. Raises EngineError if one is gone."""
@@ -139,13 +140,13 @@ class Leader:
         """This rank's share of a memory that was opened."""
         return self._own.memories[number]
 
-    def check(self, memory: int) -> None:
-        """Raise EngineError unless the account of this rank's share of a memory closes."""
+    def check(self, memory: int, charged: Mapping[int, int]) -> None:
+        """Raise EngineError unless the entries of this rank's share of a memory are these, each with its room."""
         if self._waiting:
             operations, self._waiting = self._waiting, []
             self._send(plan.packed(operations))
             self._own.do(operations)
-        self._own.check(memory)
+        self._own.check(memory, charged)
 
     def close(self) -> None:
         """Let the other ranks end. Idempotent."""
@@ -208,7 +209,7 @@ class _Other:
         try:
             self.channel.send(*frames)
         except OSError as error:
-            self.leader.fail(f"rank {self.rank} is gone: {error}")
+            self.leader.fail(self.rank, f"is gone: {error}")
             raise EngineError(self.leader.failure or f"rank {self.rank} is gone") from error
 
     def next(self, timeout_s: float) -> bytearray:
@@ -229,10 +230,10 @@ class _Other:
     def _read(self) -> None:
         while (said := self.channel.receive()) is not None:
             if said.startswith(FAILED):
-                self.leader.fail(f"rank {self.rank}: {said.removeprefix(FAILED).decode()}")
+                self.leader.fail(self.rank, f"failed: {said.removeprefix(FAILED).decode()}")
             else:
                 self._said.put(said)
-        self.leader.fail(f"rank {self.rank} is gone")
+        self.leader.fail(self.rank, "is gone")
         self._said.put(None)
 
 

@@ -38,7 +38,7 @@ def _watch(leader: weakref.ref[Leader], process: subprocess.Popen[str], rank: in
     """A rank that ends before it has connected says nothing."""
     code = process.wait()
     if (found := leader()) is not None:
-        found.fail(f"rank {rank} ended with exit code {code}")
+        found.fail(rank, f"ended with exit code {code}")
 
 
 def _main() -> None:

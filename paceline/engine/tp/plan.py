@@ -149,5 +149,7 @@ def tensors_heard(frames: Sequence[bytearray]) -> list[torch.Tensor]:
     return found
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def _bytes(tensor: torch.Tensor) -> bytes | memoryview:
+    if not tensor.numel():
+        return b""  # of nothing there is no memory to look at
     return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")

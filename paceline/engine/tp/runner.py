@@ -130,7 +130,7 @@ class SharedMemory(KVMemory):
         self._leader.tell(Op.FORK, number_of(source), number_of(entry), held)
 
     def check(self, entries: Sequence[KVEntry]) -> None:
-        self._leader.check(self.number)
+        self._leader.check(self.number, {number_of(entry): entry.charged for entry in entries})
 
     def _resize(self, entry: KVEntry, room: int) -> None:
         entry.keys, entry.scales = self._outline(room)

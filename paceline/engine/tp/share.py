@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from paceline.engine.kv_entry import KVEntry
 from paceline.engine.kv_memory import KVMemory
 from paceline.engine.runner import Launched, Runner
 from paceline.engine.tp.plan import Op, Operation, draws_heard
+from paceline.errors import EngineError
 
 Result = torch.Tensor | Launched | int | tuple[torch.Tensor, ...] | None
 
@@ -54,9 +55,12 @@ class Share:
         """This rank's heads of some keys and values."""
         self.entries[entry].put(start, tensors)
 
-    def check(self, memory: int) -> None:
-        """Raise EngineError unless a memory's account closes."""
-        self.memories[memory].check([self.entries[each] for each, of in self._of_memory.items() if of == memory])
+    def check(self, memory: int, charged: Mapping[int, int]) -> None:
+        """Raise EngineError unless a memory has these entries, each with the room that rank 0 charges."""
+        here = {entry: self.entries[entry] for entry, of in self._of_memory.items() if of == memory}
+        if {entry: found.charged for entry, found in here.items()} != charged:
+            raise EngineError(f"the ranks' account of KV does not close: {len(here)} entries, {len(charged)} expected")
+        self.memories[memory].check(list(here.values()))
 
     def _open(self, memory: int, capacity: int, longest: int, quantized: bool) -> None:
         geometry = self.runner.kv_geometry()
