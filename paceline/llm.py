@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pydantic import ValidationError
 
@@ -41,6 +41,9 @@ class LLM:
         >>> from paceline import LLM, SamplingParams
         >>> llm = LLM("smollm2-135m")
         >>> llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=4))[0].text
+
+    With `tensor_parallel_size` the other ranks are processes of this host; they end with `close`, with the `with` block
+    that it is used in, or with this process.
     """
 
     def __init__(self, model: str = DEFAULT_MODEL, draft: str | None = None, device: str = "auto", **options: Any):
@@ -54,8 +57,9 @@ class LLM:
         loaded = load_model(resolve(model).path, settings)
         drafter = None
         if draft is not None:
-            # A draft's window is that of each request.
-            drafting = load_model(resolve(draft).path, settings.model_copy(update={"ctx_size": None}))
+            # A draft's window is that of each request; it is too small to be shared by ranks.
+            alone = settings.model_copy(update={"ctx_size": None, "tensor_parallel_size": 1})
+            drafting = load_model(resolve(draft).path, alone)
             if drafting.fingerprint != loaded.fingerprint:
                 raise ConfigError(f"draft: {draft!r} and {model!r} have different tokenizers", param="draft")
             drafter = LocalProposer(drafting.drafter(), rejection=speculation.verification == "rejection")
@@ -64,6 +68,19 @@ class LLM:
         self.choices = loaded.choices
         """What was chosen for this machine, and why."""
         self._ids = itertools.count(1)
+        self._loaded = loaded
+
+    def close(self) -> None:
+        """End the other ranks, if there are any. Idempotent; nothing can be generated afterwards."""
+        self._loaded.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def generate(
         self,

@@ -58,6 +58,13 @@ class ReducedVocabRunner(Runner):
     def warm_up(self, memory: KVMemory) -> int:
         return self._runner.warm_up(memory)
 
+    def close(self) -> None:
+        self._runner.close()
+
+    @property
+    def launches(self) -> bool:
+        return self._runner.launches
+
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
         return self._runner.run(self._under_own_ids(windows))
 

@@ -104,6 +104,9 @@ class Runner(ABC):
         """Prepare whatever the first steps over such memory would wait for. Returns how many shapes are ready."""
         return 0
 
+    def close(self) -> None:  # noqa: B027  (most hold nothing that must end)
+        """Free what outlives this object: processes. Idempotent; nothing runs afterwards."""
+
     def flatten(self, windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids, positions and sampled rows of a batch, each int64 [n], laid end to end."""
         ids: list[int] = []

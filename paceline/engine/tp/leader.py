@@ -51,6 +51,8 @@ class Leader:
         self._share: Share | None = None
         self._heads: list[range] = []
         self._closed = False
+        self.pids: dict[int, int] = {}
+        """Of the other ranks, on their hosts."""
         self.group: Group | None = None
         """Closed with it."""
         self.failure: str | None = None
@@ -103,7 +105,9 @@ class Leader:
 
     def ready(self) -> list[Ready]:
         """What every other rank says of its share. Waits for it."""
-        return [Ready(**plan.unpacked(other.next(LOAD_S))) for other in self._others.values()]
+        found = {rank: Ready(**plan.unpacked(self._others[rank].next(LOAD_S))) for rank in sorted(self._others)}
+        self.pids = {rank: each.pid for rank, each in found.items()}
+        return list(found.values())
 
     def tell(self, *operation: object) -> None:
         """Have an operation executed before the next step."""

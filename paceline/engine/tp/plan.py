@@ -52,6 +52,8 @@ class Ready:
     forward_pass: str
     """By which it runs; all ranks by the same, or they wait for each other for ever."""
     pid: int
+    device_bytes: int
+    """Of its GPU that its share takes; 0 on a CPU."""
 
 
 @dataclass(eq=False, slots=True)

@@ -24,10 +24,14 @@ from paceline.speculation.sampling import Rows
 
 
 class ShardedRunner(Runner):
-    """Runs every step on all ranks; `share` is rank 0's, `heads` are every rank's of all the model's KV heads."""
+    """Runs every step on all ranks.
 
-    def __init__(self, leader: Leader, share: Share, heads: Sequence[range]) -> None:
+    `share` is rank 0's; `heads` are every rank's of all the model's KV heads, `share_bytes` what each has on its GPU.
+    """
+
+    def __init__(self, leader: Leader, share: Share, heads: Sequence[range], share_bytes: Sequence[int] = ()) -> None:
         leader.lead(share, heads)
+        self.share_bytes = tuple(share_bytes)
         self.leader, self._own = leader, share.runner
         own = share.runner.kv_geometry()
         # What is put together lies in host memory.
@@ -72,6 +76,9 @@ class ShardedRunner(Runner):
 
     def name_columns(self, names: torch.Tensor) -> None:
         self.leader.tell(Op.COLUMNS, tuple(names.tolist()))
+
+    def close(self) -> None:
+        self.leader.close()
 
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
         logits = self.leader.do(Op.RUN, windows_said(windows))
