@@ -168,14 +168,14 @@ def share_cores(config: Mapping[str, Any], cores: int) -> dict[str, Any]:
     """The config with every engine's `threads: auto` replaced by its share of the cores.
 
     On a host of its own a replica takes every core; here all of them, and their ranks, are on one, and twice as many
-    threads as cores cost more than half the speed.
+    threads as cores cost more than half the speed. Ranks that are told their cores have threads for these.
     """
     shared = copy.deepcopy(dict(config))
     args = _application(shared).setdefault("args", {})
     settings = parse_settings(args)
     threads = max(1, cores // (_processes(settings.target) + _processes(settings.draft)))
     for role, engine in (("target", settings.target.engine), ("draft", settings.draft.engine)):
-        if engine.threads == "auto":
+        if engine.threads == "auto" and engine.cores_per_rank == "auto":
             args[role] = {**(args.get(role) or {})}
             args[role]["engine"] = {**(args[role].get("engine") or {}), "threads": threads}
     return shared
