@@ -19,7 +19,7 @@ from paceline.engine.kv_cache import SlabKVCache
 from paceline.engine.per_sequence import PerSequenceRunner
 from paceline.engine.runner import ModelRunner, Runner, TransformersRunner
 from paceline.engine.spread import SpreadRunner
-from paceline.errors import ModelError
+from paceline.errors import EngineError, ModelError
 from paceline.models.quantization import runs_in_library
 from paceline.models.spread import is_spread, main_device
 
@@ -98,7 +98,7 @@ def _attempt(build: Callable[[], R]) -> R | str:
     """A runner, or why there is none. Modelling code may fail in any way when it is used in a way it was not for."""
     try:
         return build()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, EngineError):  # no other way is of use, of the second to the other ranks neither
         raise
     except ModelError as error:
         return error.message

@@ -38,6 +38,9 @@ struct Heads {
 // y = x W^T + b, x and y [rows, ·]; the matrix is what it was made for.
 using Product = void (*)(const void* matrix, const float* x, int64_t rows, float* y);
 
+// Sums x [n] over all ranks, in place; anything but 0: they did not all come.
+using Sum = int64_t (*)(void* group, float* x, int64_t n);
+
 struct Layer {
   const void* qkv;
   const void* out;
@@ -649,10 +652,11 @@ void attention(float* qkv, const float* cos, const float* sin, const Window* win
 
 // All layers and the norm after them: x [rows, hidden] in and left changed, h [rows, hidden] out. `scratch` holds
 // [rows, widest], widest being what a layer's qkv and attention, or its gate, up and gated, take side by side, and
-// hidden. Window numbers are rows of x.
-void run_layers(const Layer* layers, int64_t count, Product product, const float* final_norm, float eps,
+// hidden. Window numbers are rows of x. With `sum`, layers are a rank's share, and what comes of `out` and of `down` is
+// summed over all ranks; returns what a sum that failed does, else 0.
+int64_t run_layers(const Layer* layers, int64_t count, Product product, const float* final_norm, float eps,
                 float residual_scale, float* x, float* h, int64_t rows, int64_t hidden, const float* cos,
-                const float* sin, const Window* windows, int64_t window_count, float* scratch) {
+                const float* sin, const Window* windows, int64_t window_count, float* scratch, Sum sum, void* group) {
   float* y = scratch;
   float* wide = y + rows * hidden;
   add_rms_norm(x, nullptr, residual_scale, layers[0].attention_norm, eps, h, rows, hidden);
@@ -664,13 +668,16 @@ void run_layers(const Layer* layers, int64_t count, Product product, const float
     attention(wide, layer.rotates ? cos : nullptr, layer.rotates ? sin : nullptr, windows, window_count, n, &heads,
               attended);
     product(layer.out, attended, rows, y);
+    if (const int64_t failed = sum ? sum(group, y, rows * hidden) : 0) return failed;
     add_rms_norm(x, y, residual_scale, layer.mlp_norm, eps, h, rows, hidden);
     float* gated = wide + rows * 2 * layer.width;
     product(layer.gate_up, h, rows, wide);
     silu_mul(wide, gated, rows, layer.width);
     product(layer.down, gated, rows, y);
+    if (const int64_t failed = sum ? sum(group, y, rows * hidden) : 0) return failed;
     add_rms_norm(x, y, residual_scale, n + 1 < count ? layers[n + 1].attention_norm : final_norm, eps, h, rows,
                  hidden);
   }
+  return 0;
 }
 }

@@ -28,7 +28,8 @@ from paceline.engine.native import HeadsStruct, Kernels, LayerStruct, WindowStru
 from paceline.engine.packed import PackedWeight
 from paceline.engine.products import Pack, Product
 from paceline.engine.runner import ModelRunner, Runner
-from paceline.errors import ModelError
+from paceline.engine.tp.layers import Seams
+from paceline.errors import EngineError, ModelError
 from paceline.models.positions import shift_refusal
 
 PROBE_TOKENS = 24
@@ -83,12 +84,19 @@ class LeanRunner(Runner):
     """Runs the layers taken from a Transformers model, of which nothing else is kept.
 
     `model` has passed `refuse_other_structures`. `shape` is a runner of the same configuration; it needs no weights.
+    With `seams` the model is a rank's share, and all ranks run theirs at once.
     """
 
     def __init__(
-        self, model: PreTrainedModel, shape: ModelRunner, kernels: Kernels, take: Take, take_head: Take
+        self,
+        model: PreTrainedModel,
+        shape: ModelRunner,
+        kernels: Kernels,
+        take: Take,
+        take_head: Take,
+        seams: Seams | None = None,
     ) -> None:
-        self._kernels = kernels.library
+        self._kernels, self._seams = kernels.library, seams
         self._vocab_size, self._max_model_len = shape.vocab_size, shape.max_model_len
         self._geometry = replace(shape.kv_geometry(), device=torch.device("cpu"))
         body: Any = model.model
@@ -100,7 +108,9 @@ class LeanRunner(Runner):
             self._embedding = _table(body.embed_tokens.weight.detach(), self._head, tied=tied)
         self._final_norm, self._eps = _norm(body.norm)
         self._layers = [_take_layer(layer, take) for layer in body.layers]
-        self._stack = _layer_stack(self._layers)
+        self._native_sum = None if seams is None else seams.group.native_sum
+        by_python = seams is not None and self._native_sum is None
+        self._stack = None if by_python else _layer_stack(self._layers)
         rotation = Rotation(body.rotary_emb.inv_freq.detach().float().clone())
         rotations = tuple(rotation if layer.rotates else None for layer in self._layers)
         self._key_shift = shift_refusal(model.config) or KeyShift(rotations)
@@ -130,28 +140,36 @@ class LeanRunner(Runner):
     @torch.inference_mode()
     def run(self, windows: Sequence[Window]) -> torch.Tensor:
         ids, positions, rows = self.flatten(windows)
-        x = _rows(self._embedding, ids)
+        x = self._embed(ids)
         if self._embedding_scale != 1.0:
             x = x * self._embedding_scale
         step = _Step(
             self._kernels, windows, self._cos[positions], self._sin[positions], self._eps, self._residual_scale
         )
         if self._stack is not None:
-            h = step.run_stack(self._stack, x, self._final_norm)
+            h = step.run_stack(self._stack, x, self._final_norm, self._native_sum)
         else:
             h = self._layer_by_layer(step, x)
         logits = self._head(h[rows])
+        if self._seams is not None:
+            logits = self._seams.gather(logits)
         return logits * self._logits_scale if self._logits_scale != 1.0 else logits
 
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        if self._seams is None:
+            return _rows(self._embedding, ids)
+        return self._seams.embed(ids, lambda own: _rows(self._embedding, own))
+
     def _layer_by_layer(self, step: _Step, x: torch.Tensor) -> torch.Tensor:
+        summed = (lambda y: y) if self._seams is None else self._seams.sum
         h = torch.empty_like(x)
         step.norm(x, None, self._layers[0].attention_norm, h)
         for n, layer in enumerate(self._layers):
             attended = step.attend(n, layer, layer.qkv(h))
-            step.norm(x, layer.out(attended), layer.mlp_norm, h)
+            step.norm(x, summed(layer.out(attended)), layer.mlp_norm, h)
             gated = step.gate(layer.gate_up(h))
             following = self._layers[n + 1].attention_norm if n + 1 < len(self._layers) else self._final_norm
-            step.norm(x, layer.down(gated), following, h)
+            step.norm(x, summed(layer.down(gated)), following, h)
         return h
 
     @torch.inference_mode()
@@ -193,11 +211,14 @@ class _Step:
                 struct.key_scales, struct.value_scales = (each.data_ptr() for each in entry.scales)
             self._rows += struct.rows
 
-    def run_stack(self, stack: _LayerStack, x: torch.Tensor, final_norm: torch.Tensor) -> torch.Tensor:
-        """All layers in one call; `x` is left changed."""
+    def run_stack(
+        self, stack: _LayerStack, x: torch.Tensor, final_norm: torch.Tensor, native_sum: tuple[int, int] | None
+    ) -> torch.Tensor:
+        """All layers in one call; `x` is left changed. `native_sum` is `Group.native_sum`; raises EngineError if a sum
+        is not joined by all ranks."""
         h = torch.empty_like(x)
         scratch = torch.empty(self._rows * (stack.widest + x.shape[1]))
-        self._kernels.run_layers(
+        failed = self._kernels.run_layers(
             ctypes.addressof(stack.layers),
             len(stack.layers),
             stack.product,
@@ -213,7 +234,10 @@ class _Step:
             ctypes.addressof(self._structs),
             len(self._windows),
             scratch.data_ptr(),
+            *(native_sum or (None, None)),
         )
+        if failed:
+            raise EngineError("the ranks of a replica lost each other: one did not come to a sum in time")
         return h
 
     def norm(self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor) -> None:
@@ -270,19 +294,26 @@ def _layer_stack(layers: Sequence[Layer]) -> _LayerStack | None:
 
 
 def lean_runner(
-    model: PreTrainedModel, kernels: Kernels, pack: Pack, pack_head: Pack | None = None, *, rounds: bool = False
+    model: PreTrainedModel,
+    kernels: Kernels,
+    pack: Pack,
+    pack_head: Pack | None = None,
+    *,
+    rounds: bool = False,
+    seams: Seams | None = None,
 ) -> LeanRunner:
     """The lean form of a model, after it has reproduced the model's own logits on a probe.
 
     `pack_head` is for the output head, where that is packed otherwise. With `rounds`, both may change weights: then it
     is a lean pass that reads each weight anew that has to reproduce them, and the packed one has to resemble them.
     Raises NotLeanError, with the reason, if the model is built differently, which is known before any weight is needed,
-    or if the logits differ. The model is left as it was.
+    or if the logits differ. The model is left as it was. With `seams` it is a rank's share, joined with the others by
+    them (`join_ranks`): all ranks make theirs at once, and see the same logits.
     """
     shape = refuse_other_structures(model)
     own = _own_logits(model)
     if rounds:
-        _require_same(own, _probe(LeanRunner(model, shape, kernels, _read_anew, _read_anew)))
+        _require_same(own, _probe(LeanRunner(model, shape, kernels, _read_anew, _read_anew, seams)))
     pack_head = pack_head or pack
     lean = LeanRunner(
         model,
@@ -290,6 +321,7 @@ def lean_runner(
         kernels,
         take=lambda linears: pack(*_fused(linears)),
         take_head=lambda linears: pack_head(*_fused(linears)),
+        seams=seams,
     )
     found = _probe(lean)
     if not rounds:

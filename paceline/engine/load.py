@@ -43,6 +43,7 @@ from paceline.engine.restores import Restores
 from paceline.engine.runner import Runner
 from paceline.engine.tp.group import Gathering, Group, Meeting
 from paceline.engine.tp.groups import open_group
+from paceline.engine.tp.layers import Seams, join_ranks
 from paceline.engine.tp.leader import Leader, meet
 from paceline.engine.tp.local import local_ranks
 from paceline.engine.tp.place import on_one_host, settled
@@ -61,9 +62,11 @@ from paceline.models import (
     weights_fingerprint,
 )
 from paceline.models.lazy import empty_causal_lm, with_weights_in_files
+from paceline.models.linear_roles import uncut
 from paceline.models.prequantized import quantization_method, unpacked_weights
 from paceline.models.quantization import runs_in_library
 from paceline.models.sharding import ShardPlan
+from paceline.models.shares import load_share
 from paceline.models.spread import Spread, is_spread
 from paceline.sessions.rules import WindowRules
 from paceline.speculation.cost import VerifyCost
@@ -289,23 +292,67 @@ def _rounding(settings: EngineSettings, backends: Backends) -> str:
     return " ".join(chosen)
 
 
-def _load_runner(path: Path, backends: Backends, settings: EngineSettings) -> tuple[Runner, tuple[Choice, ...]]:
-    """The lean pass if the model has one, else the model's own code; and the choices as they turned out."""
+def _load_runner(
+    path: Path, backends: Backends, settings: EngineSettings, group: Group | None = None
+) -> tuple[Runner, tuple[Choice, ...]]:
+    """The lean pass if the model has one, else the model's own code; and the choices as they turned out.
+
+    With a `group` it is this rank's share of the model, and all ranks load theirs at once.
+    """
+    share = None if group is None else _Share.of(path, backends, settings, group)
     runner: Runner
     if backends.kernels is None or backends.linears is None:
-        runner, replaced = _general(path, backends, settings)
+        runner, replaced = _general(path, backends, settings, share)
     else:
         try:
-            runner, replaced = _lean(path, Packer(backends.linears), backends.kernels)
+            runner, replaced = _lean(path, Packer(backends.linears), backends.kernels, share)
         except NotLeanError as error:
-            runner, replaced = _general(path, backends, settings)
+            runner, replaced = _general(path, backends, settings, share)
             replaced.append(Choice("forward pass", "transformers", str(error)))
     by_name = {choice.name: choice for choice in (*backends.choices, *replaced)}
     return runner, tuple(by_name.values())
 
 
-def _lean(path: Path, packer: Packer, kernels: Kernels) -> tuple[Runner, list[Choice]]:
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What of a model this rank loads."""
+
+    plan: ShardPlan
+    group: Group
+
+    @classmethod
+    def of(cls, path: Path, backends: Backends, settings: EngineSettings, group: Group) -> _Share:
+        """Raises ConfigError for what needs the whole model."""
+        if backends.spread:
+            raise ConfigError(
+                "engine.device_map: auto spreads layers over devices, tensor_parallel_size parts each of them; set one",
+                param="engine.device_map",
+            )
+        if backends.quantization is not None:
+            raise ConfigError(
+                f"engine.quantization: {settings.quantization} rounds whole models, not the shares of ranks; "
+                "use engine.weight_dtype on a CPU, or tensor_parallel_size: 1",
+                param="engine.quantization",
+            )
+        return cls(ShardPlan.of(load_config(path), group.size, group=settings.group_size), group)
+
+    def load(self, path: Path, **how: Any) -> tuple[PreTrainedModel, Seams]:
+        model = load_share(path, self.plan, self.group.rank, **how)
+        return model, join_ranks(model, self.plan, self.group)
+
+
+def _lean(path: Path, packer: Packer, kernels: Kernels, share: _Share | None) -> tuple[Runner, list[Choice]]:
     """Never holds the model whole, unless its files need Transformers' own loading. Raises NotLeanError."""
+    seams = None
+    if share is not None:
+        model, seams = share.load(path, dtype=torch.float32, device="cpu", in_files=True)
+    else:
+        model = _whole(path)
+    return lean_runner(model, kernels, packer, packer.head, rounds=packer.rounds, seams=seams), [_linears(packer)]
+
+
+def _whole(path: Path) -> PreTrainedModel:
+    """A model for the lean pass, its weights in its files if that can be. Raises NotLeanError."""
     config = load_config(path)
     empty = empty_causal_lm(config, dtype=torch.float32)
     refuse_other_structures(empty)
@@ -315,18 +362,25 @@ def _lean(path: Path, packer: Packer, kernels: Kernels) -> tuple[Runner, list[Ch
             raise NotLeanError(f"its checkpoint is {method}'s, whose library has modules of its own")
         logger.info("%s is loaded whole: %s", path.name, model)
         model = load_causal_lm(path, dtype=torch.float32, device="cpu", attn_implementation="eager")
-    return lean_runner(model, kernels, packer, packer.head, rounds=packer.rounds), [_linears(packer)]
+    return model
 
 
-def _general(path: Path, backends: Backends, settings: EngineSettings) -> tuple[Runner, list[Choice]]:
-    model = load_causal_lm(
-        path,
-        dtype=backends.dtype or "auto",
-        device=backends.device,
-        quantization=backends.quantization,
-        spread=_spread(settings) if backends.spread else None,
-    )
+def _general(
+    path: Path, backends: Backends, settings: EngineSettings, share: _Share | None
+) -> tuple[Runner, list[Choice]]:
+    if share is not None:
+        model, _ = share.load(path, dtype=backends.dtype, device=backends.device)
+    else:
+        model = load_causal_lm(
+            path,
+            dtype=backends.dtype or "auto",
+            device=backends.device,
+            quantization=backends.quantization,
+            spread=_spread(settings) if backends.spread else None,
+        )
     whole = runner_for(model)
+    if share is not None and isinstance(whole, PerSequenceRunner):
+        raise uncut(model, f"it runs sequence by sequence ({whole.why})")
     replaced: list[Choice] = []
     if is_spread(model):
         replaced.append(Choice("device", _places(model), "each holds what the one before has no room for"))

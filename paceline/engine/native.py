@@ -69,14 +69,14 @@ class Kernels:
 
     def __post_init__(self) -> None:
         signatures = {
-            "add_rms_norm": (_P, _P, _F, _P, _F, _P, _I, _I),
-            "silu_mul": (_P, _P, _I, _I),
-            "attention": (_P, _P, _P, _P, _I, _I, _P, _P),
-            "run_layers": (_P, _I, _P, _P, _F, _F, _P, _P, _I, _I, _P, _P, _P, _I, _P),
+            "add_rms_norm": ((_P, _P, _F, _P, _F, _P, _I, _I), None),
+            "silu_mul": ((_P, _P, _I, _I), None),
+            "attention": ((_P, _P, _P, _P, _I, _I, _P, _P), None),
+            "run_layers": ((_P, _I, _P, _P, _F, _F, _P, _P, _I, _I, _P, _P, _P, _I, _P, _P, _P), _I),
         }
-        for name, arguments in signatures.items():
+        for name, (arguments, result) in signatures.items():
             function = getattr(self.library, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, result
 
 
 @cache

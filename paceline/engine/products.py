@@ -364,5 +364,8 @@ def replace_linears(model: PreTrainedModel, packer: Packer) -> int:
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for name, linear in found:
         parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], ProductLinear(linear, packer.head if linear is head else packer))
+        product = ProductLinear(linear, packer.head if linear is head else packer)
+        # Of a share of a model: what it gives is brought together with the other ranks' by hooks.
+        product._forward_hooks.update(linear._forward_hooks)
+        setattr(parent, name.rpartition(".")[2], product)
     return len(found)

@@ -97,14 +97,10 @@ def load_draft(path: Path | str, *, dtype: torch.dtype | str, device: torch.devi
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tensors = _tensors(path)
+    weights = draft_weights(path)
     config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith((".q", ".scale"))}
-    for name in [name for name in tensors if name.endswith(".q")]:
-        whole = name.removesuffix(".q")
-        weights[whole] = dequantize(tensors[name], tensors[f"{whole}.scale"])
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights.get("model.embed_tokens.weight", torch.empty(0))
     missing = model.load_state_dict(weights, strict=False, assign=True).missing_keys
@@ -114,6 +110,16 @@ def load_draft(path: Path | str, *, dtype: torch.dtype | str, device: torch.devi
     _restore_buffers(model, config)
     model = model.to(device=device, dtype=torch.float16 if dtype == "auto" else dtype)
     return model.eval().requires_grad_(False)
+
+
+def draft_weights(path: Path | str) -> dict[str, torch.Tensor]:
+    """The weights by their names in the model, float32. Raises ModelError."""
+    tensors = _tensors(path)
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith((".q", ".scale"))}
+    for name in [name for name in tensors if name.endswith(".q")]:
+        whole = name.removesuffix(".q")
+        weights[whole] = dequantize(tensors[name], tensors[f"{whole}.scale"])
+    return weights
 
 
 def load_tokens(path: Path | str) -> tuple[torch.Tensor, torch.Tensor]:

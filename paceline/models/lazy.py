@@ -9,7 +9,7 @@ Weights that are packed integers are unpacked on the way (`paceline.models.prequ
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,14 @@ def with_weights_in_files(model: PreTrainedModel, path: Path) -> PreTrainedModel
         return index
     with _without_warning():
         return dispatch_model(model, {"": "disk"}, main_device="cpu", state_dict=unpacked, offload_index=index)
+
+
+def with_weights_read_from(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """An empty model that can run on the CPU with such weights, each of which is asked for when it is needed."""
+    from accelerate import dispatch_model
+
+    with _without_warning():
+        return dispatch_model(model, {"": "disk"}, main_device="cpu", state_dict=weights, offload_index={})
 
 
 def _index(path: Path, model: PreTrainedModel) -> Index | str:

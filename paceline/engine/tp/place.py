@@ -27,7 +27,9 @@ def settled(settings: EngineSettings, rank: int) -> EngineSettings:
     if settings.device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
         return settings
-    binding = numa.bindings(size, cores_per_rank=settings.cores_per_rank, numa_bind=settings.numa_bind)[rank]
+    binding = numa.bindings(
+        size, cores_per_rank=settings.cores_per_rank, numa_bind=settings.numa_bind, topology=numa.read_topology()
+    )[rank]
     if binding.nodes or settings.cores_per_rank != "auto":
         numa.apply(binding)
         logger.info("rank %d: %s", rank, binding)
