@@ -48,9 +48,9 @@ def check(settings: AppSettings, nodes: Sequence[Node] | None = None) -> None:
     for role, replica, model in checked:
         if replica.engine.tensor_parallel_size > 1:
             _check_resources(role, replica)
-            _check_model(role, model, replica.engine.tensor_parallel_size)
             if nodes is not None:
                 _check_nodes(role, replica, nodes)
+            _check_model(role, model, replica.engine.tensor_parallel_size)
 
 
 def _check_resources(role: str, settings: TargetSettings | DraftSettings) -> None:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.serve
 
 NAME = "two-ranks"
 RANKS = {"num_replicas": 1, "num_cpus": 0.1}
-ENGINE = {"threads": 1, "kv_tokens": 8192, "tensor_parallel_size": 2}
+ENGINE = {"threads": 1, "kv_tokens": 8192, "tensor_parallel_size": 2, "collective_timeout_s": 10}
 PROMPTS = [
     "What is the capital of Portugal?",
     "Explain how a bicycle stays upright.",
@@ -132,11 +132,15 @@ def test_status_tells_of_every_rank(server: Server) -> None:
         assert replica["ranks"][0]["pid"] == replica["pid"] != replica["ranks"][1]["pid"]
 
 
-@pytest.mark.parametrize("rank", [1, 0])
-async def test_every_stream_outlives_a_killed_rank_of_the_only_target(
-    server: Server, one_rank: dict[str, Any], rank: int
+@pytest.mark.parametrize(
+    ("rank", "end"),
+    [(1, signal.SIGKILL), (0, signal.SIGKILL), pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow)],
+    ids=["worker-killed", "replica-killed", "worker-hangs"],
+)
+async def test_every_stream_outlives_a_rank_of_the_only_target(
+    server: Server, one_rank: dict[str, Any], rank: int, end: signal.Signals
 ) -> None:
-    victim, answers = await _answers_with_a_killed_rank(server, rank)
+    victim, answers = await _answers_without_a_rank(server, rank, end)
     assert [tokens for tokens, _ in answers] == one_rank["greedy"]
     assert [info["resumptions"] for _, info in answers] == [1] * len(PROMPTS)
     after = server.wait_for(whole)["targets"][0]
@@ -150,13 +154,13 @@ async def test_no_stream_notices_a_killed_rank_of_the_draft(server: Server, one_
     os.kill(victim["ranks"][1]["pid"], signal.SIGKILL)
     answers = await chat_all(server, PROMPTS, **GREEDY)
     assert [tokens for tokens, _ in answers] == one_rank["greedy"]
-    server.wait_for(lambda status: victim["replica_id"] not in {each["replica_id"] for each in status["drafts"]})
+    server.wait_for(lambda status: whole(status) and status["drafts"][0]["replica_id"] != victim["replica_id"])
 
 
-async def _answers_with_a_killed_rank(
-    server: Server, rank: int
+async def _answers_without_a_rank(
+    server: Server, rank: int, end: signal.Signals
 ) -> tuple[dict[str, Any], list[tuple[list[int], dict[str, Any]]]]:
-    """Answer all prompts; once a quarter of the tokens is there, SIGKILL that rank of the target."""
+    """Answer all prompts; once a quarter of the tokens is there, the target's rank gets that signal."""
     produced, due = 0, asyncio.Event()
 
     def count(new: int) -> None:
@@ -169,7 +173,7 @@ async def _answers_with_a_killed_rank(
     async with httpx.AsyncClient(base_url=server.endpoints.http, timeout=PATIENCE_S) as client:
         running = [asyncio.create_task(chat_tokens(client, prompt, count, **GREEDY)) for prompt in PROMPTS]
         await asyncio.wait_for(due.wait(), PATIENCE_S)
-        os.kill(victim["ranks"][rank]["pid"], signal.SIGKILL)
+        os.kill(victim["ranks"][rank]["pid"], end)
         return victim, await asyncio.gather(*running)
 
 
