@@ -172,6 +172,7 @@ def write(folder: Path, config: LlamaConfig) -> None:
     """A checkpoint of random weights in bfloat16, in files of some gigabytes."""
     if (folder / "config.json").exists():
         return
+    folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     part: dict[str, torch.Tensor] = {}

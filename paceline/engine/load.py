@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 from paceline.config import EngineSettings, SessionSettings, SpeculationSettings
@@ -63,8 +63,9 @@ from paceline.models import (
 )
 from paceline.models.lazy import empty_causal_lm, with_weights_in_files
 from paceline.models.linear_roles import uncut
+from paceline.models.load import refuse_rounding_twice
 from paceline.models.prequantized import quantization_method, unpacked_weights
-from paceline.models.quantization import runs_in_library
+from paceline.models.quantization import LibraryQuantization, round_linears, runs_in_library
 from paceline.models.sharding import ShardPlan
 from paceline.models.shares import load_share
 from paceline.models.spread import Spread, is_spread
@@ -329,15 +330,15 @@ class _Share:
                 param="engine.device_map",
             )
         if backends.quantization is not None:
-            raise ConfigError(
-                f"engine.quantization: {settings.quantization} rounds whole models, not the shares of ranks; "
-                "use engine.weight_dtype on a CPU, or tensor_parallel_size: 1",
-                param="engine.quantization",
-            )
+            refuse_rounding_twice(path)
         return cls(ShardPlan.of(load_config(path), group.size, group=settings.group_size), group)
 
-    def load(self, path: Path, **how: Any) -> tuple[PreTrainedModel, Seams]:
+    def load(
+        self, path: Path, quantization: LibraryQuantization | None = None, **how: Any
+    ) -> tuple[PreTrainedModel, Seams]:
         model = load_share(path, self.plan, self.group.rank, **how)
+        if quantization is not None:
+            round_linears(model, quantization)
         return model, join_ranks(model, self.plan, self.group)
 
 
@@ -369,7 +370,7 @@ def _general(
     path: Path, backends: Backends, settings: EngineSettings, share: _Share | None
 ) -> tuple[Runner, list[Choice]]:
     if share is not None:
-        model, _ = share.load(path, dtype=backends.dtype, device=backends.device)
+        model, _ = share.load(path, backends.quantization, dtype=backends.dtype, device=backends.device)
     else:
         model = load_causal_lm(
             path,
@@ -397,7 +398,7 @@ def _general(
     if backends.attention in BLOCK_READERS and not is_spread(model):
         from paceline.engine.gpu.load import on_device
 
-        runner, choices = on_device(whole, backends, settings)
+        runner, choices = on_device(whole, backends, settings, None if share is None else share.group)
         return runner, [*replaced, *choices]
     whole.attend_as(backends.attention, paged=backends.paged)
     return whole, replaced

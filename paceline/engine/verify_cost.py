@@ -39,12 +39,13 @@ def measure_verify_cost(
     longest = min(runner.max_model_len, kv.usage().total if kv is not None else runner.max_model_len)
     context = max(1, min(CONTEXT, longest - WINDOW - 1))
     room = min(context + WINDOW, longest)
-    kv = kv or SlabKVCache(runner.kv_geometry(), room, room)
+    if kv is None:
+        geometry = runner.kv_geometry()
+        kv = SlabKVCache(geometry, room, room, memory=runner.kv_memory(geometry, room, room))
     entry = kv.reserve([0] * room, room)
     if entry is None:
         raise EngineError(f"KV cache: no room for the {room} tokens that measuring the cost of rows takes")
-    for tensor in (entry.keys, entry.values):
-        tensor[:, :, entry.at(slice(0, context))] = 0.5  # what is in them costs nothing, as long as it is in memory
+    entry.fill(context)
     kv.append(entry, [0] * context)
     began, seconds, apart = clock(), dict[int, float](), float("inf")
     _time(runner, entry, [1], clock)  # the first pass allocates

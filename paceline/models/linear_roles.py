@@ -37,6 +37,8 @@ def blocks(model: PreTrainedModel) -> list[Block]:
     """In the model's order. Raises ModelError for what is arranged differently."""
     from torch import nn
 
+    if not model._can_set_attn_implementation():
+        raise uncut(model, "its attention is its own, which knows all heads")
     if any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules()):
         raise uncut(model, "its experts are not cut yet")
     roles = _transformers_roles(model) or _deepspeed_roles(model)
@@ -66,8 +68,11 @@ def _transformers_roles(model: PreTrainedModel) -> dict[str, str]:
     text = model.config.get_text_config(decoder=True)
     plan: Mapping[str, str] = getattr(text, "base_model_tp_plan", None) or {}
     styles = [(_pattern(f"{model.base_model_prefix}.{key}"), style) for key, style in plan.items()]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
     roles = {}
-    for name, _ in model.named_modules():
+    for name, module in model.named_modules():
+        if module in ends:
+            continue
         style = next((style for pattern, style in styles if pattern.fullmatch(name)), "replicated")
         role = next((role for role in (COLUMN, ROW) if style.startswith(role)), None)
         if role is not None:

@@ -63,7 +63,7 @@ def load_causal_lm(
     """
     if draft_folder.is_draft(path):
         if quantization is not None:
-            raise ConfigError("engine.quantization: a distilled draft has 8 bits already", param="engine.quantization")
+            refuse_rounding_twice(path)
         with _readable(path, "draft"):
             draft = draft_folder.load_draft(path, dtype=dtype, device=device)
             if attn_implementation is not None:
@@ -74,7 +74,8 @@ def load_causal_lm(
     with _readable(path, "model"), _no_bars():
         config = load_config(path)
         if quantization is not None:
-            options["quantization_config"] = _library_config(quantization, config, dtype)
+            refuse_rounding_twice(path)
+            options["quantization_config"] = quantization.config(_dtype(config, dtype))
         model, info = _from_pretrained(path, config, device, options)
     if spread is not None:
         spread.belongs_to(model)
@@ -110,13 +111,15 @@ def _from_pretrained(
     return found
 
 
-def _library_config(quantization: LibraryQuantization, config: PretrainedConfig, dtype: torch.dtype | str) -> Any:
-    if (method := quantization_method(config)) is not None:
-        raise ConfigError(
-            f"engine.quantization: the checkpoint is quantized already, by {method}; set none",
-            param="engine.quantization",
-        )
-    return quantization.config(_dtype(config, dtype))
+def refuse_rounding_twice(path: Path | str) -> None:
+    """Raise ConfigError for a model that a library cannot round, since it is rounded already."""
+    already = "a distilled draft has 8 bits already"
+    if not draft_folder.is_draft(path):
+        method = quantization_method(load_config(path))
+        if method is None:
+            return
+        already = f"the checkpoint is quantized already, by {method}; set none"
+    raise ConfigError(f"engine.quantization: {already}", param="engine.quantization")
 
 
 def _dtype(config: PretrainedConfig, dtype: torch.dtype | str) -> torch.dtype:

@@ -64,6 +64,45 @@ def runs_in_library(model: PreTrainedModel) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
+def round_linears(model: PreTrainedModel, quantization: LibraryQuantization) -> None:
+    """Round the linear layers of a loaded model where they are, all but the output head, as Transformers does while it
+    loads one: what it cannot load whole is rounded after. Of hooks on them none is left."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    config = quantization.config(model.dtype)
+    if quantization.settings.quantization.startswith("torchao"):
+        _round_by_torchao(model, config)
+    else:
+        _round_by_bitsandbytes(model, config)
+    model.hf_quantizer = AutoHfQuantizer.from_config(config)
+
+
+def _round_by_torchao(model: PreTrainedModel, config: Any) -> None:
+    from torch import nn
+    from torchao.quantization import quantize_
+
+    head = model.get_output_embeddings()
+    quantize_(model, config.quant_type, filter_fn=lambda module, _: type(module) is nn.Linear and module is not head)
+
+
+def _round_by_bitsandbytes(model: PreTrainedModel, config: Any) -> None:
+    from torch import nn
+    from transformers.integrations import replace_with_bnb_linear
+
+    head = model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {name: module for module, name in names.items() if module is not head}
+    replace_with_bnb_linear(model, [names[head]], config)
+    for name in list(linears):
+        linear, rounded = linears.pop(name), model.get_submodule(name)
+        how = {key: value for key, value in rounded.weight.__dict__.items() if key != "SCB"}
+        device, kind = linear.weight.device, type(rounded.weight)
+        # It rounds as it moves: 8 bits from the CPU only.
+        weight = linear.weight.data.cpu() if config.load_in_8bit else linear.weight.data
+        rounded.weight = kind(weight, requires_grad=False, **how).to(device)
+        rounded.bias = linear.bias
+
+
 def _check_bitsandbytes(settings: EngineSettings, device: torch.device) -> None:
     import bitsandbytes
 

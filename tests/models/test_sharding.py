@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, LlamaConfig
 
@@ -104,6 +104,40 @@ def test_rows_begin_at_multiples_of_eight(rows: int, size: int) -> None:
 @given(eighth=st.integers(1, 5000), size=SIZES)
 def test_a_vocabulary_that_divides_is_cut_evenly(eighth: int, size: int) -> None:
     assert {len(one) for one in row_ranges(8 * eighth * size, size)} == {8 * eighth}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    family=st.sampled_from(["Llama", "Qwen2", "Phi-3", "GLM-4", "Cohere"]),
+    kv_heads=st.integers(1, 6),
+    group=st.integers(1, 4),
+    width=st.integers(8, 40),
+    rows=st.integers(64, 600),
+    size=st.integers(2, 6),
+)
+def test_ranks_part_every_weight_that_is_cut(
+    family: str, kv_heads: int, group: int, width: int, rows: int, size: int
+) -> None:
+    heads = kv_heads * group
+    shape = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 16,
+        "hidden_size": 16 * heads,
+        "intermediate_size": 32 * width,
+        "vocab_size": rows,
+        "num_hidden_layers": 1,
+    }
+    try:
+        plan = ShardPlan.of(config_of(family, **shape), size)
+    except ConfigError:
+        assume(False)
+    for name in plan.divisions:
+        cuts = [cut for rank in range(size) if (cut := plan.pieces(name, rank)) is not None]
+        covered = sorted(number for cut in cuts for number in numbers(cut.ranges))
+        whole = plan.shapes[name][cuts[0].dim]
+        assert sorted(set(covered)) == list(range(whole)), name
+        assert len(covered) == whole or size > kv_heads, name
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,8 @@ class FusedBody(Body):
         self._logits_scale = 1.0 / float(getattr(config, "logits_scaling", 1.0) or 1.0)
         self._sums: Sums | None = None
         if group is not None:
-            width, dtype = self._embedding.shape[1], self._embedding.dtype
-            self._sums = sums_for(
-                group, self._head.outputs, len(self._layers), width, dtype, overlaps=attention.overlaps
-            )
+            layers, outputs = len(self._layers), self._head.outputs
+            self._sums = sums_for(group, outputs, layers, self._embedding, overlaps=attention.overlaps)
 
     @property
     def weight_bytes(self) -> int:

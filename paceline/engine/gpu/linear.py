@@ -41,7 +41,7 @@ def tiles_for(
     if normed and outputs >= 2**15:
         return Tiles(128, 64, 1, 8, 4) if rows == 64 else Tiles(64, 128, 1, 8, 4)
     if normed:
-        return Tiles(64, 128, 1 if outputs >= 4096 else 2, 8, 4) if rows == 16 else None
+        return Tiles(64, 128, 4 if outputs <= 6144 else 2, 8, 3) if rows == 16 else None
     if rows == 64:
         return Tiles(64, 128, 2, 8, 4) if inputs > outputs else None
     split = _split(-(-outputs // 32))

@@ -26,27 +26,33 @@ class PeerGroup(Group):
     """
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
-        self.rank, self.size, self.device = rank, size, device
+        self.rank, self.size, self.device = rank, size, torch.device("cuda", _index(device))
         self.timeout_ns = int(timeout_s * NANOSECONDS)
         self._kept: list[Any] = []
         try:
             distributed.init_process_group(
-                "nccl", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), device_id=device
+                "nccl",
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=self.device,
             )
-            self.all_reduce(torch.zeros(1, device=device))
-            torch.cuda.synchronize(device)
+            self.all_reduce(torch.zeros(1, device=self.device))
+            torch.cuda.synchronize(self.device)
         except RuntimeError as error:
             raise EngineError(f"NCCL does not connect rank {rank} of {size}: {error}") from error
 
     @staticmethod
     def missing(device: torch.device) -> str | None:
         """Why this process cannot use it, or None."""
-        others = [n for n in range(torch.cuda.device_count()) if n != device.index]
+        own = _index(device)
+        others = [n for n in range(torch.cuda.device_count()) if n != own]
         if not others:
             return "this process sees no GPU but its own (CUDA_VISIBLE_DEVICES)"
         if distributed.is_initialized():
             return "this process has a default group of torch already"
-        if not all(torch.cuda.can_device_access_peer(device, other) for other in others):
+        if not all(torch.cuda.can_device_access_peer(own, other) for other in others):
             return "its GPU cannot write to the others' memory"
         lacking = [name for name in NEEDED if find_spec(name) is None]
         return f"{lacking[0]} is not there" if lacking else None
@@ -78,3 +84,7 @@ class PeerGroup(Group):
         self._kept.clear()
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from paceline.engine.gpu import peer_kernels
 from paceline.engine.gpu.peers import PeerGroup
-from paceline.engine.tp.group import Group
+from paceline.engine.tp.group import Gathering, Group
 
 PEER_ROWS = 64
 """Rows up to which ranks write to each other. Beyond, what is summed is megabytes, for which NCCL is made."""
@@ -123,12 +123,14 @@ class PeerSums(Sums):
         return x
 
 
-def sums_for(group: Group, outputs: int, layers: int, width: int, dtype: torch.dtype, *, overlaps: bool) -> Sums:
-    """For layers of this width, of which this rank's head has so many `outputs`. All ranks call this at once."""
-    device = group.device if isinstance(group, PeerGroup) else torch.device("cpu")
+def sums_for(group: Group, outputs: int, layers: int, embedding: torch.Tensor, *, overlaps: bool) -> Sums:
+    """For so many layers over rows as `embedding` has them; this rank's head has so many `outputs`. All ranks call this
+    at once."""
+    device, width, dtype = embedding.device, embedding.shape[1], embedding.dtype
     counts = torch.zeros(group.size, device=device)
     counts[group.rank] = outputs
     vocabulary = [int(count) for count in group.all_reduce(counts).tolist()]
+    group = group.met() if isinstance(group, Gathering) else group
     if not isinstance(group, PeerGroup):
         return Sums(group, vocabulary)
     return PeerSums(group, vocabulary, exchanges=2 * layers + 1, width=width, dtype=dtype, overlaps=overlaps)

@@ -80,7 +80,7 @@ def accept(listener: socket.socket, key: bytes, ranks: Sequence[int], timeout_s:
         rank = _verified(connection, key)
     except OSError:
         rank = None
-    if rank not in ranks:
+    if rank is None or rank not in ranks:
         connection.close()
         return None
     return rank, Channel(connection)
@@ -118,7 +118,7 @@ def _verified(connection: socket.socket, key: bytes) -> int | None:
     return found
 
 
-def _proof(key: bytes, challenge: bytes, name: bytes) -> bytes:
+def _proof(key: bytes, challenge: bytes | bytearray, name: bytes | bytearray) -> bytes:
     return hmac.digest(key, bytes(challenge) + bytes(name), "sha256")
 
 

@@ -65,10 +65,10 @@ class Gathering(Group):
         self._meet: Callable[[], None] | None = meet
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return self._met().all_reduce(x)
+        return self.met().all_reduce(x)
 
     def all_gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
-        return self._met().all_gather(x, widths)
+        return self.met().all_gather(x, widths)
 
     def close(self) -> None:
         self._group.close()
@@ -80,7 +80,8 @@ class Gathering(Group):
     def native_sum(self) -> tuple[int, int] | None:
         return self._group.native_sum
 
-    def _met(self) -> Group:
+    def met(self) -> Group:
+        """The group itself, once all ranks are there."""
         meet, self._meet = self._meet, None
         if meet is not None:
             meet()

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from paceline import numa
 from paceline.config import EngineSettings
@@ -27,9 +27,10 @@ def settled(settings: EngineSettings, rank: int) -> EngineSettings:
     if settings.device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
         return settings
-    binding = numa.bindings(
+    found = numa.bindings(
         size, cores_per_rank=settings.cores_per_rank, numa_bind=settings.numa_bind, topology=numa.read_topology()
-    )[rank]
+    )
+    binding = found[rank]
     if binding.nodes or settings.cores_per_rank != "auto":
         numa.apply(binding)
         logger.info("rank %d: %s", rank, binding)

@@ -35,6 +35,7 @@ class Op(StrEnum):
     TRIM = "trim"  # entry, room
     DROP = "drop"  # entry
     FORK = "fork"  # from entry, to entry, tokens
+    FILL = "fill"  # entry, tokens
     MOVE = "move"  # entry, first, end, by: KeyShift.move
     GATHER = "gather"  # entry, first, end: every rank sends its tensors
     SCATTER = "scatter"  # entry, first, end: every rank is sent its tensors
@@ -79,13 +80,20 @@ class SharedEntry(KVEntry):
         assert self.parts is not None
         self.parts.scatter(self.number, start, tensors)
 
+    def fill(self, tokens: int) -> None:
+        assert self.parts is not None
+        self.parts.tell(Op.FILL, self.number, tokens)
+
 
 class Parts(Protocol):
-    """The keys and values of entries, put together from all ranks and cut up again, in host memory."""
+    """The keys and values of entries, put together from all ranks and cut up again, in host memory; or an operation on
+    them, before the next step."""
 
     def gather(self, number: int, rows: slice) -> tuple[torch.Tensor, ...]: ...
 
     def scatter(self, number: int, start: int, tensors: Sequence[torch.Tensor]) -> None: ...
+
+    def tell(self, *operation: object) -> None: ...
 
 
 def number_of(entry: KVEntry) -> int:
@@ -154,4 +162,5 @@ def tensors_heard(frames: Sequence[bytearray]) -> list[torch.Tensor]:
 def _bytes(tensor: torch.Tensor) -> bytes | memoryview:
     if not tensor.numel():
         return b""  # of nothing there is no memory to look at
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    data: Any = tensor.contiguous().view(torch.uint8).numpy()
+    return memoryview(data).cast("B")

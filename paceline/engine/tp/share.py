@@ -37,6 +37,7 @@ class Share:
             Op.TRIM: self._trim,
             Op.DROP: self._drop,
             Op.FORK: self._fork,
+            Op.FILL: lambda entry, tokens: self.entries[entry].fill(tokens),
             Op.MOVE: self._move,
             Op.GATHER: lambda entry, first, end: self.entries[entry].taken(slice(first, end)),
             Op.RUN: lambda windows: self.runner.run(self._windows(windows)),

@@ -93,7 +93,8 @@ def test_every_rank_holds_the_keys_and_values_of_every_entry(quantized: bool) ->
         first = tiny.request(PROMPTS[1], "a", "s", ctx_size=48, n_keep=4)
         tiny.run(engine, first)
         tiny.run(engine, tiny.request((*PROMPTS[1][:36], *PROMPTS[0]), "b", "t"))
-        assert len(other.entries) == 2
+        runner.leader.gather(max(first_rank.entries), slice(0, 0))  # by then the other is as far
+        assert first_rank.entries.keys() == other.entries.keys() and len(other.entries) == 2
         for number, entry in other.entries.items():
             here, there = first_rank.entries[number].tensors, entry.tensors
             for ours, theirs in zip(here, there, strict=True):
@@ -153,6 +154,7 @@ def test_a_rank_that_is_gone_is_noticed_and_named() -> None:
     thread.start()
     leader.join()
     thread.join()
+    leader.lead(Share(tiny.ours(MODEL)), [range(2), range(2)])
     with pytest.raises(EngineError, match="rank 1"):
         while True:
             leader.do(plan.Op.OPEN, 1, 64, 64, False)

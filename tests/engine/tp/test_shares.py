@@ -205,6 +205,13 @@ def test_ranks_make_the_same_number_of_calls(tmp_path: Path) -> None:
     assert first == second > 0
 
 
+def test_a_family_that_deepspeed_alone_knows_is_shared(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    model = model_of("OPT")
+    found, _ = sharded(saved(tmp_path, model), 2)
+    require_same(found, whole_logits(model))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.2)])
 def test_shares_keep_the_type_asked_for(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
     model = tiny.tiny_llama()
@@ -258,7 +265,9 @@ def test_weights_under_other_names_are_refused(tmp_path: Path) -> None:
 
 def test_a_family_that_runs_sequence_by_sequence_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, model_of("Nemotron"))
-    with pytest.raises(ModelError, match=r"nemotron: it runs sequence by sequence .*; set tensor_parallel_size: 1"):
+    with pytest.raises(
+        ModelError, match=r"nemotron: (it runs sequence by sequence|neither) .*; set tensor_parallel_size: 1"
+    ):
         on_all_ranks(2, lambda group: loaded(tmp_path, group))
 
 
@@ -273,9 +282,22 @@ def test_ranks_of_a_distilled_draft_share_its_own_vocabulary(tmp_path: Path) -> 
     require_same(found, step_by_step(alone), 1e-3)
 
 
-def test_a_library_that_rounds_whole_models_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path, tiny.tiny_llama())
-    with pytest.raises(ConfigError, match=r"engine\.quantization: torchao_int8 rounds whole models"):
+@pytest.mark.parametrize("name", ["torchao_int8", "bitsandbytes_8bit", "bitsandbytes_4bit"])
+def test_a_library_rounds_each_share(tmp_path: Path, name: Any) -> None:
+    pytest.importorskip(name.partition("_")[0])
+    saved(tmp_path, tiny.tiny_llama(hidden_size=384, intermediate_size=256))  # whole blocks of 64 a rank
+    alone, _ = loaded(tmp_path, None, quantization=name)
+    found, way = sharded(tmp_path, 2, quantization=name)
+    assert way == "transformers"
+    expected = step_by_step(alone)
+    assert torch.equal(*found)
+    # Libraries round activations, too, a rank those of its part.
+    assert float((found[0] - expected).square().mean().sqrt()) < 0.3 * float(expected.std())
+
+
+def test_a_share_is_not_rounded_twice(tmp_path: Path) -> None:
+    packings.write(tmp_path, packings.compressed_settings("pack-quantized"), packings.packed)
+    with pytest.raises(ConfigError, match="the checkpoint is quantized already, by compressed-tensors"):
         on_all_ranks(2, lambda group: loaded(tmp_path, group, quantization="torchao_int8"))
 
 

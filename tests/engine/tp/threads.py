@@ -104,7 +104,7 @@ def on_all_ranks(size: int, work: Callable[[ThreadGroup], T], *, native: bool = 
 @contextmanager
 def taking_turns() -> Iterator[None]:
     """Ranks load one after the other: accelerate makes models empty by changing `torch.nn.Module` for the process."""
-    lock, empty, share = RLock(), accelerate.init_empty_weights, load.load_share
+    lock, empty, share = RLock(), accelerate.init_empty_weights, load._Share.load
 
     @contextmanager
     def alone(*args: bool, **kwargs: bool) -> Iterator[None]:
@@ -117,5 +117,5 @@ def taking_turns() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accelerate, "init_empty_weights", alone)
-        patch.setattr(load, "load_share", load_alone)
+        patch.setattr(load._Share, "load", load_alone)
         yield
