@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 LOST = (Unavailable, EngineError)
 """Errors of a replica rather than of the request. A request that breaks engines ends at the limit all the same."""
-FIRST_PAUSE_S = 0.1
-"""Before going on after the second loss, twice as long after each further one; after the first, there is no reason
-to wait."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 1.0
+"""Before going on after the second loss or refusal, and twice as long after each further one until it is the longest;
+after the first, there is no reason to wait."""
 
 
 async def resuming(
@@ -43,8 +43,9 @@ async def resuming(
 ) -> AsyncGenerator[Frame, None]:
     """The frames of a request, from as many replicas as it takes; at most `limit` losses are made good.
 
-    A failure is raised. A replica too busy to go on is asked again, which is no loss: the caller's deadline ends it.
-    `seen` counts what happens.
+    A failure is raised. A replica too busy to go on is asked again, which is no loss, as is one that ends and says so
+    before it accepts: it may be the only one, and the next is being built. The caller's deadline ends it. `seen`
+    counts what happens.
     """
     answer = _Answer(request, seen or RouterCounts(), clock)
     while not answer.complete:
@@ -86,7 +87,8 @@ class _Answer:
         self._accepted = False
         self._replica: str | None = None
         self._avoid: list[str] = []
-        self._losses = self._attempts = 0
+        self._refused = False
+        self._losses = self._attempts = self._refusals = 0
 
     @property
     def complete(self) -> bool:
@@ -96,6 +98,7 @@ class _Answer:
         """The request as the next replica gets it; under an id of its own, if a replica still holds the last one."""
         self._attempt_began = self._clock()
         self._replica = None
+        self._refused = False
         self._attempts += 1
         if self._attempts == 1:
             return self._request
@@ -106,6 +109,7 @@ class _Answer:
     def note(self, frame: Frame) -> Frame | None:
         """The frame as the client gets it, or None if it has no need of it. Raises a failure's error."""
         if isinstance(frame, Failure):
+            self._refused = self._replica is None  # nobody accepted this attempt
             self._replica = frame.replica_id or self._replica
             raise frame.error()
         if isinstance(frame, Accepted):
@@ -119,15 +123,19 @@ class _Answer:
         """How long to wait before the next attempt, in seconds; None if there shall be none."""
         if isinstance(error, Overloaded) and self._losses:
             return error.retry_after or 1.0
-        if not isinstance(error, LOST) or self._losses >= limit:
+        refused = self._refused and isinstance(error, Unavailable) and limit > 0
+        if not refused and (not isinstance(error, LOST) or self._losses >= limit):
             return None
+        if self._replica is not None and self._replica not in self._avoid:
+            self._avoid.append(self._replica)
+        if refused:
+            self._refusals += 1
+            return _pause(self._refusals)
         told = sum(len(output or ()) for output in self._outputs)
         logger.warning("%s: going on after %d tokens: %s", self._request.request_id, told, error.message)
-        if self._replica is not None:
-            self._avoid.append(self._replica)
         self._losses += 1
         self._seen.resumptions += 1
-        return FIRST_PAUSE_S * 2 ** (self._losses - 2) if self._losses > 1 else 0.0
+        return _pause(self._losses)
 
     def _note_delta(self, delta: Delta) -> Delta:
         output = self._outputs[delta.index]
@@ -145,3 +153,8 @@ class _Answer:
         """The times of the whole request, of those that its last replica saw."""
         before = self._attempt_began - self._began
         return replace(last, ttft_s=self._ttft_s[index], total_s=before + last.total_s, resumptions=self._losses)
+
+
+def _pause(count: int) -> float:
+    """After so many of a kind, in seconds."""
+    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(count - 2, 10)) if count > 1 else 0.0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 REPLICAS_ABREAST = 4  # fits in 80 columns
-_ELSEWHERE = ("replica_id", "speculation", "handoff", "warnings")
+_ELSEWHERE = ("replica_id", "speculation", "handoff", "warnings", "tensor_parallel_size", "ranks")
 """What a replica reports that is no row of the table."""
 
 EPILOG = """\b
@@ -29,9 +29,9 @@ Examples:
 def status(url: options.Url = options.DEFAULT_URL, as_json: options.Json = False) -> None:
     """Show the target and draft replicas of a running server.
 
-    Below them, what speculation does: for each source of candidates how many were verified and became output, and
-    at which places of a run. A server whose speculation is configured and idle answers correctly and slower; this
-    says so, and why.
+    Below them, where each rank of a replica with several of them runs, and what speculation does: for each source of
+    candidates how many were verified and became output, and at which places of a run. A server whose speculation is
+    configured and idle answers correctly and slower; this says so, and why.
     """
     from paceline.cli.client import Client
     from paceline.cli.console import stdout
@@ -46,6 +46,8 @@ def status(url: options.Url = options.DEFAULT_URL, as_json: options.Json = False
     console.print(f"{found.model} at {client.url}; {counts}", markup=False)
     for table in (*replica_tables("target", found.targets), *replica_tables("draft", found.drafts)):
         console.print(table)
+    for line in rank_lines([*found.targets, *found.drafts]):
+        console.print(line, markup=False, soft_wrap=True)
     if (sources := speculation_table(found.targets)) is not None:
         console.print(sources)
     if any(target.get("speculation") for target in found.targets):
@@ -117,6 +119,26 @@ def speculation_line(targets: Sequence[Mapping[str, Any]]) -> str:
     drafters = f"; drafters connected to each target: {connected}" if connected else ""
     verification = "/".join(dict.fromkeys(str(each["verification"]) for each in told if each.get("verification")))
     return f"speculation ({verification or 'off'}): {late} late{drafters}"
+
+
+def rank_lines(replicas: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Of every replica with several ranks: the process, node and cores of each."""
+    for replica in replicas:
+        if ranks := replica.get("ranks"):
+            told = (f"{at['rank']}: process {at['pid']} on {at['node']}, {_cores(at['cores'])}" for at in ranks)
+            yield f"ranks of {replica.get('replica_id')}: {'; '.join(told)}"
+
+
+def _cores(cores: Sequence[int]) -> str:
+    """As `taskset -c` writes them."""
+    runs: list[list[int]] = []
+    for core in sorted(cores):
+        if runs and core == runs[-1][-1] + 1:
+            runs[-1].append(core)
+        else:
+            runs.append([core])
+    named = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"core{'' if len(cores) == 1 else 's'} {named}"
 
 
 def warnings(targets: Sequence[Mapping[str, Any]]) -> list[str]:

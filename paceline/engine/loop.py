@@ -32,7 +32,7 @@ class DeviceThread:
     """Calls `step` while `has_work`, sleeps otherwise, and runs what others hand it between two steps.
 
     A step that raises ends the thread: `on_end` hears an error that says so and no more, the log has the
-    rest, and the thread is unhealthy from then on.
+    rest, and the thread is unhealthy from then on. `on_end` may be called twice, the second time by `abandon`.
     """
 
     def __init__(
@@ -45,13 +45,18 @@ class DeviceThread:
         self._has_work, self._step, self._on_end = has_work, step, on_end
         self._inbox: deque[Callable[[PacelineError | None], None]] = deque()
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._abandoned = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     @property
     def healthy(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._abandoned
+
+    @property
+    def ended(self) -> bool:
+        """Whether what it owned may be touched by others. Of an abandoned one nobody knows."""
+        return not self._thread.is_alive() and not self._abandoned
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run a function in this thread, between two steps."""
@@ -76,12 +81,23 @@ class DeviceThread:
         return future
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the thread after the step it is in. Idempotent."""
+        """End the thread after the step it is in; do not wait for an abandoned one. Idempotent."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and not self._abandoned:
             self._thread.join(timeout_s)
+
+    def abandon(self, error: PacelineError) -> None:
+        """Called by another thread when the step this one is in may never end: nobody waits for it any longer.
+
+        What waits in the inbox and whatever comes is refused. Idempotent.
+        """
+        with self._wake:
+            self._stopping = self._abandoned = True
+            self._wake.notify()
+        self._on_end(error)
+        self._drain_inbox(refusal=error)
 
     def _run(self) -> None:
         end: PacelineError = Unavailable("the replica is shutting down")
@@ -107,8 +123,14 @@ class DeviceThread:
             return not self._stopping
 
     def _drain_inbox(self, refusal: PacelineError | None = None) -> None:
-        while self._inbox:
-            self._inbox.popleft()(refusal)
+        while (run := self._next()) is not None:
+            run(refusal)
+
+    def _next(self) -> Callable[[PacelineError | None], None] | None:
+        try:
+            return self._inbox.popleft()
+        except IndexError:
+            return None
 
 
 class EngineLoop:
@@ -151,8 +173,12 @@ class EngineLoop:
     def stop(self, timeout_s: float = 10.0) -> None:
         """End every request with an error, then the thread; then idle sessions go to the disk tier. Idempotent."""
         self._thread.stop(timeout_s)
-        if not self._thread.healthy:
+        if self._thread.ended:
             self.engine.close(timeout_s)
+
+    def abandon(self, error: PacelineError) -> None:
+        """End every request with this error at once, although a step may be stuck; refuse all others from now on."""
+        self._thread.abandon(error)
 
     def _step(self) -> None:
         for request_id, delta in self.engine.step().items():
@@ -165,9 +191,9 @@ class EngineLoop:
         self.engine.abort(request_id)
 
     def _fail_all(self, error: PacelineError) -> None:
-        for sink in self._sinks.values():
-            _told(sink, Failure.of(error))
-        self._sinks.clear()
+        for name in list(self._sinks):
+            if (sink := self._sinks.pop(name, None)) is not None:
+                _told(sink, Failure.of(error))
 
 
 class DrafterLoop:
@@ -208,6 +234,10 @@ class DrafterLoop:
 
     def stop(self, timeout_s: float = 10.0) -> None:
         self._thread.stop(timeout_s)
+
+    def abandon(self, error: PacelineError) -> None:
+        """Forget every stream at once, although a step may be stuck; refuse whatever comes from now on."""
+        self._thread.abandon(error)
 
     def _step(self) -> None:
         for stream, ready in self._streams.step().items():

@@ -2,13 +2,13 @@
 
 # No `from __future__ import annotations` here: Ray Serve reads the builder's annotation to check `args:`.
 
-from typing import Any
-
+import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 
 from paceline.config import AppSettings
+from paceline.serving import bundles
 from paceline.serving.draft import Draft
 from paceline.serving.router import Router
 from paceline.serving.routing import SessionRouter
@@ -25,7 +25,8 @@ SPARE_REQUESTS = 16
 
 
 def build(args: AppSettings) -> Application:
-    """Router, Target and, unless there are none, Draft."""
+    """Router, Target and, unless there are none, Draft. Raises ConfigError for ranks that cannot work."""
+    bundles.check(args, ray.nodes() if ray.is_initialized() else None)
     draft = _draft(args)
     target = _target(args, draft is not None)
     router = serve.deployment(
@@ -46,9 +47,7 @@ def _target(args: AppSettings, with_drafts: bool) -> Application:
         Target,
         name="Target",
         num_replicas=args.target.num_replicas,
-        ray_actor_options=_resources(args.target.num_cpus, args.target.num_gpus),
         max_ongoing_requests=engine.max_num_seqs + engine.max_queued_requests + SPARE_REQUESTS,
-        health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=args.target.drain_timeout_s + args.sessions.handoff_timeout_s + SPARE_S,
         request_router_config=RequestRouterConfig(
@@ -56,6 +55,7 @@ def _target(args: AppSettings, with_drafts: bool) -> Application:
             request_router_kwargs={"mode": args.sessions.routing, "load_bound": args.sessions.load_bound},
             request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
         ),
+        **bundles.options(args.target),
     ).bind(args, "Draft" if with_drafts and args.speculation.enabled else None, ROUTER)
 
 
@@ -66,13 +66,8 @@ def _draft(args: AppSettings) -> Application | None:
         Draft,
         name="Draft",
         num_replicas=args.draft.num_replicas,
-        ray_actor_options=_resources(args.draft.num_cpus, args.draft.num_gpus),
-        health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=SHUTDOWN_S + args.sessions.handoff_timeout_s,
         request_router_config=RequestRouterConfig(request_router_class=SessionRouter),  # knows calls for one replica
+        **bundles.options(args.draft),
     ).bind(args)
-
-
-def _resources(num_cpus: float, num_gpus: float) -> dict[str, Any]:
-    return {"num_cpus": num_cpus, "num_gpus": num_gpus}

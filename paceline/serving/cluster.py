@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from paceline.config import APP_NAME, IMPORT_PATH, AppSettings, parse_settings
+from paceline.config import APP_NAME, IMPORT_PATH, AppSettings, DraftSettings, TargetSettings, parse_settings
 from paceline.errors import ConfigError, PacelineError, Unavailable
 from paceline.hardware import usable_cores
 from paceline.ports import ALL_INTERFACES, require_free
+from paceline.serving import bundles
 
 DEPLOY_TIMEOUT_S = 900.0
 POLL_S = 0.25
@@ -57,6 +58,7 @@ class LocalCluster:
         http_port, grpc_port = int(http.get("port", 8000)), int(grpc.get("port", 9000))
         require_free(host, http_port, key="http_options.port", option="--port")
         require_free(ALL_INTERFACES, grpc_port, key="grpc_options.port", option="--grpc-port")
+        bundles.check(parse_settings(_application(self._config).get("args") or {}))
         try:
             self._start_ray()
             self._deploy()
@@ -165,15 +167,15 @@ class LocalCluster:
 def share_cores(config: Mapping[str, Any], cores: int) -> dict[str, Any]:
     """The config with every engine's `threads: auto` replaced by its share of the cores.
 
-    On a host of its own a replica takes every core; here all of them are on one, and twice as many threads
-    as cores cost more than half the speed.
+    On a host of its own a replica takes every core; here all of them, and their ranks, are on one, and twice as many
+    threads as cores cost more than half the speed. Ranks that are told their cores have threads for these.
     """
     shared = copy.deepcopy(dict(config))
     args = _application(shared).setdefault("args", {})
     settings = parse_settings(args)
-    threads = max(1, cores // (settings.target.num_replicas + settings.draft.num_replicas))
+    threads = max(1, cores // (_processes(settings.target) + _processes(settings.draft)))
     for role, engine in (("target", settings.target.engine), ("draft", settings.draft.engine)):
-        if engine.threads == "auto":
+        if engine.threads == "auto" and engine.cores_per_rank == "auto":
             args[role] = {**(args.get(role) or {})}
             args[role]["engine"] = {**(args[role].get("engine") or {}), "threads": threads}
     return shared
@@ -194,10 +196,13 @@ def _app_name(config: Mapping[str, Any]) -> str:
 def _cpus(config: Mapping[str, Any]) -> int:
     """CPUs to tell Ray of: what the replicas ask for and a little more, however many there are really."""
     settings: AppSettings = parse_settings(_application(config).get("args") or {})
-    asked = (
-        settings.target.num_replicas * settings.target.num_cpus + settings.draft.num_replicas * settings.draft.num_cpus
-    )
+    asked = sum(_processes(each) * each.num_cpus for each in (settings.target, settings.draft))
     return max(4, os.cpu_count() or 1, int(asked) + 2)
+
+
+def _processes(settings: TargetSettings | DraftSettings) -> int:
+    """Replicas, with all their ranks."""
+    return settings.num_replicas * settings.engine.tensor_parallel_size
 
 
 def _progress(application: Any) -> str:

@@ -14,6 +14,7 @@ from paceline.models import resolve
 from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.serving.draft_exchange import DraftExchange
 from paceline.serving.peers import KV_IDENTITY, ServePeers
+from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
 from paceline.sessions.handoff import Bound, Receipt, Room
 from paceline.speculation.frames import Hello
 
@@ -37,7 +38,13 @@ class Draft:
     async def __init__(self, settings: AppSettings) -> None:  # type: ignore[misc]  # Serve awaits it
         context = serve.get_replica_context()
         self.replica_id: str = context.replica_id.unique_id
-        self._loop, model = await asyncio.to_thread(_start, settings)
+        self._ranks = await Ranks.start(settings.draft, settings.draft_model)
+        try:
+            self._loop, model = await loading(self._ranks, asyncio.to_thread(_start, settings, self._ranks))
+        except BaseException:
+            if self._ranks is not None:
+                await self._ranks.stop()
+            raise
         self._service = DraftService(self._loop, Hello(self.replica_id, settings.draft_model, model.fingerprint))
         self._kv_identity = model.kv_identity
         self._exchange = DraftExchange(
@@ -48,7 +55,9 @@ class Draft:
         )
         host = ray.util.get_node_ip_address() if settings.draft.host == "auto" else settings.draft.host
         self._server, self.address = await start_draft_server(self._service, host, settings.draft.port)
-        self._model = settings.draft_model
+        self._settings = settings
+        if self._ranks is not None:
+            await self._ranks.watch(self._loop.abandon)
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Captured once, after `__init__`."""
@@ -70,7 +79,7 @@ class Draft:
             "replica_id": self.replica_id,
             "pid": os.getpid(),
             "address": self.address,
-            "model": self._model,
+            "model": self._settings.draft_model,
             "streams": len(self._service.streams),
             "sequences": drafter.num_sequences,
             "drafted_tokens": drafter.drafted_tokens,
@@ -79,9 +88,12 @@ class Draft:
             "kv_tokens_in_use": usage.in_use,
             "kv_tokens_cached": usage.cached,
             "handoff": self._exchange.numbers(),
+            **ranks_status(self._settings.draft, self._ranks),
         }
 
     def check_health(self) -> None:
+        if self._ranks is not None:
+            self._ranks.check_health()
         if not self._loop.healthy:
             raise RuntimeError("the drafter's thread has ended")
 
@@ -92,11 +104,14 @@ class Draft:
         await self._server.stop(grace=DRAIN_GRACE_S)
         await self._exchange.finish()
         await asyncio.to_thread(self._loop.stop)
+        if self._ranks is not None:
+            await self._ranks.stop()
 
 
-def _start(settings: AppSettings) -> tuple[DrafterLoop, LoadedModel]:
+def _start(settings: AppSettings, ranks: Ranks | None) -> tuple[DrafterLoop, LoadedModel]:
     from paceline.engine.load import load_model
     from paceline.engine.loop import DrafterLoop
 
-    model = load_model(resolve(settings.draft_model).path, settings.draft.engine)
+    leader = ranks.leader if ranks is not None else None
+    model = load_model(resolve(settings.draft_model).path, rank_engine(settings.draft), leader)
     return DrafterLoop(model.drafter()), model

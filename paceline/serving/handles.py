@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import grpc
 from ray.exceptions import RayActorError, RayError
@@ -74,9 +75,15 @@ class ServeTargets(Targets):
             await asyncio.gather(*calls, return_exceptions=True)
 
     async def status(self) -> ClusterStatus:
-        asked = ask_all(self._target, "status"), ask_all(self._draft, "status")
-        targets, drafts = await asyncio.gather(*asked)
+        targets, drafts = await asyncio.gather(ask_all(self._target, "status"), self._drafts())
         return ClusterStatus(tuple(targets), tuple(drafts))
+
+    async def _drafts(self) -> list[Any]:
+        """That none of them is there is no reason to say nothing of the targets."""
+        try:
+            return await ask_all(self._draft, "status")
+        except Unavailable:
+            return []
 
 
 def _translate(error: Exception) -> PacelineError:

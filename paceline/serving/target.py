@@ -18,6 +18,7 @@ from paceline.rpc.draft_client import DraftPool
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.exchange import Exchange
 from paceline.serving.peers import KV_IDENTITY, ServePeers
+from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
 from paceline.sessions.handoff import Bound, Move, Outcome, Receipt, Room
 from paceline.sessions.placement import Route
 from paceline.sessions.prefixes import sketch
@@ -55,10 +56,14 @@ class Target:
         self._pool: DraftPool | None = None
         self._watch: ReplicaWatch | None = None
         self._idle = IdleWatch()
-        self._model = await asyncio.to_thread(_load, settings)
-        if draft_deployment is not None:
-            self._watch_drafts(draft_deployment)
-        self._loop = await asyncio.to_thread(_start, self._model, self._proposer, settings)
+        self._ranks: Ranks | None = None
+        self._ranks = await Ranks.start(settings.target, settings.model)
+        try:
+            await self._set_up(draft_deployment)
+        except BaseException:
+            if self._ranks is not None:
+                await self._ranks.stop()
+            raise
         self._exchange = Exchange(
             self.replica_id,
             self._loop,
@@ -66,6 +71,15 @@ class Target:
             within_s=settings.sessions.handoff_timeout_s,
             grace_s=settings.target.drain_timeout_s,
         )
+
+    async def _set_up(self, draft_deployment: str | None) -> None:
+        self._model = await loading(self._ranks, asyncio.to_thread(_load, self._settings, self._ranks))
+        if draft_deployment is not None:
+            self._watch_drafts(draft_deployment)
+        started = asyncio.to_thread(_start, self._model, self._proposer, self._settings)
+        self._loop = await loading(self._ranks, started)
+        if self._ranks is not None:
+            await self._ranks.watch(self._loop.abandon)
 
     def _watch_drafts(self, deployment: str) -> None:
         speculation = self._settings.speculation
@@ -164,6 +178,7 @@ class Target:
             "speculation": self._speculation(),
             "handoff": self._exchange.numbers(),
             "warnings": list(self._warnings()),
+            **ranks_status(self._settings.target, self._ranks),
         }
         if engine.restores is not None:
             numbers |= engine.restores.status()
@@ -223,6 +238,8 @@ class Target:
         return {"sessions": sorted(sessions), "prefixes": await asyncio.to_thread(sketch, recent)}
 
     def check_health(self) -> None:
+        if self._ranks is not None:
+            self._ranks.check_health()
         if not self._loop.healthy:
             raise RuntimeError("the engine's thread has ended")
 
@@ -236,16 +253,19 @@ class Target:
             await self._pool.close()
         if hasattr(self, "_loop"):
             await asyncio.to_thread(self._loop.stop)
+        if self._ranks is not None:
+            await self._ranks.stop()
 
     async def _sessions(self) -> list[SessionKV]:
         """The engine's thread alone may look."""
         return await asyncio.wrap_future(self._loop.call(self._loop.engine.sessions))
 
 
-def _load(settings: AppSettings) -> LoadedModel:
+def _load(settings: AppSettings, ranks: Ranks | None) -> LoadedModel:
     from paceline.engine.load import load_model
 
-    return load_model(resolve(settings.model).path, settings.target.engine)
+    leader = ranks.leader if ranks is not None else None
+    return load_model(resolve(settings.model).path, rank_engine(settings.target), leader)
 
 
 def _start(model: LoadedModel, proposer: RemoteProposer | None, settings: AppSettings) -> EngineLoop:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from paceline.api import resume as resume_module
-from paceline.api.resume import resuming
+from paceline.api.resume import RouterCounts, resuming
 from paceline.api.stream import Stream
 from paceline.errors import EngineError, InvalidRequest, Overloaded, PacelineError, RequestTimeout, Unavailable
 from paceline.types import Accepted, Delta, Failure, FinishReason, Frame, Metrics, Request, SamplingParams
@@ -162,6 +162,56 @@ async def test_an_accepted_request_waits_while_the_others_are_full() -> None:
     targets = Dying(4, *busy)
     assert texts(await frames_of(targets, limit=1)) == list(LETTERS)
     assert len(targets.requests) == 11
+
+
+class Ending:
+    """The only replica loses a rank and says so until the next is there: refuses so many attempts, then answers."""
+
+    def __init__(self, refusals: int, then: Dying) -> None:
+        self.refusals, self.then = refusals, then
+
+    async def generate(self, request: Request) -> AsyncIterator[Frame]:
+        if self.then.requests and self.refusals:
+            self.refusals -= 1
+            yield Failure.of(Unavailable("rank 1 was lost"), "target-1")
+            return
+        async for frame in self.then.generate(request):
+            yield frame
+
+
+async def test_replicas_that_refuse_because_they_end_are_no_losses() -> None:
+    ending, seen = Ending(50, Dying(4)), RouterCounts()
+    frames = [frame async for frame in resuming(ending.generate, REQUEST, 1, seen=seen)]
+    assert (texts(frames), seen.resumptions) == (list(LETTERS), 1)
+
+
+async def test_a_replica_that_refuses_is_avoided_once() -> None:
+    ending = Ending(50, Dying(4))
+    assert texts([frame async for frame in resuming(ending.generate, REQUEST, 1)]) == list(LETTERS)
+    assert ending.then.requests[-1].avoid == ("target-1",)
+
+
+async def test_without_resumptions_a_refusal_is_an_error() -> None:
+    async def generate(request: Request) -> AsyncIterator[Frame]:
+        yield Failure.of(Unavailable("rank 1 was lost"), "target-1")
+
+    with pytest.raises(Unavailable, match="rank 1 was lost"):
+        [frame async for frame in resuming(generate, REQUEST, 0)]
+
+
+@pytest.mark.parametrize(("count", "pause"), [(1, 0.0), (2, 0.1), (3, 0.2), (4, 0.4), (6, 1.0), (5000, 1.0)])
+def test_pauses_grow_to_a_second(count: int, pause: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume_module, "FIRST_PAUSE_S", 0.1)
+    assert resume_module._pause(count) == pause
+
+
+async def test_refusals_last_no_longer_than_the_request() -> None:
+    async def generate(request: Request) -> AsyncIterator[Frame]:
+        await asyncio.sleep(0)
+        yield Failure.of(Unavailable("rank 1 was lost"), "target-1")
+
+    with pytest.raises(RequestTimeout):
+        await Stream.open(resuming(generate, REQUEST, 1), timeout_s=0.05)
 
 
 async def test_a_loss_after_the_last_token_is_none() -> None:

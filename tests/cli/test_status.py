@@ -93,3 +93,21 @@ def test_many_replicas_all_have_a_column(run: Run, server: FakeServer) -> None:
 
 def test_an_unreachable_server_exits_with_1(run: Run) -> None:
     assert run("status", "--url", "http://127.0.0.1:9").code == 1
+
+
+RANKS = [
+    {"rank": 0, "pid": 7, "node": "10.0.0.1", "cores": [0, 1, 2, 3, 8, 9]},
+    {"rank": 1, "pid": 8, "node": "10.0.0.1", "cores": [4]},
+]
+
+
+def test_the_ranks_of_a_replica_have_a_line(run: Run, server: FakeServer) -> None:
+    server.status = with_target(tensor_parallel_size=2, ranks=RANKS)
+    printed = run("status", "--url", server.url).out
+    assert "ranks of t: 0: process 7 on 10.0.0.1, cores 0-3,8-9; 1: process 8 on 10.0.0.1, core 4" in printed
+
+
+def test_a_replica_of_one_rank_has_none(run: Run, server: FakeServer) -> None:
+    server.status = with_target(tensor_parallel_size=1)
+    printed = run("status", "--url", server.url).out
+    assert "rank" not in printed and "tensor" not in printed

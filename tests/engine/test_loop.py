@@ -411,3 +411,52 @@ def test_a_frame_after_a_failing_draft_step_is_refused(drafting: DrafterLoop) ->
     ended(drafting)
     with pytest.raises(Unavailable):
         drafting.apply("s", opening(2)).result(0)
+
+
+# What nobody waits for any longer
+
+
+def test_a_stuck_engine_that_is_abandoned_fails_its_requests_at_once(loop: EngineLoop) -> None:
+    listener = Listener()
+    loop.submit(request(max_tokens=400), listener).result(PATIENCE_S)
+    gate = Gate(loop)
+    loop.abandon(Unavailable("rank 1 was lost"))
+    assert (listener.failure.code, listener.failure.message) == ("service_unavailable", "rank 1 was lost")
+    gate.open()
+
+
+def test_what_waits_for_a_stuck_engine_is_refused_when_it_is_abandoned(loop: EngineLoop) -> None:
+    gate = Gate(loop)
+    waiting = loop.submit(request(), Listener())
+    loop.abandon(Unavailable("rank 1 was lost"))
+    with pytest.raises(Unavailable, match="rank 1 was lost"):
+        waiting.result(0)
+    gate.open()
+
+
+def test_an_abandoned_engine_takes_nothing_more_and_is_unhealthy(loop: EngineLoop) -> None:
+    gate = Gate(loop)
+    loop.abandon(Unavailable("rank 1 was lost"))
+    with pytest.raises(Unavailable):
+        loop.submit(request(), Listener()).result(0)
+    assert not loop.healthy
+    gate.open()
+
+
+def test_an_abandoned_engine_is_not_closed_by_others(loop: EngineLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[float] = []
+    monkeypatch.setattr(loop.engine, "close", closed.append)
+    gate = Gate(loop)
+    loop.abandon(Unavailable("rank 1 was lost"))
+    loop.stop()
+    assert closed == []
+    gate.open()
+
+
+def test_an_abandoned_drafter_refuses_its_streams(drafting: DrafterLoop) -> None:
+    gate = Gate(drafting)
+    waiting = drafting.connect("s", lambda _: None)
+    drafting.abandon(Unavailable("rank 1 was lost"))
+    with pytest.raises(Unavailable, match="rank 1 was lost"):
+        waiting.result(0)
+    gate.open()

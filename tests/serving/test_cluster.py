@@ -8,7 +8,8 @@ import pytest
 
 from paceline.config import default_deployment, parse_settings
 from paceline.errors import ConfigError
-from paceline.serving.cluster import LocalCluster, share_cores
+from paceline.serving.cluster import LocalCluster, _cpus, share_cores
+from tests.serve.conftest import free_port
 
 
 def threads(shared: dict[str, object]) -> tuple[object, object]:
@@ -24,6 +25,31 @@ def test_engines_share_the_cores(cores: int, each: int) -> None:
 def test_a_configured_thread_count_stays() -> None:
     settings = parse_settings({"target": {"engine": {"threads": 3}}})
     assert threads(share_cores(default_deployment(settings), 8)) == (3, 2)
+
+
+def test_ranks_share_the_cores_as_replicas_do() -> None:
+    target = {"num_replicas": 1, "engine": {"tensor_parallel_size": 2}}
+    settings = parse_settings({"target": target, "draft": {"num_replicas": 2}})
+    assert threads(share_cores(default_deployment(settings), 8)) == (2, 2)
+
+
+def test_ranks_that_are_told_their_cores_keep_to_them() -> None:
+    settings = parse_settings({"target": {"engine": {"tensor_parallel_size": 2, "cores_per_rank": 3}}})
+    assert threads(share_cores(default_deployment(settings), 8))[0] == "auto"
+
+
+def test_a_local_ray_has_the_cpus_of_all_ranks() -> None:
+    target = {"num_replicas": 3, "num_cpus": 100, "engine": {"tensor_parallel_size": 2}}
+    settings = parse_settings({"target": target, "draft": {"num_replicas": 0}})
+    assert _cpus(default_deployment(settings)) >= 600
+
+
+def test_ranks_that_cannot_work_are_refused_before_anything_starts() -> None:
+    target = {"engine": {"tensor_parallel_size": 2, "device": "cuda"}}
+    settings = parse_settings({"model": "./nowhere", "target": target})
+    config = default_deployment(settings, http_port=free_port(), grpc_port=free_port())
+    with pytest.raises(ConfigError, match=r"target\.num_gpus: 2 ranks on GPUs need one each"):
+        LocalCluster(config).start()
 
 
 def test_sharing_leaves_the_callers_config_alone() -> None:
