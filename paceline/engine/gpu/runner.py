@@ -190,6 +190,12 @@ class DeviceRunner(Runner):
         event.record()
         return host, event
 
+    def close(self) -> None:
+        """Without its graphs: NCCL waits for those that hold its calls before it ends."""
+        self._captured.clear()
+        if self._graphs:
+            torch.cuda.synchronize()
+
     def name_columns(self, names: torch.Tensor) -> None:
         """Draw with the noise of these tokens, int64 [vocab], in place of 0, 1, …: before anything is launched."""
         self._names = names.to(self.device, torch.int32)
