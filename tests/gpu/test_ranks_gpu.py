@@ -20,7 +20,6 @@ from paceline.config import EngineSettings, SpeculationSettings
 from paceline.engine.attention import Window
 from paceline.engine.kv_cache import SlabKVCache
 from paceline.engine.load import LoadedModel, load_model
-from paceline.engine.tp.runner import ShardedRunner
 from paceline.speculation.local import LocalProposer
 from tests import tiny
 from tests.gpu.test_paged_gpu import FAMILIES, LOGITS, SHAPE
@@ -119,13 +118,6 @@ def test_many_streams_outlive_their_window(llama: Path) -> None:
         export = engine.kv.export_session("s1")
     assert [len(tokens) for tokens in found.values()] == [200] * 6
     assert export is not None and export.keys.shape[1] == SHAPE["num_key_value_heads"]
-
-
-def test_a_rank_has_half_of_the_weights(llama: Path) -> None:
-    for model in loaded(llama, 2):
-        assert isinstance(model.runner, ShardedRunner)
-        first, second = model.runner.share_bytes
-    assert abs(first / second - 1) < 0.05
 
 
 def test_a_rank_that_is_killed_ends_the_others_step() -> None:

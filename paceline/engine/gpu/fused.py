@@ -124,7 +124,7 @@ class FusedBody(Body):
         """What a product gives of all ranks, added to the residual."""
         if self._sums is None:
             return self._linears.added(x, y, weight, self._residual_scale)
-        return self._sums.add(x, self._linears.product(y, weight), self._residual_scale)
+        return self._sums.added(self._linears, x, y, weight, self._residual_scale)
 
     def _attended(self, batch: Batch, number: int, layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
         heads = layer.heads

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from paceline.engine.gpu.peer_kernels import exchanged
+
 AHEAD = tl.constexpr(4)
 """Lines of 128 bytes of each weight row that are asked for ahead."""
 
@@ -38,14 +40,17 @@ def rows_linear(
     SCALED: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
     SPLIT: tl.constexpr, partial, counters, OVERLAPS: tl.constexpr,
+    factor, slots, flags, step, slot, place, limit,
+    RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
     """out[r, o] = sum_i x[r, i] weight[o, i], for `count` rows, at most ROWS.
 
     SCALED: `weight` is int8, each output's times its `scales`, float32. NORMED: of RMS-normalized rows, times `norm`
     [inputs]. GATED: `weight` is [2 outputs, inputs], gates above ups; silu(gate) * up. ADDED: plus `residual`, [rows,
     outputs], which may be `out`. SPLIT: of the inputs between so many programs; the last to finish adds up the sums in
-    `partial`. OVERLAPS: begins while the launch before ends (programmatic dependent launch, compute capability 9),
-    which says so as this does.
+    `partial`. RANKS: other GPUs compute the same of other inputs, and what is added is `factor` times the sum of all
+    (`peer_kernels.exchanged`). OVERLAPS: begins while the launch before ends (programmatic dependent launch, compute
+    capability 9), which says so as this does.
     """
     o = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     part = tl.program_id(1)
@@ -124,8 +129,11 @@ def rows_linear(
         acc += tl.load(bias + o, mask=in_range, other=0.0).to(tl.float32)[:, None]
     keep = in_range[:, None] & (r[None, :] < count)
     at = r[None, :] * out_stride + o[:, None]
+    if RANKS > 1:
+        own, here = acc.to(x.dtype.element_ty), place + tl.program_id(0) * RANKS
+        acc = factor * exchanged(own, at, keep, slots, flags, step, slot, here, limit, RANK, RANKS, SLOT)
     if ADDED:
-        acc = acc.to(x.dtype.element_ty).to(tl.float32)
+        acc = acc.to(x.dtype.element_ty).to(tl.float32) if RANKS == 1 else acc
         acc += tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=keep)
 

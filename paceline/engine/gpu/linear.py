@@ -7,6 +7,7 @@ A few rows take the time in which the weights are read, and what is done before 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +101,25 @@ class Weight:
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """How a product's programs add what other GPUs computed of other inputs; see `peer_kernels`.
+
+    `slots` and `flags` are addresses on every rank; `slot` and `place` say where in them, `slot_size` is in numbers.
+    """
+
+    slots: torch.Tensor
+    flags: torch.Tensor
+    step: torch.Tensor
+    slot: int
+    place: int
+    limit: int
+    rank: int
+    size: int
+    slot_size: int
+    factor: float
+
+
 class Linears:
     """A layer's products with what surrounds them. `x` is [rows, inputs], bfloat16 or float16."""
 
@@ -139,6 +159,11 @@ class Linears:
             return torch.addmm(x, y, data.T, out=x)
         return x.add_(F.linear(y, data, weight.bias), alpha=scale)
 
+    def added_of_all(self, x: torch.Tensor, y: torch.Tensor, weight: Weight, exchange: Exchange) -> torch.Tensor | None:
+        """x + factor times the sum over ranks of y W^T + b, in place of `x`; None where this is not done at once."""
+        tiles = self._tiles(y, weight, weight.outputs)
+        return None if tiles is None else self._launch(tiles, y, weight, x, residual=x, exchange=exchange)
+
     def product(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """x W^T + b, in memory of its own."""
         tiles = self._tiles(x, weight, weight.outputs)
@@ -171,6 +196,7 @@ class Linears:
         norm: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         gated: bool = False,
+        exchange: Exchange | None = None,
     ) -> torch.Tensor:
         count, outputs = x.shape[0], out.shape[1]
         rows, programs = _rows(count), -(-outputs // tiles.out)
@@ -181,9 +207,20 @@ class Linears:
             SCALED=weight.scales is not None, NORMED=norm is not None, GATED=gated, BIASED=weight.bias is not None,
             ADDED=residual is not None, ROWS=rows, BLOCK_OUT=tiles.out, BLOCK_IN=tiles.inputs, SPLIT=tiles.split,
             partial=self._scratch.floats("linear", size), counters=self._scratch.counters("linear done", programs),
-            OVERLAPS=self._overlaps, launch_pdl=self._overlaps, num_warps=tiles.warps, num_stages=tiles.stages,
+            OVERLAPS=self._overlaps, **_exchanging(exchange),
+            launch_pdl=self._overlaps, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         return out
+
+
+def _exchanging(exchange: Exchange | None) -> dict[str, Any]:
+    """A launch's arguments."""
+    if exchange is None:
+        nothing = dict.fromkeys(("factor", "slots", "flags", "step", "slot", "place", "limit"))
+        return {**nothing, "RANK": 0, "RANKS": 1, "SLOT": 0}
+    of = exchange
+    names = {"factor": of.factor, "slots": of.slots, "flags": of.flags, "step": of.step, "slot": of.slot}
+    return {**names, "place": of.place, "limit": of.limit, "RANK": of.rank, "RANKS": of.size, "SLOT": of.slot_size}
 
 
 def _rows(count: int) -> int:

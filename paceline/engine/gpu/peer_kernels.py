@@ -5,7 +5,8 @@ a few rows take 3.5 us, where NCCL's all-reduce takes 16 (two H200s). A flag is 
 need ever be cleared. What one exchange left is overwritten two exchanges later, when its reader has long gone on:
 nobody can be further ahead than the exchange that the others have begun.
 
-Addresses of the others' memory are data: int64 [SIZE], this rank's own among them.
+Addresses of the others' memory are data: int64 [SIZE], this rank's own among them. The flags of an exchange begin at
+its `place`: SIZE for each program, which meets the programs of its number on the other ranks.
 """
 
 from __future__ import annotations
@@ -30,16 +31,45 @@ def _wait(flag, step, limit):
 
 
 @triton.jit
-def sum_peers(
-    x, y, scale, slots, flags, step, slot, exchange, count, limit,
-    RANK: tl.constexpr, SIZE: tl.constexpr, SLOT: tl.constexpr, PROGRAMS: tl.constexpr, ADDED: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+def exchanged(
+    own, at, inside, slots, flags, step, slot, place, limit, RANK: tl.constexpr, SIZE: tl.constexpr, SLOT: tl.constexpr
 ):  # fmt: skip
-    """x = sum of all ranks' y, in their order; ADDED: x += scale times that. `count` numbers, as many on every rank.
+    """The sum, float32, of what all ranks' programs of this `place` have at `at`, in the order of ranks.
 
-    `slots` hold SLOT numbers for each rank, several times (`slot`); `flags` one for each rank, program of at most
-    PROGRAMS and exchange of a step.
+    `slots` hold SLOT numbers for each rank, several times (`slot`); `flags` one for each rank from `place` on.
     """
+    kind = own.dtype
+    for other in tl.static_range(1, SIZE):
+        peer = (RANK + other) % SIZE
+        there = tl.load(slots + peer).to(tl.pointer_type(kind))
+        tl.store(there + (slot * SIZE + RANK) * SLOT + at, own, mask=inside)
+    number = tl.load(step)
+    tl.debug_barrier()
+    for other in tl.static_range(1, SIZE):
+        peer = (RANK + other) % SIZE
+        flag = tl.load(flags + peer).to(tl.pointer_type(tl.int32)) + place + RANK
+        tl.atomic_xchg(flag, number, sem="release", scope="sys")
+    for other in tl.static_range(1, SIZE):
+        peer = (RANK + other) % SIZE
+        _wait(tl.load(flags + RANK).to(tl.pointer_type(tl.int32)) + place + peer, number, limit)
+    tl.debug_barrier()
+    here = tl.load(slots + RANK).to(tl.pointer_type(kind)) + slot * SIZE * SLOT + at
+    total = tl.zeros(own.shape, dtype=tl.float32)
+    for rank in tl.static_range(SIZE):
+        if rank == RANK:
+            total += own.to(tl.float32)
+        else:
+            total += tl.load(here + rank * SLOT, mask=inside, volatile=True).to(tl.float32)
+    return total
+
+
+@triton.jit
+def sum_peers(
+    x, y, scale, slots, flags, step, slot, place, count, limit,
+    RANK: tl.constexpr, SIZE: tl.constexpr, SLOT: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """x = sum of all ranks' y; ADDED: x += scale times that. `count` numbers, as many on every rank."""
     pid = tl.program_id(0)
     at = pid * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -47,30 +77,8 @@ def sum_peers(
         # This grid is small: the next one's weights may be on their way meanwhile.
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    number = tl.load(step)
     own = tl.load(y + at, mask=inside)
-    kind = y.dtype.element_ty
-    for other in tl.static_range(1, SIZE):
-        peer = (RANK + other) % SIZE
-        there = tl.load(slots + peer).to(tl.pointer_type(kind))
-        tl.store(there + (slot * SIZE + RANK) * SLOT + at, own, mask=inside)
-    tl.debug_barrier()
-    base = (exchange * PROGRAMS + pid) * SIZE
-    for other in tl.static_range(1, SIZE):
-        peer = (RANK + other) % SIZE
-        flag = tl.load(flags + peer).to(tl.pointer_type(tl.int32)) + base + RANK
-        tl.atomic_xchg(flag, number, sem="release", scope="sys")
-    for other in tl.static_range(1, SIZE):
-        peer = (RANK + other) % SIZE
-        _wait(tl.load(flags + RANK).to(tl.pointer_type(tl.int32)) + base + peer, number, limit)
-    tl.debug_barrier()
-    here = tl.load(slots + RANK).to(tl.pointer_type(kind)) + slot * SIZE * SLOT + at
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for rank in tl.static_range(SIZE):
-        if rank == RANK:
-            total += own.to(tl.float32)
-        else:
-            total += tl.load(here + rank * SLOT, mask=inside, volatile=True).to(tl.float32)
+    total = exchanged(own, at, inside, slots, flags, step, slot, place + pid * SIZE, limit, RANK, SIZE, SLOT)
     if ADDED:
         total = tl.load(x + at, mask=inside).to(tl.float32) + scale * total
     tl.store(x + at, total.to(x.dtype.element_ty), mask=inside)
@@ -78,8 +86,8 @@ def sum_peers(
 
 @triton.jit
 def share_columns(
-    part, outs, flags, done, step, exchange, width, first, stride,
-    RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+    part, outs, flags, done, step, place, width, first, stride,
+    RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Put [rows, width] at the columns from `first` on of every rank's `outs`, float32 [rows, stride].
 
@@ -99,19 +107,17 @@ def share_columns(
         number = tl.load(step)
         for other in tl.static_range(1, SIZE):
             peer = (RANK + other) % SIZE
-            flag = tl.load(flags + peer).to(tl.pointer_type(tl.int32)) + exchange * PROGRAMS * SIZE + RANK
+            flag = tl.load(flags + peer).to(tl.pointer_type(tl.int32)) + place + RANK
             tl.atomic_xchg(flag, number, sem="release", scope="sys")
 
 
 @triton.jit
-def await_peers(
-    flags, step, exchange, limit, RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr
-):  # fmt: skip
+def await_peers(flags, step, place, limit, RANK: tl.constexpr, SIZE: tl.constexpr):
     """Until all the others have shared their columns."""
     number = tl.load(step)
     for other in tl.static_range(1, SIZE):
         peer = (RANK + other) % SIZE
-        own = tl.load(flags + RANK).to(tl.pointer_type(tl.int32)) + exchange * PROGRAMS * SIZE + peer
+        own = tl.load(flags + RANK).to(tl.pointer_type(tl.int32)) + place + peer
         _wait(own, number, limit)
 
 

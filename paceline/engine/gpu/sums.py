@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from paceline.engine.gpu import peer_kernels
+from paceline.engine.gpu.linear import Exchange, Linears, Weight
 from paceline.engine.gpu.peers import PeerGroup
 from paceline.engine.tp.group import Gathering, Group
 
@@ -15,7 +16,8 @@ PEER_COLUMNS = 256
 """Likewise of logits."""
 SLOTS = 4
 """Places for what is summed, by turns; two would do."""
-PROGRAMS = 256
+PROGRAMS = 1024
+"""Of an exchange, at most."""
 
 
 class Sums:
@@ -29,9 +31,9 @@ class Sums:
     def begin(self) -> None:
         """Before anything else of a step."""
 
-    def add(self, x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
-        """x + scale (sum of all ranks' y), in place of `x`; of `y` nothing is left."""
-        return x.add_(self.group.all_reduce(y), alpha=scale)
+    def added(self, linears: Linears, x: torch.Tensor, y: torch.Tensor, weight: Weight, scale: float) -> torch.Tensor:
+        """x + scale (sum over ranks of y W^T + b), in place of `x`."""
+        return x.add_(self.group.all_reduce(linears.product(y, weight)), alpha=scale)
 
     def embedded(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """[tokens, width] of the whole embedding, of which `table` is this rank's part."""
@@ -82,26 +84,34 @@ class PeerSums(Sums):
         self._exchange = 0
         peer_kernels.begin_step[(1,)](self._step, num_warps=1)
 
-    def add(self, x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
-        return super().add(x, y, scale) if len(y) > PEER_ROWS else self._sum(x, y, scale, added=True)
+    def added(self, linears: Linears, x: torch.Tensor, y: torch.Tensor, weight: Weight, scale: float) -> torch.Tensor:
+        if len(y) > PEER_ROWS:
+            return super().added(linears, x, y, weight, scale)
+        exchange = self._next(scale)
+        found = linears.added_of_all(x, y, weight, exchange)
+        return self._sum(x, linears.product(y, weight), exchange, added=True) if found is None else found
 
     def embedded(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         found = self._looked_up(ids, table)
-        return self.group.all_reduce(found) if len(ids) > PEER_ROWS else self._sum(found, found, 1.0, added=False)
+        return (
+            self.group.all_reduce(found)
+            if len(ids) > PEER_ROWS
+            else self._sum(found, found, self._next(1.0), added=False)
+        )
 
     def logits(self, part: torch.Tensor, out: torch.Tensor) -> None:
         rows, width = part.shape
         vocabulary = out.shape[1]
         if rows > PEER_COLUMNS:
             return super().logits(part, out)
-        block = 4096
+        block, place = 4096, self._place(self._last_exchange)
         peer_kernels.share_columns[(-(-width // block), rows)](
-            part, self._tables, self._flags, self._done, self._step, self._last_exchange, width, self._first,
-            vocabulary, RANK=self.group.rank, SIZE=self.group.size, PROGRAMS=PROGRAMS, BLOCK=block, num_warps=8,
+            part, self._tables, self._flags, self._done, self._step, place, width, self._first, vocabulary,
+            RANK=self.group.rank, SIZE=self.group.size, BLOCK=block, num_warps=8,
         )  # fmt: skip
         peer_kernels.await_peers[(1,)](
-            self._flags, self._step, self._last_exchange, self._peers.timeout_ns, RANK=self.group.rank,
-            SIZE=self.group.size, PROGRAMS=PROGRAMS, num_warps=1,
+            self._flags, self._step, place, self._peers.timeout_ns, RANK=self.group.rank, SIZE=self.group.size,
+            num_warps=1,
         )  # fmt: skip
         table = self._table[: rows * vocabulary].view(rows, vocabulary)
         if table.data_ptr() != out.data_ptr():
@@ -111,14 +121,31 @@ class PeerSums(Sums):
     def place(self, rows: int) -> torch.Tensor | None:
         return self._table[: rows * sum(self.vocabulary)].view(rows, -1) if rows <= PEER_COLUMNS else None
 
-    def _sum(self, x: torch.Tensor, y: torch.Tensor, scale: float, *, added: bool) -> torch.Tensor:
+    def _next(self, factor: float) -> Exchange:
+        number, self._exchange = self._exchange, self._exchange + 1
+        assert number < self._last_exchange, "a step has more sums than there are flags for"
+        return Exchange(
+            self._slots,
+            self._flags,
+            self._step,
+            number % SLOTS,
+            self._place(number),
+            self._peers.timeout_ns,
+            self.group.rank,
+            self.group.size,
+            self._slot,
+            factor,
+        )
+
+    def _place(self, number: int) -> int:
+        return number * PROGRAMS * self.group.size
+
+    def _sum(self, x: torch.Tensor, y: torch.Tensor, of: Exchange, *, added: bool) -> torch.Tensor:
         block, warps = (1024, 4) if y.numel() <= 1 << 13 else (4096, 8)
-        exchange, self._exchange = self._exchange, self._exchange + 1
-        assert exchange < self._last_exchange, "a step has more sums than there are flags for"
         peer_kernels.sum_peers[(-(-y.numel() // block),)](
-            x, y, scale, self._slots, self._flags, self._step, exchange % SLOTS, exchange, y.numel(),
-            self._peers.timeout_ns, RANK=self.group.rank, SIZE=self.group.size, SLOT=self._slot, PROGRAMS=PROGRAMS,
-            ADDED=added, BLOCK=block, OVERLAPS=self._overlaps, launch_pdl=self._overlaps, num_warps=warps,
+            x, y, of.factor, of.slots, of.flags, of.step, of.slot, of.place, y.numel(), of.limit,
+            RANK=of.rank, SIZE=of.size, SLOT=of.slot_size, ADDED=added, BLOCK=block,
+            OVERLAPS=self._overlaps, launch_pdl=self._overlaps, num_warps=warps,
         )  # fmt: skip
         return x
 
