@@ -46,7 +46,7 @@ from paceline.engine.tp.groups import open_group
 from paceline.engine.tp.layers import Seams, join_ranks
 from paceline.engine.tp.leader import Leader, meet
 from paceline.engine.tp.local import local_ranks
-from paceline.engine.tp.place import on_one_host, settled
+from paceline.engine.tp.place import hosts, settled
 from paceline.engine.tp.plan import Ready
 from paceline.engine.tp.runner import ShardedRunner
 from paceline.engine.tp.share import Share
@@ -234,7 +234,8 @@ def _load_rank(
 ) -> tuple[_LoadedShare, Group]:
     """This process's share, in its place, and the group of all."""
     size = settings.tensor_parallel_size
-    settings = settled(settings, rank)
+    where = hosts(store, rank, size)
+    settings = settled(settings, rank, where)
     group = open_group(
         store,
         rank,
@@ -242,7 +243,7 @@ def _load_rank(
         collectives=settings.collectives,
         device=device_for(settings),
         timeout_s=settings.collective_timeout_s,
-        one_host=on_one_host(store, rank, size),
+        one_host=len(set(where)) == 1,
     )
     return _load_share(path, settings, Gathering(group, meet)), group
 

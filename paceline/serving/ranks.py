@@ -44,16 +44,19 @@ CALLS_AT_ONCE = 2
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank runs; `cores` it may use."""
+    """Where a rank runs; `cores` it may use, and GPUs that Ray gave it, in CUDA's words."""
 
     rank: int
     pid: int
     node: str
     cores: tuple[int, ...]
+    gpus: tuple[str, ...] = ()
 
     @classmethod
     def here(cls, rank: int) -> Self:
-        return cls(rank, os.getpid(), ray.util.get_node_ip_address(), tuple(sorted(os.sched_getaffinity(0))))
+        cores = tuple(sorted(os.sched_getaffinity(0)))
+        gpus = tuple(map(str, ray.get_runtime_context().get_accelerator_ids().get("GPU", ())))
+        return cls(rank, os.getpid(), ray.util.get_node_ip_address(), cores, gpus)
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.node})"
@@ -72,6 +75,9 @@ class RankActor:
     def place(self) -> Place:
         return Place.here(self._rank)
 
+    def see(self, gpus: Sequence[str]) -> None:
+        see(gpus)
+
     def run(self, model: str, meeting: Meeting) -> None:
         """Load this rank's share and do as rank 0 says until that is done. Raises what ends it earlier."""
         from paceline.engine.tp.follower import follow
@@ -88,6 +94,10 @@ class Others(Protocol):
 
     @abstractmethod
     async def places(self) -> Sequence[Place]: ...
+
+    @abstractmethod
+    async def see(self, gpus: Sequence[Sequence[str]]) -> None:
+        """Let each see these GPUs."""
 
     @abstractmethod
     def run(self, model: str, meeting: Meeting) -> Sequence[asyncio.Future[None]]:
@@ -128,6 +138,9 @@ class Actors(Others):
         found: list[Place] = await asyncio.gather(*(actor.place.remote() for actor in self._actors))
         return found
 
+    async def see(self, gpus: Sequence[Sequence[str]]) -> None:
+        await asyncio.gather(*(actor.see.remote(own) for actor, own in zip(self._actors, gpus, strict=True)))
+
     def run(self, model: str, meeting: Meeting) -> Sequence[asyncio.Future[None]]:
         return [asyncio.ensure_future(actor.run.remote(model, meeting)) for actor in self._actors]
 
@@ -161,9 +174,11 @@ class Ranks:
         others = Actors(engine)
         try:
             await asyncio.gather(others.fetch(model), asyncio.to_thread(resolve, model))
-            places = await others.places()
+            places = (Place.here(0), *await others.places())
+            see(visible(places, 0))
+            await others.see([visible(places, place.rank) for place in places[1:]])
             leader = await asyncio.to_thread(Leader.open, engine, ray.util.get_node_ip_address())
-            return cls(leader, others, (Place.here(0), *places), model)
+            return cls(leader, others, places, model)
         except BaseException:
             others.kill()
             raise
@@ -243,6 +258,18 @@ class Ranks:
             if error is not None and isinstance(ours := _cause(error), PacelineError):
                 return type(ours)(f"rank {place.rank}: {ours.message}", param=ours.param)
         return None
+
+
+def visible(places: Sequence[Place], rank: int) -> list[str]:
+    """The GPUs of all ranks on this rank's host, in the order of ranks: to write into each other's memory takes more
+    than the one that Ray shows."""
+    return [gpu for place in places if place.node == places[rank].node for gpu in place.gpus]
+
+
+def see(gpus: Sequence[str]) -> None:
+    """Let this process see these GPUs: before it uses any. None leaves it as it is."""
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
 
 
 def rank_engine(settings: TargetSettings | DraftSettings) -> EngineSettings:

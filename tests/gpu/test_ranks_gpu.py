@@ -111,7 +111,9 @@ def test_many_streams_outlive_their_window(llama: Path) -> None:
     for model in loaded(llama, 2):
         engine = model.engine()
         requests = [
-            tiny.request(TEXT[: 20 + n], f"r{n}", f"s{n}", temperature=0.8, seed=n, max_tokens=200, ctx_size=128)
+            tiny.request(
+                TEXT[: 20 + n], f"r{n}", f"s{n}", temperature=0.8, seed=n, max_tokens=200, ctx_size=128, ignore_eos=True
+            )
             for n in range(6)
         ]
         found = tiny.run(engine, *requests)

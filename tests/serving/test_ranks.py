@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from paceline.config import DraftSettings, TargetSettings
 from paceline.engine.tp.group import Meeting
 from paceline.errors import ConfigError, EngineError, ModelError, PacelineError, Unavailable
 from paceline.serving import ranks as ranks_module
-from paceline.serving.ranks import Others, Place, Ranks, loading, rank_engine, ranks_status
+from paceline.serving.ranks import Others, Place, Ranks, loading, rank_engine, ranks_status, see, visible
 
 PATIENCE_S = 10.0
 MEETING = Meeting("127.0.0.1", 1, 2, "00", 3, 30.0)
@@ -44,6 +45,9 @@ class Scripted(Others):
 
     async def places(self) -> Sequence[Place]:
         return BOUND[1:]
+
+    async def see(self, gpus: Sequence[Sequence[str]]) -> None:
+        raise NotImplementedError
 
     def run(self, model: str, meeting: Meeting) -> Sequence[asyncio.Future[None]]:
         self.met.append((model, meeting))
@@ -239,3 +243,17 @@ def test_ranks_without_gpus_of_their_own_are_on_the_cpu() -> None:
 def test_other_replicas_are_where_their_settings_say(values: dict[str, Any]) -> None:
     settings = DraftSettings.model_validate(values)
     assert rank_engine(settings) == settings.engine
+
+
+def test_a_rank_sees_the_gpus_of_its_host_s_ranks_in_their_order() -> None:
+    nodes = ["a", "b", "a", "b"]
+    places = [Place(rank, 1, node, (), (str(3 - rank),)) for rank, node in enumerate(nodes)]
+    assert [visible(places, rank) for rank in range(4)] == [["3", "1"], ["2", "0"], ["3", "1"], ["2", "0"]]
+
+
+def test_what_a_process_sees_is_left_alone_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    see([])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    see(["2", "7"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,7"
