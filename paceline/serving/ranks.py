@@ -289,7 +289,9 @@ def ranks_status(settings: TargetSettings | DraftSettings, ranks: Ranks | None) 
     """For /status."""
     told: dict[str, Any] = {"tensor_parallel_size": settings.engine.tensor_parallel_size}
     if ranks is not None:
-        told["ranks"] = [{**asdict(place), "cores": list(place.cores)} for place in ranks.places]
+        told["ranks"] = [
+            {**asdict(place), "cores": list(place.cores), "gpus": list(place.gpus)} for place in ranks.places
+        ]
     return told
 
 

@@ -164,7 +164,7 @@ async def test_once_loaded_their_own_cores_are_known(world: World) -> None:
     settings = TargetSettings.model_validate({"engine": {"tensor_parallel_size": 3}})
     told = ranks_status(settings, world.ranks)
     assert told["tensor_parallel_size"] == 3
-    assert told["ranks"][1] == {"rank": 1, "pid": 101, "node": "10.0.0.1", "cores": [1]}
+    assert told["ranks"][1] == {"rank": 1, "pid": 101, "node": "10.0.0.1", "cores": [1], "gpus": []}
 
 
 async def test_the_only_rank_has_no_others_to_tell_of() -> None:

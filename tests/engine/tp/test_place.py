@@ -56,7 +56,7 @@ def test_threads_that_are_set_stay(monkeypatch: pytest.MonkeyPatch, bound: list[
 
 def test_more_cores_than_a_rank_can_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, TWO_SOCKETS)
-    with pytest.raises(ConfigError, match="engine.cores_per_rank is 3"):
+    with pytest.raises(ConfigError, match="cores_per_rank is 3"):
         place.settled(settings(cores_per_rank=3), 0, ["a", "a"])
 
 
