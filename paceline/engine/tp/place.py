@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from paceline.config import EngineSettings
 logger = logging.getLogger(__name__)
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+PROCESSES = Path("/proc/self/ns/pid")
 
 
 def hosts(store: TCPStore, rank: int, size: int) -> list[str]:
@@ -45,7 +47,6 @@ def settled(settings: EngineSettings, rank: int, where: Sequence[str]) -> Engine
 
 
 def _host() -> tuple[str, str, str]:
-    """A machine, and a container's view of its shared memory."""
+    """A machine since it was booted, and what of it a container sees: ranks find each other's memory by process ids."""
     booted = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
-    shared = Path("/dev/shm")
-    return socket.gethostname(), booted, str(shared.stat().st_dev) if shared.exists() else ""
+    return socket.gethostname(), booted, os.readlink(PROCESSES) if PROCESSES.is_symlink() else ""
