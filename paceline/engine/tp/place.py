@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,4 +48,4 @@ def settled(settings: EngineSettings, rank: int, where: Sequence[str]) -> Engine
 def _host() -> tuple[str, str, str]:
     """A machine since it was booted, and what of it a container sees: ranks find each other's memory by process ids."""
     booted = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
-    return socket.gethostname(), booted, os.readlink(PROCESSES) if PROCESSES.is_symlink() else ""
+    return socket.gethostname(), booted, str(PROCESSES.readlink()) if PROCESSES.is_symlink() else ""
