@@ -22,6 +22,7 @@ EPILOG = """\b
 Examples:
   paceline estimate smollm2-135m
   paceline estimate meta-llama/Llama-3.1-8B --gpu-memory 80 --context 8192,32768
+  paceline estimate meta-llama/Llama-3.1-70B --gpu-memory 80 --tensor-parallel-size 4
   paceline estimate ./config.json --gpu-memory 24 --precision bnb-4bit --kv-dtype int8
   paceline estimate smollm2-135m --draft smollm2-135m-draft --memory 4 --json
   paceline estimate smollm2-135m --precision int8 --measure
@@ -80,6 +81,12 @@ Precisions = Annotated[
     ),
 ]
 KVDtype = Annotated[Literal["auto", "int8"], typer.Option("--kv-dtype", help="What the KV cache stores.")]
+Ranks = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size", metavar="N", min=1, help="Ranks that share the model: sizes the one with most of it."
+    ),
+]
 Rows = Annotated[
     int,
     typer.Option("--max-batched-tokens", metavar="N", min=1, help="Tokens in one step: engine.max_batched_tokens."),
@@ -101,6 +108,7 @@ class Question:
     contexts: tuple[int, ...]
     rows: int
     kv_int8: bool
+    ranks: int = 1
 
     def load(self, context: int) -> Load:
         """Every running sequence may have logits for a window of candidates."""
@@ -123,6 +131,7 @@ def estimate(
     precision: Precisions = None,
     kv_dtype: KVDtype = "auto",
     max_batched_tokens: Rows = options.DEFAULTS.target.engine.max_batched_tokens,
+    tensor_parallel_size: Ranks = 1,
     measure: Measure = False,
     as_json: options.Json = False,
 ) -> None:
@@ -139,10 +148,13 @@ def estimate(
     chosen = tuple(precision_named(name, device) for name in names) if names else precisions(device)
     if measure:
         chosen = _one_precision(names, device)
+        _refuse_ranks(tensor_parallel_size)
         _refuse_without_weights(model)
-    shapes = tuple(_shape(name) for name in (model, draft) if name is not None)
+    shapes = (_shape(model, tensor_parallel_size), *([_shape(draft)] if draft is not None else []))
     contexts = _contexts(context, shapes[0].max_model_len)
-    asked = Question(model, shapes, device, size, chosen, contexts, max_batched_tokens, kv_dtype == "int8")
+    asked = Question(
+        model, shapes, device, size, chosen, contexts, max_batched_tokens, kv_dtype == "int8", tensor_parallel_size
+    )
     compared = _compare(asked) if measure else None
     if as_json:
         print(json.dumps(report(asked, compared), indent=2))
@@ -189,7 +201,14 @@ def _refuse_without_weights(model: str) -> None:
         raise ModelError(f"{model}: a configuration alone; --measure loads weights: give a folder, a file or a name")
 
 
-def _shape(name: str) -> ModelShape:
+def _refuse_ranks(ranks: int) -> None:
+    if ranks > 1:
+        raise ConfigError(
+            "--measure: loads the model in one process; leave out --tensor-parallel-size", param="measure"
+        )
+
+
+def _shape(name: str, ranks: int = 1) -> ModelShape:
     from rich.console import Console
 
     from paceline.cli.progress import model_progress
@@ -198,7 +217,7 @@ def _shape(name: str) -> ModelShape:
 
     with model_progress(Console(stderr=True)) as progress:
         found = find_config(name, progress=progress)
-        return model_shape(found.config, found.folder)
+        return model_shape(found.config, found.folder, ranks=ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +273,7 @@ def report(asked: Question, compared: Compared | None) -> dict[str, Any]:
         "device": DEVICES[asked.device],
         "memory": asked.memory,
         "max_batched_tokens": asked.rows,
+        "tensor_parallel_size": asked.ranks,
         "precisions": [_precision_report(asked, precision) for precision in asked.precisions],
     }
     if compared is not None:

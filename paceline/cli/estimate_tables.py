@@ -23,7 +23,8 @@ def show(console: Console, asked: Question, compared: Compared | None) -> None:
     """The tables, and below them what does not fit into columns."""
     shape = asked.shapes[0]
     head = f"{asked.model}: {shape.family}, {shape.parameters / 1e6:,.1f} million parameters"
-    console.print(f"{head}, context {shape.max_model_len}", markup=False, soft_wrap=True)
+    share = f" on the largest of {asked.ranks} ranks" if asked.ranks > 1 else ""
+    console.print(f"{head}{share}, context {shape.max_model_len}", markup=False, soft_wrap=True)
     for table in (_memory_table(asked), _kv_table(asked), _sessions_table(asked)):
         console.print(table)
     for note in _notes(asked):

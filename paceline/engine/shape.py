@@ -27,6 +27,8 @@ from paceline.engine.packed import SAMPLE
 from paceline.errors import ModelError
 from paceline.models.estimate import KVShape, Matrix, ModelShape
 from paceline.models.lazy import empty_causal_lm, stored_rows
+from paceline.models.sharding import ShardPlan
+from paceline.models.shares import narrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +52,16 @@ class _Attention:
     scorings: Mapping[int, Scoring] = field(default_factory=dict)
 
 
-def model_shape(config: PretrainedConfig, folder: Path | None = None) -> ModelShape:
-    """Of a few rows of the embedding in `folder`, if it is given, it is tried whether 16 bits hold them exactly.
+def model_shape(config: PretrainedConfig, folder: Path | None = None, *, ranks: int = 1) -> ModelShape:
+    """Of the whole model, or of the largest share that one of several `ranks` has.
 
-    Raises ModelError for a kind that cannot be served, or that Transformers cannot build or run empty.
+    Of a few rows of the embedding in `folder`, if it is given, it is tried whether 16 bits hold them exactly. Raises
+    ModelError for a kind that cannot be served, or that Transformers cannot build or run empty; ConfigError or
+    ModelError if so many ranks cannot share it.
     """
     refuse_unservable(config)
-    model = _empty(config, "eager")
+    plan = ShardPlan.of(config, ranks) if ranks > 1 else None
+    model = _empty(config, "eager", plan)
     head = model.get_output_embeddings()
     table = model.get_input_embeddings()
     if not isinstance(head, nn.Linear) or not isinstance(table, nn.Embedding):
@@ -64,7 +69,7 @@ def model_shape(config: PretrainedConfig, folder: Path | None = None) -> ModelSh
     linears = [module for module in model.modules() if _is_linear(module) and module is not head]
     experts = _experts(model)
     matrices = _matrices(linears)
-    attention = _attention(config, model)
+    attention = _attention(config, model, plan)
     name = next(name for name, module in model.named_modules() if module is table)
     rows = None if folder is None else stored_rows(folder, f"{name}.weight", SAMPLE)
     return ModelShape(
@@ -87,13 +92,15 @@ def model_shape(config: PretrainedConfig, folder: Path | None = None) -> ModelSh
     )
 
 
-def _empty(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    """All of it on the meta device, buffers too: nothing is allocated."""
+def _empty(config: PretrainedConfig, attention: str, plan: ShardPlan | None) -> PreTrainedModel:
+    """All of it on the meta device, buffers too: nothing is allocated. With a `plan` the largest share."""
     config = copy.deepcopy(config)
     # Some families look for padding among the ids, which have no values here.
     config.get_text_config(decoder=True).pad_token_id = None
     with _in_one_line(config, "cannot be built"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    if plan is not None:
+        narrow(model, plan, max(range(plan.size), key=lambda rank: plan.share_bytes(rank, 1)))
     return model.eval().requires_grad_(False)
 
 
@@ -131,12 +138,12 @@ def _width(matrices: tuple[Matrix, ...], experts: list[torch.Tensor], text: Any)
     return max(widest, each * int(getattr(text, "num_experts_per_tok", None) or 1))
 
 
-def _attention(config: PretrainedConfig, model: PreTrainedModel) -> _Attention:
+def _attention(config: PretrainedConfig, model: PreTrainedModel, plan: ShardPlan | None) -> _Attention:
     """By our attention if the model reaches it, as `ModelRunner` does; else by the cache it fills."""
     ids = torch.zeros((1, 1), dtype=torch.long, device="meta")
     noting = _Noting()
     try:
-        ours = _empty(config, ATTENTION_NAME)
+        ours = _empty(config, ATTENTION_NAME, plan)
         with torch.inference_mode():
             ours(input_ids=ids, position_ids=ids, use_cache=False, paceline_step=noting)
     except Exception:  # modelling code may fail in any way with an attention it was not made for

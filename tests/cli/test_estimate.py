@@ -187,3 +187,26 @@ def test_a_setting_the_engine_does_not_have_is_named(smollm2: ModelFiles) -> Non
 
     with pytest.raises(ConfigError, match=r"engine\.nonsense: unknown key"):
         measure(smollm2.path, {"nonsense": "1"}, 8, 8)
+
+
+def test_of_several_ranks_the_largest_share_is_sized(run: Run, config: str) -> None:
+    whole = found(run("estimate", config, "--gpu-memory", "1", "--precision", "bf16", "--json"))
+    half = found(
+        run("estimate", config, "--gpu-memory", "1", "--precision", "bf16", "--tensor-parallel-size", "2", "--json")
+    )
+    assert half["tensor_parallel_size"] == 2
+    assert [each["precisions"][0]["kv_bytes_per_token"][0] for each in (whole, half)] == [192, 96]
+    weights = [each["precisions"][0]["parts"][0]["weights"] for each in (whole, half)]
+    assert 0.5 <= weights[1] / weights[0] < 0.53
+
+
+def test_a_size_that_the_heads_do_not_take_is_refused(run: Run, config: str) -> None:
+    outcome = run("estimate", config, "--gpu-memory", "1", "--tensor-parallel-size", "4")
+    assert outcome.code != 0
+    assert "4 ranks cannot share 6 query heads over 2 KV heads" in outcome.err
+
+
+def test_several_ranks_are_not_measured(run: Run, config: str) -> None:
+    outcome = run("estimate", config, "--tensor-parallel-size", "2", "--measure")
+    assert outcome.code != 0
+    assert "--tensor-parallel-size" in outcome.err
