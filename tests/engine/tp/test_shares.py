@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from paceline.config import EngineSettings
 from paceline.engine.attention import Window
 from paceline.engine.backends import resolve_backends
-from paceline.engine.kv_cache import SlabKVCache
+from paceline.engine.kv_cache import KVGeometry, SlabKVCache
 from paceline.engine.load import _load_runner
 from paceline.engine.runner import Runner
 from paceline.engine.tp.layers import join_ranks
@@ -58,9 +58,10 @@ def whole_logits(model: PreTrainedModel, ids: list[int] = IDS) -> torch.Tensor:
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
 
 
-def step_by_step(runner: Runner) -> torch.Tensor:
+def step_by_step(runner: Runner, geometry: KVGeometry | None = None) -> torch.Tensor:
     """Logits of all of IDS: a prefill, a decode step, verifications."""
-    kv = SlabKVCache(runner.kv_geometry(), 64, 64, memory=runner.kv_memory(runner.kv_geometry(), 64, 64))
+    geometry = geometry or runner.kv_geometry()
+    kv = SlabKVCache(geometry, 64, 64, memory=runner.kv_memory(geometry, 64, 64))
     entry = kv.reserve(IDS, len(IDS))
     assert entry is not None
     logits = []
