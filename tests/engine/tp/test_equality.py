@@ -1,4 +1,4 @@
-"""Two ranks, the other one a process of its own, answer token for token as one process does, whatever they are asked."""
+"""Two ranks, the other one a process of its own, answer token for token as one process does."""
 
 from __future__ import annotations
 

@@ -58,6 +58,7 @@ def test_no_process_is_left_behind(folder: Path) -> None:
     other.wait(PATIENCE_S)
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_killed_rank_0(folder: Path) -> None:
     """`python -m tests.engine.tp.test_lost_ranks FOLDER` is that rank 0: it says who the other is, and waits."""
     command = [sys.executable, "-m", "tests.engine.tp.test_lost_ranks", str(folder)]
