@@ -37,9 +37,16 @@ SMOLLM2 = {
     "intermediate_size": 288,
     "tie_word_embeddings": True,
 }
-LEAN = ["Llama", "Mistral", "Qwen2", "Qwen2, sliding", "Qwen3", "Granite", "SmolLM3"]
-OWN_CODE = ["Gemma", "Gemma 2", "Gemma 3 (text)", "Phi", "Phi-3", "GPT-NeoX", "StarCoder2", "Cohere", "Cohere 2"]
-OWN_CODE += ["GLM-4", "OLMo"]
+LEAN = ["Llama", "Granite", "SmolLM3"]
+MORE_LEAN = ["Mistral", "Qwen2", "Qwen2, sliding", "Qwen3"]
+OWN_CODE = ["Gemma 3 (text)", "Cohere", "GLM-4"]
+MORE_OWN_CODE = ["Gemma", "Gemma 2", "Phi", "Phi-3", "GPT-NeoX", "StarCoder2", "Cohere 2", "OLMo"]
+"""Most of them are run by processes in test_equality."""
+
+
+def some(names: list[str], more: list[str]) -> pytest.MarkDecorator:
+    """`more` are slow."""
+    return pytest.mark.parametrize("name", [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in more)])
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +104,7 @@ def require_same(found: list[torch.Tensor], expected: torch.Tensor, tolerance: f
 
 
 @pytest.mark.parametrize("native", [False, True])
-@pytest.mark.parametrize("name", LEAN)
+@some(LEAN, MORE_LEAN)
 def test_two_lean_ranks_compute_what_the_model_does(tmp_path: Path, name: str, native: bool) -> None:
     model = model_of(name)
     found, way = sharded(saved(tmp_path, model), 2, native=native)
@@ -105,7 +112,7 @@ def test_two_lean_ranks_compute_what_the_model_does(tmp_path: Path, name: str, n
     require_same(found, whole_logits(model))
 
 
-@pytest.mark.parametrize("name", OWN_CODE)
+@some(OWN_CODE, MORE_OWN_CODE)
 def test_two_ranks_of_a_familys_own_code_compute_what_the_model_does(tmp_path: Path, name: str) -> None:
     model = model_of(name)
     found, way = sharded(saved(tmp_path, model), 2)
