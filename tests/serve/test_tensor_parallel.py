@@ -48,10 +48,12 @@ def apply(config: dict[str, Any]) -> None:
 
 
 def with_application(cluster: LocalCluster, **args: Any) -> dict[str, Any]:
-    """The session's config with another application beside its own."""
+    """The session's config with another application beside its own, whatever that was scaled to."""
     config = copy.deepcopy(cluster._config)
     (own,) = config["applications"]
-    config["applications"].append({**copy.deepcopy(own), "name": NAME, "route_prefix": f"/{NAME}"})
+    other = {**copy.deepcopy(own), "name": NAME, "route_prefix": f"/{NAME}"}
+    other.pop("deployments", None)
+    config["applications"].append(other)
     config["applications"][1]["args"] |= args
     return config
 
