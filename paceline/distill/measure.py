@@ -15,7 +15,6 @@ from transformers import DynamicCache, PreTrainedModel
 from paceline.distill.draft import DraftBody, Tokens
 from paceline.distill.text import Rows
 from paceline.speculation import coupling
-from paceline.speculation.processing import process_logits
 from paceline.types import SamplingParams
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -141,12 +140,8 @@ def proposals(logits: torch.Tensor, tokens: Tokens, params: SamplingParams, posi
     """The target's ids the draft draws from [n, K] logits at those positions, with the noise of those ids."""
     if not len(logits):
         return []
-    scores = logits
-    if not params.greedy:
-        assert params.seed is not None
-        noise = coupling.gumbel(params.seed, list(positions), len(tokens.nearest), logits.device)
-        scores = process_logits(logits, params) + noise[:, tokens.kept.to(logits.device)]
-    found: list[int] = tokens.kept.to(logits.device)[scores.argmax(dim=-1)].tolist()
+    kept = tokens.kept.to(logits.device)
+    found: list[int] = coupling.draw_rows(logits, [params] * len(logits), list(positions), kept).tolist()
     return found
 
 

@@ -215,6 +215,7 @@ def _lead(path: Path, settings: EngineSettings, leader: Leader) -> tuple[_Loaded
         plan = ShardPlan.of(load_config(path), settings.tensor_parallel_size)
         leader.join()
         loaded, leader.group = _load_rank(path, settings, leader.store, 0, leader.meet)
+        share = Share(loaded.runner)
         others = leader.ready()
     except BaseException:
         leader.close()
@@ -226,7 +227,7 @@ def _lead(path: Path, settings: EngineSettings, leader: Leader) -> tuple[_Loaded
     heads = [plan.kv_heads(rank) for rank in range(plan.size)]
     tokens = min(loaded.kv_tokens, *(other.kv_tokens for other in others))
     share_bytes = [loaded.device_bytes, *(other.device_bytes for other in others)]
-    return loaded, ShardedRunner(leader, Share(loaded.runner), heads, share_bytes), tokens
+    return loaded, ShardedRunner(leader, share, heads, share_bytes), tokens
 
 
 def _load_rank(

@@ -69,11 +69,17 @@ def test_no_kind_of_prompt_got_worse(measured: tuple[float, dict[str, Acceptance
     assert not worse
 
 
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(DEFAULT_MODEL, DEFAULT_DRAFT, device="cpu", kv_tokens=8192, depth=4)
+
+
 @pytest.mark.parametrize("temperature", continuations.TEMPERATURES)
-def test_an_engine_takes_the_steps_that_were_counted(body: DraftBody, tokens: Tokens, temperature: float) -> None:
+def test_an_engine_takes_the_steps_that_were_counted(
+    llm: LLM, body: DraftBody, tokens: Tokens, temperature: float
+) -> None:
     """Near-ties between two tokens may fall otherwise in the engine's arithmetic: hence not exactly."""
     texts = continuations.read(temperature)[::12]
-    llm = LLM(DEFAULT_MODEL, DEFAULT_DRAFT, device="cpu", kv_tokens=8192, depth=4)
     outputs = llm.generate([list(text.prompt) for text in texts], [text.params for text in texts])
     metrics = [one.outputs[0].metrics for one in outputs]
     taken = sum(each.steps for each in metrics)

@@ -107,7 +107,11 @@ VERIFICATIONS = pytest.mark.parametrize("verification", ["coupled", "rejection"]
 
 
 @VERIFICATIONS
-@pytest.mark.parametrize("draft", DRAFTS.values(), ids=DRAFTS)
+@pytest.mark.parametrize(
+    "draft",
+    [pytest.param(table, marks=pytest.mark.slow if name == "far" else ()) for name, table in DRAFTS.items()],
+    ids=DRAFTS,
+)
 def test_draws_follow_the_target_at_every_depth(verification: str, draft: torch.Tensor) -> None:
     samples = [sample(verification, draft, depth) for depth in DEPTHS]
     assert [each.impossible() for each in samples] == [0] * len(samples)

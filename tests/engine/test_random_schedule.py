@@ -210,7 +210,7 @@ def _engine(
 
 @pytest.mark.parametrize(("draft", "quantized"), [*((draft, False) for draft in DRAFTS), ("disagreeing", True)])
 @seed(20240607)
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     schedules,
     st.sampled_from([2, 5, 24, 64]),
@@ -235,7 +235,7 @@ def test_no_schedule_changes_a_token(
 
 @pytest.mark.parametrize("quantized", [False, True])
 @seed(20240607)
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     schedules,
     st.sampled_from([5, 64]),

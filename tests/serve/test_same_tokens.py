@@ -82,6 +82,7 @@ async def test_greedy_with_remote_drafts(server: Server, reference: list[list[in
     assert all(0 < info["accepted_tokens"] <= info["drafted_tokens"] for _, info in answers)
 
 
+@pytest.mark.slow
 async def test_greedy_with_a_draft_replica_killed(server: Server, reference: list[list[int]]) -> None:
     assert await _with_a_killed_draft(server, **GREEDY) == reference
 

@@ -48,10 +48,12 @@ def apply(config: dict[str, Any]) -> None:
 
 
 def with_application(cluster: LocalCluster, **args: Any) -> dict[str, Any]:
-    """The session's config with another application beside its own."""
+    """The session's config with another application beside its own, whatever that was scaled to."""
     config = copy.deepcopy(cluster._config)
     (own,) = config["applications"]
-    config["applications"].append({**copy.deepcopy(own), "name": NAME, "route_prefix": f"/{NAME}"})
+    other = {**copy.deepcopy(own), "name": NAME, "route_prefix": f"/{NAME}"}
+    other.pop("deployments", None)
+    config["applications"].append(other)
     config["applications"][1]["args"] |= args
     return config
 
@@ -108,6 +110,7 @@ def one_rank(cluster: Server) -> dict[str, list[list[int]]]:
     }
 
 
+@pytest.mark.slow
 async def test_two_ranks_answer_as_one_without_speculation(server: Server, one_rank: dict[str, Any]) -> None:
     answers = await chat_all(server, PROMPTS, speculation=False, **GREEDY)
     assert [tokens for tokens, _ in answers] == one_rank["greedy"]
@@ -119,11 +122,13 @@ async def test_two_ranks_answer_as_one_with_a_draft_of_two_ranks(server: Server,
     assert sum(info["accepted_tokens"] for _, info in answers) > 0
 
 
+@pytest.mark.slow
 async def test_two_ranks_draw_as_one(server: Server, one_rank: dict[str, Any]) -> None:
     answers = await chat_all(server, PROMPTS, **SEEDED)
     assert [tokens for tokens, _ in answers] == one_rank["seeded"]
 
 
+@pytest.mark.slow
 def test_status_tells_of_every_rank(server: Server) -> None:
     status = server.status()
     for replica in (*status["targets"], *status["drafts"]):
@@ -134,8 +139,11 @@ def test_status_tells_of_every_rank(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("rank", "end"),
-    [(1, signal.SIGKILL), (0, signal.SIGKILL), pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow)],
-    ids=["worker-killed", "replica-killed", "worker-hangs"],
+    [
+        pytest.param(1, signal.SIGKILL, id="worker-killed"),
+        pytest.param(0, signal.SIGKILL, id="replica-killed", marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, id="worker-hangs", marks=pytest.mark.slow),
+    ],
 )
 async def test_every_stream_outlives_a_rank_of_the_only_target(
     server: Server, one_rank: dict[str, Any], rank: int, end: signal.Signals
@@ -149,6 +157,7 @@ async def test_every_stream_outlives_a_rank_of_the_only_target(
     await asyncio.gather(*(_gone(each["pid"]) for each in victim["ranks"]))
 
 
+@pytest.mark.slow
 async def test_no_stream_notices_a_killed_rank_of_the_draft(server: Server, one_rank: dict[str, Any]) -> None:
     victim = server.status()["drafts"][0]
     os.kill(victim["ranks"][1]["pid"], signal.SIGKILL)
@@ -188,6 +197,7 @@ async def _gone(pid: int) -> None:
             await asyncio.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "reason"),
     [

@@ -36,7 +36,7 @@ class ShardedRunner(Runner):
         own = share.runner.kv_geometry()
         # What is put together lies in host memory.
         self._geometry = replace(own, num_kv_heads=max(each.stop for each in heads), device=torch.device("cpu"))
-        shift = share.runner.key_shift()
+        shift = share.key_shift
         self._key_shift = shift if isinstance(shift, str) else SharedKeyShift(shift.rotations, leader)
         self._memories = itertools.count(1)
         weakref.finalize(self, leader.close)

@@ -20,14 +20,17 @@ Result = torch.Tensor | Launched | int | tuple[torch.Tensor, ...] | None
 
 
 class Share:
-    """Executes operations in their order, as every rank of the replica does with its own share."""
+    """Executes operations in their order, as every rank of the replica does with its own share.
+
+    All ranks make theirs at once: how keys move may be found by running the model.
+    """
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.memories: dict[int, KVMemory] = {}
         self.entries: dict[int, KVEntry] = {}
         self._of_memory: dict[int, int] = {}
-        self._key_shift = runner.key_shift()
+        self.key_shift = runner.key_shift()
         self._do: dict[str, Callable[..., Result]] = {
             Op.OPEN: self._open,
             Op.CLOSE: self._close,
@@ -97,8 +100,8 @@ class Share:
         self._memory(entry).fork(self.entries[source], self.entries[entry], held)
 
     def _move(self, entry: int, first: int, end: int, by: int) -> None:
-        assert isinstance(self._key_shift, KeyShift)
-        self._key_shift.move(self.entries[entry], first, end, by)
+        assert isinstance(self.key_shift, KeyShift)
+        self.key_shift.move(self.entries[entry], first, end, by)
 
     def _launch(self, windows: Sequence[Any], draws: Sequence[Any], feeds: Sequence[int] | None) -> Launched | None:
         return self.runner.launch(self._windows(windows), draws_heard(draws), feeds)

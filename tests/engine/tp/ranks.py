@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from paceline.config import Collectives
 from paceline.engine.tp.group import Group
 from paceline.engine.tp.groups import open_group
 from paceline.errors import PacelineError
+from tests.engine.tp.forks import forks
 
 Job = Callable[[Group], object]
 CPU = torch.device("cpu")
@@ -83,8 +83,8 @@ def store() -> Iterator[tuple[TCPStore, int]]:
 
 @contextmanager
 def peers(openings: Sequence[Callable[[], Group]]) -> Iterator[list[Peer]]:
-    """A process for each way to get a group; all have started, which takes seconds, when they open theirs."""
-    context = multiprocessing.get_context("spawn")
+    """A process for each way to get a group; all have started, which may take seconds, when they open theirs."""
+    context = forks()
     started = []
     try:
         for opening in openings:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from paceline.config import EngineSettings
 from paceline.engine.attention import Window
 from paceline.engine.backends import resolve_backends
-from paceline.engine.kv_cache import SlabKVCache
+from paceline.engine.kv_cache import KVGeometry, SlabKVCache
 from paceline.engine.load import _load_runner
 from paceline.engine.runner import Runner
 from paceline.engine.tp.layers import join_ranks
@@ -37,9 +37,16 @@ SMOLLM2 = {
     "intermediate_size": 288,
     "tie_word_embeddings": True,
 }
-LEAN = ["Llama", "Mistral", "Qwen2", "Qwen2, sliding", "Qwen3", "Granite", "SmolLM3"]
-OWN_CODE = ["Gemma", "Gemma 2", "Gemma 3 (text)", "Phi", "Phi-3", "GPT-NeoX", "StarCoder2", "Cohere", "Cohere 2"]
-OWN_CODE += ["GLM-4", "OLMo"]
+LEAN = ["Llama", "Granite", "SmolLM3"]
+MORE_LEAN = ["Mistral", "Qwen2", "Qwen2, sliding", "Qwen3"]
+OWN_CODE = ["Gemma 3 (text)", "Cohere", "GLM-4"]
+MORE_OWN_CODE = ["Gemma", "Gemma 2", "Phi", "Phi-3", "GPT-NeoX", "StarCoder2", "Cohere 2", "OLMo"]
+"""Most of them are run by processes in test_equality."""
+
+
+def some(names: list[str], more: list[str]) -> pytest.MarkDecorator:
+    """`more` are slow."""
+    return pytest.mark.parametrize("name", [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in more)])
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +65,10 @@ def whole_logits(model: PreTrainedModel, ids: list[int] = IDS) -> torch.Tensor:
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
 
 
-def step_by_step(runner: Runner) -> torch.Tensor:
+def step_by_step(runner: Runner, geometry: KVGeometry | None = None) -> torch.Tensor:
     """Logits of all of IDS: a prefill, a decode step, verifications."""
-    kv = SlabKVCache(runner.kv_geometry(), 64, 64, memory=runner.kv_memory(runner.kv_geometry(), 64, 64))
+    geometry = geometry or runner.kv_geometry()
+    kv = SlabKVCache(geometry, 64, 64, memory=runner.kv_memory(geometry, 64, 64))
     entry = kv.reserve(IDS, len(IDS))
     assert entry is not None
     logits = []
@@ -96,7 +104,7 @@ def require_same(found: list[torch.Tensor], expected: torch.Tensor, tolerance: f
 
 
 @pytest.mark.parametrize("native", [False, True])
-@pytest.mark.parametrize("name", LEAN)
+@some(LEAN, MORE_LEAN)
 def test_two_lean_ranks_compute_what_the_model_does(tmp_path: Path, name: str, native: bool) -> None:
     model = model_of(name)
     found, way = sharded(saved(tmp_path, model), 2, native=native)
@@ -104,7 +112,7 @@ def test_two_lean_ranks_compute_what_the_model_does(tmp_path: Path, name: str, n
     require_same(found, whole_logits(model))
 
 
-@pytest.mark.parametrize("name", OWN_CODE)
+@some(OWN_CODE, MORE_OWN_CODE)
 def test_two_ranks_of_a_familys_own_code_compute_what_the_model_does(tmp_path: Path, name: str) -> None:
     model = model_of(name)
     found, way = sharded(saved(tmp_path, model), 2)
