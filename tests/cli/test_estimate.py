@@ -197,7 +197,7 @@ def test_of_several_ranks_the_largest_share_is_sized(run: Run, config: str) -> N
     assert half["tensor_parallel_size"] == 2
     assert [each["precisions"][0]["kv_bytes_per_token"][0] for each in (whole, half)] == [192, 96]
     weights = [each["precisions"][0]["parts"][0]["weights"] for each in (whole, half)]
-    assert 0.5 <= weights[1] / weights[0] < 0.53
+    assert 0.5 <= weights[1] / weights[0] < 0.56
 
 
 def test_a_size_that_the_heads_do_not_take_is_refused(run: Run, config: str) -> None:
