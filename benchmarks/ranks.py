@@ -5,8 +5,9 @@
     python benchmarks/ranks.py gpu --shape 70b    # as many of its layers as `--layers` says
     python benchmarks/ranks.py gpu --collectives nccl
 
-Both run in one process by turns; medians, least and most in brackets. A step's time holds everything: what rank 0 tells
-the others, the sums, and the logits of all ranks side by side. What one sum takes alone: benchmarks/all_reduce.py.
+Both run in one process by turns; medians, least and most in brackets; ratios are medians of each turn's. A step's time
+holds everything: what rank 0 tells the others, the sums, and the logits of all ranks side by side. What one sum takes
+alone: benchmarks/all_reduce.py. `--folder` may be that of any model.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def on_cpu(folder: Path, arguments: argparse.Namespace) -> None:
         print(f"{name:15}" + "".join(f"{spread(column):>26}" for column in zip(*rows, strict=True)))
     alone, shared = found.values()
     ratios = [
-        statistics.median(ours) / statistics.median(theirs)
+        statistics.median(own / other for own, other in zip(ours, theirs, strict=True))
         for ours, theirs in zip(zip(*shared, strict=True), zip(*alone, strict=True), strict=True)
     ]
     print(f"{'ratio':17}" + "".join(f"{ratio:>26.2f}" for ratio in ratios), flush=True)
