@@ -149,14 +149,17 @@ def measured(smollm2: ModelFiles) -> command.Compared:
     return command._compare(asked)
 
 
+@pytest.mark.slow
 def test_the_weights_measured_are_those_expected(measured: command.Compared) -> None:
     assert measured.measured.weights == pytest.approx(measured.expected.weights, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_kv_of_a_token_measured_is_that_expected(measured: command.Compared) -> None:
     assert measured.measured.kv_bytes_per_token == measured.kv_bytes_per_token
 
 
+@pytest.mark.slow
 def test_the_peak_measured_is_near_the_one_expected(measured: command.Compared) -> None:
     assert measured.measured.peak == pytest.approx(measured.expected.peak, rel=0.15)
 
@@ -173,6 +176,7 @@ def test_the_weights_measured_of_a_library_are_those_expected(tmp_path: Path, na
     assert compared.measured.weights == pytest.approx(compared.expected.weights, rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_shown_beside_the_estimate(
     run: Run, monkeypatch: pytest.MonkeyPatch, smollm2: ModelFiles, measured: command.Compared
 ) -> None:

@@ -52,6 +52,8 @@ DRAFTS = {
     "certain and wrong": torch.where(torch.eye(VOCAB).bool(), 8.0, 0.0),
     "disjoint": ELSEWHERE,
 }
+SLOW = ("far", "certain and wrong")
+"""Between others."""
 TOKENS = 2 + DRAWS // (len(DRAFTS) * len(DEPTHS) * SEQUENCES)
 
 
@@ -109,7 +111,7 @@ VERIFICATIONS = pytest.mark.parametrize("verification", ["coupled", "rejection"]
 @VERIFICATIONS
 @pytest.mark.parametrize(
     "draft",
-    [pytest.param(table, marks=pytest.mark.slow if name == "far" else ()) for name, table in DRAFTS.items()],
+    [pytest.param(table, marks=pytest.mark.slow if name in SLOW else ()) for name, table in DRAFTS.items()],
     ids=DRAFTS,
 )
 def test_draws_follow_the_target_at_every_depth(verification: str, draft: torch.Tensor) -> None:

@@ -210,7 +210,7 @@ def _engine(
 
 @pytest.mark.parametrize(("draft", "quantized"), [*((draft, False) for draft in DRAFTS), ("disagreeing", True)])
 @seed(20240607)
-@settings(max_examples=30)
+@settings(max_examples=24)
 @given(
     schedules,
     st.sampled_from([2, 5, 24, 64]),

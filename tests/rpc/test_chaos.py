@@ -189,6 +189,7 @@ async def test_a_drafter_killed_in_the_middle_of_drafting(target: TargetReplica,
         await nothing_is_held(again)
 
 
+@pytest.mark.slow
 async def test_a_drafter_stopped_for_five_seconds(target: TargetReplica, survivor: DraftProcess) -> None:
     await target.connect(survivor.address)
     assert await answer_all(target, at_a_third(lambda: survivor.send(signal.SIGSTOP))) > 0
@@ -201,6 +202,7 @@ async def test_a_drafter_stopped_for_five_seconds(target: TargetReplica, survivo
     await nothing_is_held(survivor)
 
 
+@pytest.mark.slow
 async def test_a_drafter_that_moves_a_hundred_milliseconds_away(target: TargetReplica, survivor: DraftProcess) -> None:
     link = Link(survivor.address)
     await target.connect(await link.start())

@@ -126,6 +126,7 @@ def test_scaling_3_2_3_under_load_fails_no_request_and_keeps_every_session_s_kv(
     assert received >= len(moved)
 
 
+@pytest.mark.slow
 async def test_answers_longer_than_a_leaving_replica_waits_go_on_elsewhere_with_their_kv(three: Server) -> None:
     options = {"max_tokens": 250, "ignore_eos": True, "temperature": 0.8, "speculation": False}
     sessions = [opened(three, **SHORT) for _ in range(3)]
@@ -167,6 +168,7 @@ def test_a_session_moves_on_demand_and_goes_on_there(server: Server) -> None:
     assert (session.replica, session.route, session.kept) == (other, "holder", True)
 
 
+@pytest.mark.slow
 async def test_what_a_leaving_drafter_computed_is_taken_by_the_other(server: Server) -> None:
     await chat_all(server, [f"{LONG} Begin with number {n}." for n in range(4)], **SHORT)
     server.cluster.scale("Draft", 1)

@@ -321,5 +321,5 @@ def _length(request: Request) -> int:
     return len(plain(request))
 
 
-Chaos.TestCase.settings = settings(max_examples=50, stateful_step_count=40, suppress_health_check=list(HealthCheck))
+Chaos.TestCase.settings = settings(max_examples=30, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 test_whatever_the_wire_does = Chaos.TestCase

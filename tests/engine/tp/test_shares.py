@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,10 +189,16 @@ def test_kernels_sum_on_their_own_where_they_can(tmp_path: Path) -> None:
 def test_a_sum_that_a_rank_does_not_join_fails_the_step(tmp_path: Path) -> None:
     saved(tmp_path, tiny.tiny_llama(hidden_size=192, intermediate_size=256))
 
+    groups: dict[int, ThreadGroup] = {}
+
     def work(group: ThreadGroup) -> None:
+        groups[group.rank] = group
         runner, _ = loaded(tmp_path, group, weight_dtype="int8")
+        before = groups[0].native_calls
         if group.rank == 1:
             group.all_reduce(torch.zeros(len(IDS[:12]), 192))  # the embedding's, and no more
+            while groups[0].native_calls == before:  # rank 0 is not in its layers yet
+                time.sleep(0.001)
             group.close()
         else:
             step_by_step(runner)
