@@ -90,17 +90,12 @@ def opened(server: Server, **options: Any) -> Session:
     return session
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_in_the_end(cluster: Server) -> Iterator[None]:
-    yield
-    cluster.cluster.scale("Target", 2)
-
-
 @pytest.fixture
-def three(cluster: Server) -> Server:
-    """The cluster with three targets."""
+def three(cluster: Server) -> Iterator[Server]:
+    """The cluster with three targets, for this test alone."""
     cluster.cluster.scale("Target", 3)
-    return cluster
+    yield cluster
+    cluster.cluster.scale("Target", 2)
 
 
 def test_scaling_3_2_3_under_load_fails_no_request_and_keeps_every_session_s_kv(three: Server) -> None:
