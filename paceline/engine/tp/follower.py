@@ -46,13 +46,11 @@ def execute(said: Channel, share: Share) -> None:
     """What rank 0 says, until it has no more to say."""
     while (data := said.receive()) is not None:
         operations: Sequence[Operation] = plan.unpacked(data)
+        result = share.do(operations)
         name, *arguments = operations[-1]
         if name == Op.SCATTER:
-            share.do(operations[:-1])
             _take(said, share, *arguments)
-            continue
-        result = share.do(operations)
-        if name == Op.GATHER:
+        elif name == Op.GATHER:
             assert isinstance(result, tuple)
             said.send(*plan.tensors_said([each.cpu().contiguous() for each in result]))
 

@@ -114,9 +114,12 @@ class Leader:
         self._waiting.append(tuple(operation))
 
     def do(self, *operation: object) -> Result:
-        """Execute an operation now, and what waits before it, on all ranks; what it gives on this one."""
-        operations = self._taken(operation)
-        self._send(plan.packed(operations))
+        """Execute what waits, and then an operation if one is given, on all ranks; what the last gives on this one."""
+        operations, self._waiting = self._waiting, []
+        if operation:
+            operations.append(operation)
+        if operations:
+            self._send(plan.packed(operations))
         return self._own.do(operations)
 
     def gather(self, number: int, rows: slice) -> tuple[torch.Tensor, ...]:
@@ -130,9 +133,7 @@ class Leader:
     def scatter(self, number: int, start: int, tensors: Sequence[torch.Tensor]) -> None:
         """Write what `gather` gave, each rank its heads."""
         end = start + tensors[0].shape[2]
-        operations = self._taken((Op.SCATTER, number, start, end))
-        self._own.do(operations[:-1])
-        self._send(plan.packed(operations))
+        self.do(Op.SCATTER, number, start, end)
         for rank, heads in enumerate(self._heads):
             part = [each.cpu()[:, heads.start : heads.stop].contiguous() for each in tensors]
             if rank == 0:
@@ -146,15 +147,15 @@ class Leader:
 
     def check(self, memory: int, charged: Mapping[int, int]) -> None:
         """Raise EngineError unless the entries of this rank's share of a memory are these, each with its room."""
-        if self._waiting:
-            operations, self._waiting = self._waiting, []
-            self._send(plan.packed(operations))
-            self._own.do(operations)
+        self.do()
         self._own.check(memory, charged)
 
     def close(self) -> None:
         """Let the other ranks end. Idempotent."""
         self._closed = True
+        if self._share is not None and self.failure is None:
+            # First: NCCL waits for graphs that hold its calls. After a loss a GPU may be stuck in one.
+            self._share.runner.close()
         self._listener.close()
         for other in self._others.values():
             other.close()
@@ -165,10 +166,6 @@ class Leader:
     def _own(self) -> Share:
         assert self._share is not None, "no share was loaded"
         return self._share
-
-    def _taken(self, operation: Operation) -> list[Operation]:
-        waiting, self._waiting = self._waiting, []
-        return [*waiting, operation]
 
     def _send(self, data: bytes) -> None:
         if self.failure is not None:

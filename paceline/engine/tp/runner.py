@@ -78,7 +78,6 @@ class ShardedRunner(Runner):
         self.leader.tell(Op.COLUMNS, tuple(names.tolist()))
 
     def close(self) -> None:
-        self._own.close()
         self.leader.close()
 
     def run(self, windows: Sequence[Window]) -> torch.Tensor:

@@ -43,6 +43,7 @@ class Share:
             Op.FILL: lambda entry, tokens: self.entries[entry].fill(tokens),
             Op.MOVE: self._move,
             Op.GATHER: lambda entry, first, end: self.entries[entry].taken(slice(first, end)),
+            Op.SCATTER: lambda *_: None,  # what is to be written comes behind it: `put`
             Op.RUN: lambda windows: self.runner.run(self._windows(windows)),
             Op.LAUNCH: self._launch,
             Op.COLUMNS: lambda names: self.runner.name_columns(torch.tensor(names)),
