@@ -30,7 +30,6 @@ from paceline.engine.attention import Window
 from paceline.engine.backends import resolve_backends
 from paceline.engine.engine import Engine, EngineLimits
 from paceline.engine.families import runner_for
-from paceline.engine.gpu.load import on_device
 from paceline.engine.kv_cache import SlabKVCache
 from paceline.engine.load import LoadedModel
 from paceline.engine.runner import Runner
@@ -193,6 +192,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 def loaded(config: PretrainedConfig, *, own: Any = None, **settings: Any) -> LoadedModel:
     """A random model as `paceline.engine.load.load_model` would have it from a folder."""
+    from paceline.engine.gpu.load import on_device  # needs Triton, which what others import from here does not
+
     asked = EngineSettings(**settings)
     own = random_model(config) if own is None else own
     backends = resolve_backends(asked)

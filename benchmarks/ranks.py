@@ -19,24 +19,21 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu import first_token_s, rate, spread, words
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
 from paceline.config import EngineSettings
 from paceline.engine.attention import Window
-from paceline.engine.engine import Engine
 from paceline.engine.kv_cache import SlabKVCache
 from paceline.engine.load import LoadedModel, load_model
 from paceline.engine.tp.runner import ShardedRunner
 from paceline.models.lazy import empty_causal_lm
 from paceline.models.sharding import ShardPlan
-from paceline.types import Request, SamplingParams
 
 GIB = 2**30
 SHAPES: dict[str, dict[str, int]] = {
@@ -71,7 +68,7 @@ SHAPES: dict[str, dict[str, int]] = {
 POINTS = ((1, 1), (1, 6), (32, 1))
 CONTEXT = 1024
 FILE_BYTES = 4 * GIB
-_names = itertools.count()
+_numbers = itertools.count()
 
 
 def main() -> None:
@@ -108,7 +105,11 @@ def on_cpu(folder: Path, arguments: argparse.Namespace) -> None:
     for number in range(arguments.rounds + 1):
         for name, (count, engine) in engines.items():
             torch.set_num_threads(count)
-            row = [rate(engine, 1, 16, 64), rate(engine, 8, 16, 32), 512 / first_token_s(engine, 512)]
+            row = [
+                rate(engine, prompts(1, 16), 64),
+                rate(engine, prompts(8, 16), 32),
+                512 / first_token_s(engine, *prompts(1, 512)),
+            ]
             if number:  # the first is for what is set up at first use
                 found[name].append(row)
     print(f"\ntokens a second{'one stream':>26}{'eight streams':>26}{'prompt of 512':>26}")
@@ -143,7 +144,7 @@ def on_gpus(folder: Path, arguments: argparse.Namespace) -> None:
         print(f"{point[0]:3} x {point[1]:<3}{spread(one):>24}{spread(several):>24}{gain:10.2f}", flush=True)
     del runs
     engines = [model.engine() for model in (alone, shared)]
-    rates = [[rate(engine, 1, 128, 128) for engine in engines] for _ in range(arguments.rounds + 1)][1:]
+    rates = [[rate(engine, prompts(1, 128), 128) for engine in engines] for _ in range(arguments.rounds + 1)][1:]
     one, several = zip(*rates, strict=True)
     gain = statistics.median(several) / statistics.median(one)
     print(f"engine, one stream, tokens/s: {spread(one)} and {spread(several)}: {gain:.2f}x", flush=True)
@@ -188,9 +189,7 @@ def write(folder: Path, config: LlamaConfig) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
     config.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(config.vocab_size)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    words(config.vocab_size).save_pretrained(folder)
     print(f"{total / GIB:.1f} GiB of random weights written in {time.perf_counter() - began:.0f} s", flush=True)
 
 
@@ -234,39 +233,10 @@ def timed(run: Any, count: int) -> float:
     return 1e3 * (time.perf_counter() - began) / count
 
 
-def requests(streams: int, length: int, tokens: int) -> Iterator[Request]:
-    generator = torch.Generator().manual_seed(next(_names))
-    for number in range(streams):
-        ids = torch.randint(1000, 30_000, (length,), generator=generator).tolist()
-        params = SamplingParams(temperature=0.8, seed=number, max_tokens=tokens, ignore_eos=True)
-        yield Request(f"r{next(_names)}", tuple(ids), params)
-
-
-def rate(serving: Engine, streams: int, length: int, tokens: int) -> float:
-    """Tokens a second of all streams, after the first step that gives any."""
-    for request in requests(streams, length, tokens):
-        serving.add(request)
-    made, began = 0, 0.0
-    while serving.has_work:
-        new = sum(len(delta.token_ids) for delta in serving.step().values())
-        if not began and new:
-            began = time.perf_counter()
-        elif began:
-            made += new
-    return made / (time.perf_counter() - began)
-
-
-def first_token_s(serving: Engine, length: int) -> float:
-    began = time.perf_counter()
-    for request in requests(1, length, 1):
-        serving.add(request)
-    while serving.has_work:
-        serving.step()
-    return time.perf_counter() - began
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} [{min(values):.2f}-{max(values):.2f}]"
+def prompts(streams: int, length: int) -> list[list[int]]:
+    """Others each time: nothing is found in the KV cache."""
+    generator = torch.Generator().manual_seed(next(_numbers))
+    return [torch.randint(1000, 30_000, (length,), generator=generator).tolist() for _ in range(streams)]
 
 
 if __name__ == "__main__":
