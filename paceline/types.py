@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from paceline.errors import InvalidRequest, PacelineError, by_code
 from paceline.seeds import choice_seed
@@ -39,6 +39,18 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an output must be a text of; it ends where the grammar lets it end.
+
+    `source` is a JSON Schema as JSON text, a regular expression, or a grammar in llguidance's dialect of Lark, which
+    may embed both. Equal grammars are compiled once (`paceline.speculation.grammar`).
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn and from how much of the text, how many outputs there are, when each ends, what is told.
 
@@ -60,6 +72,8 @@ class SamplingParams:
     With a `ctx_size` the text has no bound: the model sees its first `n_keep` tokens and the latest, `ctx_size` in
     all at most, and drops `n_discard` of them at a time (`paceline.sessions.window`; -1 is half of those behind the
     first). 0 is off. None is what the engine is set to.
+
+    With a `grammar`, tokens that no text of it goes on with get -inf, after everything above and before the draw.
     """
 
     max_tokens: int | None = 256
@@ -83,6 +97,7 @@ class SamplingParams:
     ctx_size: int | None = None
     n_keep: int | None = None
     n_discard: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         stop = _tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)

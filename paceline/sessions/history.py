@@ -20,17 +20,31 @@ import hashlib
 import json
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of one of the client's functions, as the model asked for it. `arguments` is JSON text."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message of a conversation; content parts are already joined."""
+    """One message of a conversation; content parts are already joined.
+
+    An answer may hold `tool_calls`; a message of role tool names the one it answers by `tool_call_id`.
+    """
 
     role: str
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +97,7 @@ class Session:
         ids = array("i", self.token_ids)
         fields = {
             **self._plain(),
-            "messages": [[each.role, each.content, each.name] for each in self.messages],
+            "messages": [astuple(each) for each in self.messages],
             "token_ids": base64.b64encode(ids.tobytes()).decode(),
         }
         return json.dumps(fields)
@@ -92,12 +106,18 @@ class Session:
     def from_json(cls, text: str | bytes) -> Session:
         fields: dict[str, Any] = json.loads(text)
         ids = array("i", base64.b64decode(fields.pop("token_ids")))
-        messages = tuple(ChatMessage(*each) for each in fields.pop("messages"))
+        messages = tuple(_message(*each) for each in fields.pop("messages"))
         return cls(token_ids=tuple(ids), messages=messages, **fields)
 
     def _plain(self) -> dict[str, Any]:
         names = ("session_id", "turns", "seed", "parent", "created", "updated")
         return {name: getattr(self, name) for name in names} | {"window": dict(self.window)}
+
+
+def _message(
+    role: str, content: str, name: str | None = None, calls: Sequence[Sequence[str]] = (), call_id: str | None = None
+) -> ChatMessage:
+    return ChatMessage(role, content, name, tuple(ToolCall(*call) for call in calls), call_id)
 
 
 def answered(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
@@ -109,5 +129,5 @@ def answered(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
 def turn_key(model: str, messages: Sequence[ChatMessage]) -> str:
     """What a conversation that ends with these messages is found by. Space around a message does not count: clients
     strip it."""
-    said = [[message.role, message.content.strip(), message.name] for message in messages]
+    said = [astuple(replace(message, content=message.content.strip())) for message in messages]
     return hashlib.sha256(json.dumps([model, said]).encode()).hexdigest()[:40]
