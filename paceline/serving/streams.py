@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from paceline.errors import PacelineError
+from paceline.rpc.frame_codec import Named
+from paceline.rpc.mailbox import Mailbox
 from paceline.types import Delta, Failure, Request
 
 
 @dataclass(eq=False, slots=True)
 class OpenStream:
-    """One of them: what is to be sent, and whether it is over."""
+    """One of them: what is to be sent, and whether it is over.
+
+    `frames` ends with None. `left` counts the outputs that have not ended.
+    """
 
     request: Request
-    frames: asyncio.Queue[Delta | Failure] = field(default_factory=asyncio.Queue)
+    frames: asyncio.Queue[Delta | Failure | None] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    left: int = 0
+
+    def sink(self, feed: Mailbox[Named] | None) -> Callable[[Delta | Failure], None]:
+        """What takes this request's frames in the engine's thread: for its own stream, or for the feed that carries
+        them, which leaves its own stream nothing but the end."""
+        events, name = asyncio.get_running_loop(), self.request.request_id
+        self.left = len(self.request.choices())
+
+        def tell(frame: Delta | Failure) -> None:
+            if feed is None:
+                events.call_soon_threadsafe(self.frames.put_nowait, frame)
+            else:
+                feed.put((name, frame))
+            self.left -= isinstance(frame, Delta) and frame.finished
+            if not self.left or isinstance(frame, Failure):
+                events.call_soon_threadsafe(self.frames.put_nowait, None)
+
+        return tell
 
 
 class Streams:
