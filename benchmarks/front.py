@@ -139,18 +139,17 @@ class Reader(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         now = time.monotonic()
-        *events, self._rest = (self._rest + data).split(b"data: ")
-        self._note(events, now)
-        if b"[DONE]" in self._rest and not self.done.done():
-            self._note([self._rest], now)
-            self.done.set_result(None)
-
-    def _note(self, events: list[bytes], now: float) -> None:
+        *events, self._rest = (self._rest + data).split(b"\n\n")
         for event in events:
-            if b'"content":' in event and b'"role"' not in event:
-                self.at.append(now)
-            if not self.name and event.startswith(b"{"):
-                self.name = event.split(b'"id":"')[1].split(b'"')[0].decode()
+            self._note(event, now)
+
+    def _note(self, event: bytes, now: float) -> None:
+        if b'"content":' in event and b'"role"' not in event:
+            self.at.append(now)
+        if not self.name and b'"id":"' in event:
+            self.name = event.split(b'"id":"')[1].split(b'"')[0].decode()
+        if b"[DONE]" in event and not self.done.done():
+            self.done.set_result(None)
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.done.done():
