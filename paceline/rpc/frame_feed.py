@@ -65,6 +65,11 @@ class Feeds:
         self.token = secrets.token_urlsafe(24)
         self._feeds: dict[str, Feed] = {}
 
+    @property
+    def routers(self) -> list[str]:
+        """Those that have a feed now."""
+        return list(self._feeds)
+
     @contextlib.contextmanager
     def carrying(self, router: str, lost: Callable[[], None]) -> Iterator[Mailbox[Named] | None]:
         """Where the frames of one request to this router go, None if it has no feed; `lost` is called if that ends."""
@@ -125,6 +130,11 @@ class FeedReader:
         self._listeners: dict[str, Listener] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._tried: dict[str, float] = {}
+
+    @property
+    def subscribed(self) -> list[str]:
+        """Addresses of the feeds it has, or is about to have."""
+        return list(self._tasks)
 
     @contextlib.contextmanager
     def listening(self, request_id: str, listener: Listener) -> Iterator[None]:

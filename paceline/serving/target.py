@@ -186,6 +186,7 @@ class Target:
             "sessions": sum(each.tier == "device" for each in await self._sessions()),
             "drafted_tokens": engine.tally.drafted,
             "accepted_tokens": engine.tally.accepted,
+            "routers_fed": len(self._feeds.routers),
             "drafters_connected": 0,
             "speculation": self._speculation(),
             "handoff": self._exchange.numbers(),
