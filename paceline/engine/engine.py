@@ -22,6 +22,7 @@ from paceline.engine.sequence import Sequence
 from paceline.errors import InvalidRequest, ModelError, Overloaded
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.window import DEFAULT_N_KEEP, HALF
+from paceline.speculation.grammar import Grammars, Matcher
 from paceline.speculation.proposer import Proposal, Wanted
 from paceline.speculation.speculator import Outcome, Speculator
 from paceline.speculation.telemetry import SpeculationTally
@@ -66,6 +67,7 @@ class Engine:
         speculator: Speculator | None = None,
         speculation: SpeculationSettings | None = None,
         restores: Restores | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         if runner.columns is not None:
             raise ModelError("a draft over a part of its target's vocabulary is no target: it cannot say the rest")
@@ -73,7 +75,9 @@ class Engine:
         self.limits = limits
         self.speculator = speculator
         self._runner = runner
-        self._eos = eos
+        self.grammars = grammars
+        """Compiles what requests bring; None if the tokenizer is not known."""
+        self._eos, self._ends = eos, tuple(sorted(eos))
         self._decoder = None if decoder is None else without_wrapping(decoder)
         speculation = speculation or SpeculationSettings()
         self._verification = speculation.verification
@@ -118,13 +122,15 @@ class Engine:
         The first computes the prompt; the others wait for it and take its KV over.
         """
         resolved = [self._resolve(request) for request in requests]
+        matchers = {request.request_id: self._matcher(request) for request in resolved}
         self._check_room(len(requests))
         for request in resolved:
             if request.request_id in self._by_request:
                 raise InvalidRequest(f"request_id: {request.request_id!r} is in use", param="request_id")
         for request in resolved:
             leader = self._by_request.get(request.follows) if request.follows is not None else None
-            sequence = Sequence(next(self._ids), request, self._detokenizer(request), leader=leader)
+            detokenizer, matcher = self._detokenizer(request), matchers[request.request_id]
+            sequence = Sequence(next(self._ids), request, detokenizer, matcher, leader=leader)
             self._by_request[request.request_id] = sequence
             self._scheduler.add(sequence)
 
@@ -209,15 +215,19 @@ class Engine:
         for sequence in decoding:
             sequence.tally.late += sequence.sequence_id in proposed.late
         self.tally.late += len(proposed.late)
-        return {sequence_id: self._known(proposal) for sequence_id, proposal in proposed.found.items()}
+        matchers = {each.sequence_id: each.matcher for each in decoding}
+        return {name: self._known(proposal, matchers[name]) for name, proposal in proposed.found.items()}
 
-    def _known(self, proposal: Proposal) -> Proposal:
-        """Candidates up to the first that is no id of this model: a drafter's vocabulary may be larger.
+    def _known(self, proposal: Proposal, matcher: Matcher | None) -> Proposal:
+        """Candidates up to the first that is no id of this model, as a drafter's vocabulary may be larger, or that the
+        sequence's grammar refuses.
 
         Its distribution stays: under rejection sampling it is a candidate that is refused.
         """
         vocab = self._runner.vocab_size
         known = sum(1 for _ in itertools.takewhile(lambda token: 0 <= token < vocab, proposal.tokens))
+        if matcher is not None:
+            known = matcher.admits(proposal.tokens[:known])
         return replace(proposal, tokens=proposal.tokens[:known], probs=proposal.probs[: known + 1])
 
     def _commit(self, step: list[Scheduled], drawn: list[Draws]) -> list[Sequence]:
@@ -277,6 +287,18 @@ class Engine:
             min_tokens=params.min_tokens,
         )
 
+    def _matcher(self, request: Request) -> Matcher | None:
+        """Raises InvalidRequest if its grammar cannot be compiled, or its output so far is no text of it."""
+        grammar = request.params.grammar
+        if grammar is None:
+            return None
+        if self.grammars is None:
+            raise InvalidRequest("grammar: this model's tokenizer is not one that grammars need", param="grammar")
+        matcher = self.grammars.matcher(grammar, request.output)
+        if matcher.failed:
+            raise InvalidRequest("resumed: no text of the grammar begins like this", param="resumed")
+        return matcher
+
     def _check_room(self, outputs: int) -> None:
         """Whether that many more may wait."""
         limit = min(self.limits.max_num_seqs, self.limits.max_queued_requests)
@@ -286,7 +308,8 @@ class Engine:
             raise Overloaded(f"{self.num_waiting} requests are waiting already; try again shortly", retry_after=1.0)
 
     def _resolve(self, request: Request) -> Request:
-        """Fill in the window, `max_tokens`, the seed and the ids `min_tokens` masks; refuse what cannot fit."""
+        """Fill in the window, `max_tokens`, the seed, the ids that `min_tokens` masks and those that may end a text of
+        the grammar; refuse what cannot fit."""
         prompt = len(request.token_ids)
         self._check_ids("prompt", request.token_ids)
         self._check_ids("resumed", request.output)
@@ -307,6 +330,10 @@ class Engine:
         if params.min_tokens and not params.ignore_eos:
             # The drafter masks the same ids, and its model's own EOS may differ.
             params = replace(params, stop_token_ids=tuple(sorted(self._eos.union(params.stop_token_ids))))
+        if params.grammar is not None:
+            # Synthetic acceptance commits any candidate: under a grammar it would end at the first.
+            within = None if self.synthetic_acceptance is not None else replace(params.grammar, ends=self._ends)
+            params = replace(params, grammar=within)
         return replace(request, params=params)
 
     def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
