@@ -1,13 +1,8 @@
-"""Calls of the client's functions in what a model writes: found while the text grows, in the forms that models use.
+"""Calls of the client's functions in what a model writes: found while the text grows.
 
-    hermes        text <tool_call>{"name": …, "arguments": {…}}</tool_call> <tool_call>…        Hermes, Qwen, SmolLM3
-    llama3_json   {"name": …, "parameters": {…}}; {…}          or behind <|python_tag|>         Llama 3.x
-    mistral       text [TOOL_CALLS][{"name": …, "arguments": {…}}, …]   or [TOOL_CALLS]name[ARGS]{…}
-    json          {"name": …, "arguments": {…}}  or a list of such
-
-Every form also takes the last one, if the whole text begins with it. What turns out to be no call, or is one of a
-function nobody offered, is content as it was written. Once a call's arguments have begun it is a call: the arguments
-are passed on as the model writes them, and if the output ends early, so do they.
+In whatever form (`paceline.api.tool_forms`) a model was taught, it may also write the call alone, as plain JSON. What
+turns out to be no call, or is one of a function nobody offered, is content as it was written. Once a call's arguments
+have begun it is a call: the arguments are passed on as the model writes them, and if the output ends early, so do they.
 """
 
 from __future__ import annotations
@@ -15,14 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import Literal
 
+from paceline.api.tool_forms import Form
 from paceline.sessions.history import ToolCall
-
-ParserName = Literal["hermes", "llama3_json", "mistral", "json"]
 
 CALL_ID_CHARS = 9
 """Mistral's chat template takes ids of nine letters and digits, and no others; every other template takes these too."""
@@ -36,29 +29,6 @@ _HEADER = re.compile(
 _NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w*)?\[ARGS\]\s*(?=\{)")
 _NAME_SO_FAR = re.compile(r"\s*[\w.-]*(?:\[[\w\]]*)*\s*")
 _STRUCTURE = re.compile(r'["\\{}\[\]]')
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How a family of models writes its calls: the marks around them, and the key of the arguments."""
-
-    name: ParserName
-    mark: str = ""
-    close: str = ""
-    arguments: Literal["arguments", "parameters"] = "arguments"
-
-    @property
-    def marks(self) -> tuple[str, ...]:
-        """The special words that must reach the text."""
-        return (self.mark, "[ARGS]", "[CALL_ID]") if self.name == "mistral" else (self.mark,) if self.mark else ()
-
-
-FORMS: dict[ParserName, Form] = {
-    "hermes": Form("hermes", "<tool_call>", "</tool_call>"),
-    "llama3_json": Form("llama3_json", "<|python_tag|>", arguments="parameters"),
-    "mistral": Form("mistral", "[TOOL_CALLS]"),
-    "json": Form("json"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,20 +355,6 @@ def gathered(events: Iterable[Event]) -> tuple[str, tuple[ToolCall, ...]]:
             case Arguments(_, text):
                 calls[-1] = replace(calls[-1], arguments=calls[-1].arguments + text)
     return "".join(content), tuple(calls)
-
-
-def form_of(template: str, vocabulary: Container[str], *, tools_in_template: bool) -> Form:
-    """The form a model was taught, by the marks in its chat template or among its special tokens.
-
-    A template that knows no tools gets Hermes' form, in which Paceline then describes them itself.
-    """
-    if not tools_in_template:
-        return FORMS["hermes"]
-    for form in FORMS.values():
-        if form.mark and form.mark in template:
-            return form
-    taught = (form for form in FORMS.values() if form.mark in ("[TOOL_CALLS]", "<|python_tag|>"))
-    return next((form for form in taught if form.mark in vocabulary), FORMS["json"])
 
 
 def _call_in(text: str) -> tuple[str, str] | None:

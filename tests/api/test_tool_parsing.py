@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paceline.api.tool_forms import FORMS, ParserName, form_of
 from paceline.api.tool_parsing import (
-    FORMS,
     Arguments,
     CallBegins,
     Content,
     Event,
-    ParserName,
     ToolCallReader,
-    form_of,
     gathered,
     read_whole,
 )
@@ -127,7 +126,7 @@ def test_a_call_streams_as_its_name_and_then_its_arguments() -> None:
         "",
     ]
     events = [growing.push(piece) for piece in pieces] + [growing.finish()]
-    call_id = next(event.call_id for event in sum(events, []) if isinstance(event, CallBegins))
+    call_id = next(event.call_id for event in chain.from_iterable(events) if isinstance(event, CallBegins))
     assert events == [
         [Content("Hm")],
         [Content("m.")],
@@ -195,7 +194,7 @@ def test_any_cut_of_any_text_gives_the_same_calls_as_the_whole(
     places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
     growing = reader(form, parallel=parallel)
     events: list[Event] = []
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in pairwise(places):
         events += growing.push(text[start:end])
     events += growing.finish()
     assert gathered(events) == read_whole(reader(form, parallel=parallel), text)
