@@ -257,6 +257,10 @@ class TokenLogprobs:
     rank: int
     top: tuple[tuple[int, float], ...] = ()
 
+    def cut(self, count: int) -> TokenLogprobs:
+        """With so many likeliest tokens, at most."""
+        return self if len(self.top) <= count else replace(self, top=self.top[:count])
+
 
 @dataclass(frozen=True, slots=True)
 class SourceMetrics:

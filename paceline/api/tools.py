@@ -62,9 +62,10 @@ class ToolUse:
         """What it may call."""
         return tuple(tool for tool in self.offered if self.named in (None, tool.name))
 
-    def to_json(self) -> str:
-        """The functions as a session stores them; nothing if there are none."""
-        return json.dumps([asdict(tool) for tool in self.tools]) if self.tools else ""
+
+def offered_json(use: ToolUse) -> str:
+    """What the model is told of, as a session stores it; nothing if that is none."""
+    return json.dumps([asdict(tool) for tool in use.offered]) if use.offered else ""
 
 
 def tools_from_json(text: str) -> tuple[Tool, ...]:
