@@ -88,6 +88,21 @@ class GenerationBody(Body):
     priority: Priority | None = Field(None, description="Lower goes first, if the server schedules by priority.")
     return_token_ids: bool | None = Field(None, description="Report token ids in the `paceline` object.")
 
+    # vLLM's, and only with the values that say what is done anyway.
+    skip_special_tokens: Annotated[Any, only(True)] = None
+    spaces_between_special_tokens: Ignored = None
+    detokenize: Annotated[Any, only(True)] = None
+    use_beam_search: Annotated[Any, only(False)] = None
+    length_penalty: Annotated[Any, only(1, 1.0)] = None
+    allowed_token_ids: Annotated[Any, only([], instead="use structured_outputs")] = None
+    bad_words: Annotated[Any, only([])] = None
+    truncate_prompt_tokens: Annotated[Any, only(instead="use ctx_size")] = None
+    add_special_tokens: Annotated[Any, only()] = None
+    guided_json: Annotated[Any, only(instead="use structured_outputs.json")] = None
+    guided_regex: Annotated[Any, only(instead="use structured_outputs.regex")] = None
+    guided_choice: Annotated[Any, only(instead="use structured_outputs.choice")] = None
+    guided_grammar: Annotated[Any, only(instead="use structured_outputs.grammar")] = None
+
     # OpenAI's, and without effect on the result.
     user: Ignored = None
     metadata: Ignored = None
@@ -151,6 +166,11 @@ class ChatCompletionRequest(GenerationBody):
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
     functions: Annotated[Any, only([], instead="use tools")] = None
     function_call: Annotated[Any, only("none", "auto", instead="use tool_choice")] = None
+    add_generation_prompt: Annotated[Any, only(True)] = None
+    continue_final_message: Annotated[Any, only(False)] = None
+    chat_template: Annotated[Any, only()] = None
+    chat_template_kwargs: Annotated[Any, only({})] = None
+    documents: Annotated[Any, only([])] = None
     modalities: Annotated[Any, only(["text"])] = None
     audio: Annotated[Any, only()] = None
     moderation: Annotated[Any, only()] = None

@@ -122,11 +122,32 @@ class ToolDialect:
             start = ["start: calls"]
         elif not tools or (answer is None and not any(tool.strict for tool in tools)):
             return answer
+        elif answer is not None and (not self.form.mark or self.form.name == "llama3_json"):
+            return self._one_object(tools, answer)
         elif answer is not None:
             start = ["start: answer | calls", f"answer: %json {answer.source}"]
         else:
             return self._between_text(tools, use.parallel)
         return self._lark(start, tools, use.parallel)
+
+    def _one_object(self, tools: Sequence[Tool], answer: Grammar) -> Grammar:
+        """The answer or one call, where nothing but its keys tells a call from an answer: as one JSON Schema."""
+        options, definitions = [], {}
+        for n, schema in enumerate([answer.source, *(tool.parameters for tool in tools)]):
+            place = f"schema_{n}"
+            definitions[place] = _moved(json.loads(schema), f"#/$defs/{place}")
+            inner = {"$ref": f"#/$defs/{place}"}
+            options.append(inner if n == 0 else self._call_schema(tools[n - 1].name, inner))
+        return Grammar("json_schema", json.dumps({"anyOf": options, "$defs": definitions}, ensure_ascii=False))
+
+    def _call_schema(self, name: str, arguments: Any) -> dict[str, Any]:
+        properties = {"name": {"const": name}, self.form.arguments: arguments}
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": list(properties),
+            "additionalProperties": False,
+        }
 
     def _between_text(self, tools: Sequence[Tool], parallel: bool) -> Grammar:
         """Text, in which calls may stand; without a mark, either one or the other."""
@@ -162,6 +183,20 @@ class ToolDialect:
             opening = f'{{"name": {json.dumps(tool.name)}, "{self.form.arguments}": '
             lines += [f'call_{n}: {_quoted(opening)} arguments_{n} "}}"', f"arguments_{n}: %json {tool.parameters}"]
         return Grammar("lark", "\n".join(lines) + "\n")
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A JSON Schema whose own references still hold when it is part of another, at `place`."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: place + value[1:]
+        if key == "$ref" and isinstance(value, str) and value.startswith("#")
+        else _moved(value, place)
+        for key, value in schema.items()
+    }
 
 
 def _native(message: ChatMessage) -> dict[str, Any]:
