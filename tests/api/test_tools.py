@@ -65,9 +65,9 @@ def written(form: ParserName, *calls: tuple[str, str]) -> str:
         return "\n".join(f"<tool_call>\n{each}\n</tool_call>" for each in objects)
     if form == "mistral":
         return f"[TOOL_CALLS][{', '.join(objects)}]"
-    return (
-        "; ".join(objects) if form == "llama3_json" else objects[0] if len(objects) == 1 else f"[{', '.join(objects)}]"
-    )
+    if form == "llama3_json":
+        return "; ".join(objects)
+    return objects[0] if len(objects) == 1 else f"[{', '.join(objects)}]"
 
 
 FORM = pytest.mark.parametrize("form", FORMS)
@@ -114,9 +114,11 @@ def test_text_may_stand_before_a_marked_call(form: ParserName) -> None:
 
 @FORM
 def test_with_a_format_of_the_answer_it_is_that_or_calls(form: ParserName) -> None:
-    grammar = dialect(form).grammar(ToolUse((CLOCK,)), ANSWER)
+    grammar = dialect(form).grammar(ToolUse((CLOCK, WEATHER)), ANSWER)
     assert takes(grammar, '{"a": null}')
     assert takes(grammar, written(form, ("clock", "{}")))
+    assert takes(grammar, written(form, OSLO))
+    assert not takes(grammar, written(form, ("weather", '{"city": "Bonn"}')), whole=False)
     assert not takes(grammar, "Words.", whole=False)
 
 
