@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from paceline.api.answers import (
@@ -47,12 +48,18 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 << 20
 SESSION_ID_HEADER = "x-session-id"
+EXPOSED_HEADERS = (SESSION_ID_HEADER, "x-request-id", "x-paceline-replica", "x-paceline-route", "retry-after")
+"""What a page of another origin may read of an answer's headers."""
 
 router = APIRouter()
 
 
 def create_app(
-    gateway: Gateway | Callable[[], Gateway], *, max_body_bytes: int = MAX_BODY_BYTES, request_ids: bool = True
+    gateway: Gateway | Callable[[], Gateway],
+    *,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    request_ids: bool = True,
+    cors_allow_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The HTTP application over a gateway, or over whatever `gateway()` returns when a request arrives.
 
@@ -65,6 +72,14 @@ def create_app(
     install_error_handlers(app)
     app.add_middleware(BodyLimit, limit=max_body_bytes)
     app.add_middleware(LastResort)
+    if cors_allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_allow_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
     if request_ids:
         app.add_middleware(RequestId)  # added last, so it is the outermost
     return app
