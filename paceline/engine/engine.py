@@ -285,6 +285,7 @@ class Engine:
             params.stop,
             include_stop=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
+            shown=params.shown_token_ids,
         )
 
     def _matcher(self, request: Request) -> Matcher | None:
