@@ -5,6 +5,8 @@
     │   ├── UnknownModel        404  NOT_FOUND
     │   ├── UnknownSession      404  NOT_FOUND
     │   └── SessionConflict     409  ABORTED               the session exists already, or has a turn under way
+    ├── Unauthorized            401  UNAUTHENTICATED       no API key, or none that is known
+    ├── Forbidden               403  PERMISSION_DENIED     the key has no right to this
     ├── Overloaded              429  RESOURCE_EXHAUSTED    refused before it queued; carries Retry-After
     ├── RequestTimeout          504  DEADLINE_EXCEEDED
     ├── Unavailable             503  UNAVAILABLE           no replica, a replica died, shutting down
@@ -70,6 +72,20 @@ class SessionConflict(InvalidRequest):
     code = "session_conflict"
     http_status = 409
     grpc_code = "ABORTED"
+
+
+class Unauthorized(PacelineError):
+    """Who asks is not known. The message says how to send a key, and nothing of the one that came."""
+
+    code = "invalid_api_key"
+    http_status = 401
+    grpc_code = "UNAUTHENTICATED"
+
+
+class Forbidden(PacelineError):
+    code = "permission_denied"
+    http_status = 403
+    grpc_code = "PERMISSION_DENIED"
 
 
 class Overloaded(PacelineError):

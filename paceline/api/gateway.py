@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 from uuid import uuid4
@@ -24,7 +25,7 @@ from paceline.api.prompts import (
 from paceline.api.resume import RouterCounts, resuming
 from paceline.api.state import ClusterStatus, SessionInfo, with_histories
 from paceline.api.stream import Stream
-from paceline.config import SchedulingPolicy
+from paceline.config import LimitSettings, SchedulingPolicy
 from paceline.errors import InvalidRequest, PacelineError, RequestTimeout, SessionConflict, Unavailable, UnknownModel
 from paceline.sessions.handoff import BUSY, Outcome
 from paceline.sessions.rules import WindowRules
@@ -34,6 +35,8 @@ from paceline.types import Frame, Prompt, Request, SamplingParams
 CONTROL_TIMEOUT_S = 10.0
 """How long a question about sessions or status may take."""
 SESSION_TTL_S = 3600.0
+CHARS_PER_TOKEN = 64
+"""More than texts have, but for pages of spaces: a longer prompt cannot fit, and is not worth tokenizing."""
 
 T = TypeVar("T")
 
@@ -71,6 +74,8 @@ class Prepared:
 
     request: Request
     turn: Turn | None = None
+    timeout_s: float | None = None
+    """The client's own deadline; never beyond the server's."""
 
 
 class Gateway:
@@ -89,6 +94,7 @@ class Gateway:
         *,
         max_resumptions: int = 0,
         store: SessionStore | None = None,
+        limits: LimitSettings | None = None,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
         """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
@@ -97,13 +103,31 @@ class Gateway:
         self.created = int(time.time())
         self.token_texts = TokenTexts(tokenizer)
         self._targets = targets
-        self._prompts = PromptEncoder(tokenizer)
+        limits = limits or LimitSettings()
+        chars = CHARS_PER_TOKEN * max_model_len if limits.max_prompt_chars == "auto" else limits.max_prompt_chars
+        self._prompts = PromptEncoder(tokenizer, chars, limits.max_messages)
         self._request_timeout_s = request_timeout_s
         self._scheduling_policy = scheduling_policy
         self._windows = windows or WindowRules(max_model_len)
         self._max_resumptions = max_resumptions
         self._seen = RouterCounts()
-        self._conversations = Conversations(store or MemoryStore(SESSION_TTL_S), model_name)
+        self._store = store or MemoryStore(SESSION_TTL_S)
+        self._conversations = Conversations(self._store, model_name)
+        self._scopes = {"": self._conversations}
+
+    def scoped(
+        self,
+        owner: str,
+        targets: Callable[[Targets], Targets],
+        store: Callable[[SessionStore], SessionStore],
+    ) -> Gateway:
+        """This front end before what belongs to one owner: its share of the replicas and of the stored sessions."""
+        if owner not in self._scopes:
+            self._scopes[owner] = Conversations(store(self._store), self.model_name)
+        scope = copy.copy(self)
+        scope._targets = targets(self._targets)
+        scope._conversations = self._scopes[owner]
+        return scope
 
     async def prepare_chat(
         self,
@@ -189,7 +213,8 @@ class Gateway:
         frames = resuming(self._targets.generate, request, self._max_resumptions, seen=self._seen)
         if turn is not None:
             frames = self._conversations.recorded(frames, request, turn)
-        return await Stream.open(frames, self._request_timeout_s, request.params.n)
+        timeout_s = min(self._request_timeout_s, prepared.timeout_s or self._request_timeout_s)
+        return await Stream.open(frames, timeout_s, request.params.n)
 
     async def tokenize(self, content: str | Sequence[ChatMessage], *, model: str | None = None) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation as `prepare_chat` renders it."""

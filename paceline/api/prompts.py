@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -47,10 +48,12 @@ class Tokenizer(Protocol):
 
 
 class PromptEncoder:
-    """Renders and tokenizes what clients send. Every refusal names the field."""
+    """Renders and tokenizes what clients send, up to so many characters and messages. Every refusal names the field."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_chars: int = sys.maxsize, max_messages: int = sys.maxsize) -> None:
         self._tokenizer = tokenizer
+        self._max_chars = max_chars
+        self._max_messages = max_messages
         self._vocabulary = 1 + max(tokenizer.get_vocab().values())
         # A tokenizer applies its truncation and padding settings on first use. Done here, it is never written
         # to again, and threads may share it.
@@ -60,7 +63,7 @@ class PromptEncoder:
         """Token ids of a conversation, ending where the assistant's answer begins."""
         if not self._tokenizer.chat_template:
             raise InvalidRequest("messages: this model has no chat template; send a prompt instead", param="messages")
-        size = sum(len(message.content) for message in messages)
+        size = self._checked_size(messages)
         return await _off_loop(lambda: self._render(messages), size)
 
     async def turn(
@@ -73,6 +76,7 @@ class PromptEncoder:
         """
         if not history or not before or before[-1].role != "assistant":
             return await self.chat([*before, *new])
+        self._checked_size(new)
         marked = [*before[:-1], replace(before[-1], content=ANSWER_MARK), *new]
         size = sum(len(message.content) for message in marked)
         behind = await _off_loop(lambda: self._behind_answer(marked), size)
@@ -93,8 +97,26 @@ class PromptEncoder:
 
     async def text(self, param: str, text: str) -> tuple[int, ...]:
         """Token ids of a text, with the special tokens this tokenizer adds."""
+        self._check_chars(param, len(text))
         _check_unicode(param, text)
         return await _off_loop(lambda: tuple(self._tokenizer.encode(text)), len(text))
+
+    def _checked_size(self, messages: Sequence[ChatMessage]) -> int:
+        """Characters of the messages. Raises InvalidRequest if they are too many."""
+        if len(messages) > self._max_messages:
+            raise InvalidRequest(
+                f"messages: at most {self._max_messages} in one request, got {len(messages)}", param="messages"
+            )
+        size = sum(len(message.content) for message in messages)
+        self._check_chars("messages", size)
+        return size
+
+    def _check_chars(self, param: str, size: int) -> None:
+        if size > self._max_chars:
+            raise InvalidRequest(
+                f"{param}: {size} characters are more than are taken here, {self._max_chars} (limits.max_prompt_chars)",
+                param=param,
+            )
 
     def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
         """Raise InvalidRequest if an id is outside the vocabulary."""
