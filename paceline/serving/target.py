@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pydantic import SecretStr
 from ray import serve
 
 from paceline.config import AppSettings
 from paceline.errors import PacelineError
 from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
+from paceline.rpc.draft_credentials import DraftCredentials
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.exchange import Exchange
 from paceline.serving.peers import KV_IDENTITY, ServePeers
@@ -47,9 +49,14 @@ class Target:
     """Verifies, holds sessions, answers. Decorated and bound by `paceline.serving.app.build`."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: AppSettings, draft_deployment: str | None, router_deployment: str
+        self,
+        settings: AppSettings,
+        draft_deployment: str | None,
+        router_deployment: str,
+        token: SecretStr | None = None,
     ) -> None:
         self._settings = settings
+        self._token = token
         self._context = serve.get_replica_context()
         self.replica_id: str = self._context.replica_id.unique_id
         self._proposer: RemoteProposer | None = None
@@ -89,7 +96,8 @@ class Target:
             rejection=speculation.verification == "rejection",
         )
         hello = Hello(self.replica_id, self._settings.model, self._model.fingerprint)
-        self._pool = DraftPool(self._proposer, hello)
+        credentials = DraftCredentials.of(self._settings.draft.security, self._token)
+        self._pool = DraftPool(self._proposer, hello, credentials)
         self._watch = ReplicaWatch(self._context.app_name, deployment, "address", self._pool.set_members)
 
     async def generate(self, request: Request, route: Route | None = None) -> AsyncIterator[Frame]:

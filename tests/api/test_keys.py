@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,7 @@ async def test_every_route_but_the_open_ones_asks_for_a_key() -> None:
     schema = create_app(gateway()).openapi()["paths"]
     async with house.client(None) as client:
         answers = {
-            path: (
-                await client.request(method, path.format(**dict.fromkeys(("name", "session_id", "replica_id"), "x")))
-            )
+            path: await client.request(method, path.replace("{", "").replace("}", ""))
             for path, methods in schema.items()
             for method in methods
         }
@@ -213,13 +211,11 @@ async def test_tokens_are_charged_as_they_are_computed() -> None:
         answers = [await client.post("/v1/completions", json={"prompt": "hi" * 5}) for _ in range(3)]
     # 10 of the prompt and 3 of the answer each: 20 - 26 is a debt.
     assert [answer.status_code for answer in answers] == [200, 200, 429]
-    assert answers[1].headers["x-ratelimit-remaining-tokens"] == "7"
+    assert [answer.headers["x-ratelimit-remaining-tokens"] for answer in answers] == ["7", "0", "0"]
     assert answers[2].headers["retry-after"] == "21"
 
 
 async def test_requests_at_once_are_counted_until_their_answers_end() -> None:
-    import asyncio
-
     house = House(entry(ALICE, "alice", max_concurrent=1), targets=ScriptedTargets([*HELLO[:1], Hang()]))
     async with house.client(ALICE) as client:
         first = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
@@ -273,7 +269,7 @@ def test_a_file_that_makes_no_sense_any_more_changes_nothing(
     file.write_text(lines(entry(ALICE, "alice")))
     keys = KeyRing(KeyFile(file), clock)
     if text is None:
-        os.remove(file)
+        file.unlink()
     else:
         file.write_text(text)
     clock.now += 2
