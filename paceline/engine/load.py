@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,14 @@ class LoadedModel:
         speculation: SpeculationSettings | None = None,
         cost: VerifyCost | None = None,
         sessions: SessionSettings | None = None,
+        max_queued_prefill_s: float | None = None,
     ) -> Engine:
         """An engine with a KV cache of its own, and the tiers below it that `sessions` names; without `speculation` it
         decodes plainly.
 
-        `cost` is measured, in about a second, if it is needed and not given. Raises ConfigError if the disk tier's
-        folder cannot be used.
+        `cost` is measured, in about a second, if it is needed and not given. `max_queued_prefill_s` bounds the queue
+        where `max_queued_prefill_tokens` is auto; where all requests are there at once, as offline, it has no bound.
+        Raises ConfigError if the disk tier's folder cannot be used.
         """
         speculation = speculation or SpeculationSettings(enabled=False)
         sessions = sessions or SessionSettings()
@@ -122,7 +124,7 @@ class LoadedModel:
         return Engine(
             self.runner,
             kv,
-            self.limits,
+            replace(self.limits, max_queued_prefill_s=max_queued_prefill_s),
             eos=self.eos,
             decoder=self.tokenizer,
             speculator=speculator_for(speculation, draft, lambda: cost or measure_verify_cost(self.runner, kv)),
@@ -433,6 +435,7 @@ def _limits(settings: EngineSettings, runner: Runner) -> EngineLimits:
             f"engine.max_model_len: {settings.max_model_len} is beyond the model's own {own}",
             param="engine.max_model_len",
         )
+    queued = settings.max_queued_prefill_tokens
     return EngineLimits(
         max_model_len=own if settings.max_model_len == "auto" else settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
@@ -442,6 +445,7 @@ def _limits(settings: EngineSettings, runner: Runner) -> EngineLimits:
         ctx_size=settings.ctx_size,
         n_keep=settings.n_keep,
         n_discard=settings.n_discard,
+        max_queued_prefill_tokens=None if queued == "auto" else queued,
     )
 
 

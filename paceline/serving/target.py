@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ADVERTISED_SESSIONS = 512
 MAX_ADVERTISED_ENTRIES = 128
+MAX_QUEUED_PREFILL_S = 30.0
+"""What may wait, at the pace of this replica, where the settings leave it to it: about as long as a person would."""
 
 
 class Target:
@@ -176,6 +178,7 @@ class Target:
             "pid": os.getpid(),
             "running": engine.num_running,
             "waiting": engine.num_waiting,
+            "queued_prefill_tokens": engine.queued_prefill_tokens,
             "kv_tokens_total": usage.total,
             "kv_tokens_in_use": usage.in_use,
             "kv_tokens_cached": usage.cached,
@@ -279,4 +282,7 @@ def _load(settings: AppSettings, ranks: Ranks | None) -> LoadedModel:
 def _start(model: LoadedModel, proposer: RemoteProposer | None, settings: AppSettings) -> EngineLoop:
     from paceline.engine.loop import EngineLoop
 
-    return EngineLoop(model.engine(proposer, settings.speculation, sessions=settings.sessions))
+    engine = model.engine(
+        proposer, settings.speculation, sessions=settings.sessions, max_queued_prefill_s=MAX_QUEUED_PREFILL_S
+    )
+    return EngineLoop(engine)
