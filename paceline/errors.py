@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+MAX_MESSAGE_CHARS = 1000
+
 
 class PacelineError(Exception):
     """Base of every error Paceline raises on purpose.
@@ -35,6 +37,8 @@ class PacelineError(Exception):
     grpc_code: ClassVar[str] = "INTERNAL"
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        if len(message) > MAX_MESSAGE_CHARS:  # it quotes what a client sent, and gRPC has it in a header
+            message = message[:MAX_MESSAGE_CHARS] + "…"
         super().__init__(message)
         self.message = message
         self.param = param

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 LIMITS = "paceline.limits"
 """In an ASGI scope: LimitSettings, for whoever answers."""
+KEEP_WORKING_HEADER = "x-request-disconnect-disabled"
+"""By it Ray Serve's proxy would not tell when a client goes away, and its work would go on for nobody."""
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
@@ -94,6 +96,8 @@ class HeadLimit:
             return _closing(414, f"the URL is longer than {limits.max_url_bytes} bytes")
         if len(headers) > limits.max_headers:
             return _closing(431, f"more than {limits.max_headers} headers")
+        if Headers(scope=scope).get(KEEP_WORKING_HEADER) == "?1":
+            return HTTPException(400, f"{KEEP_WORKING_HEADER}: not taken here: work ends when its client goes away")
         if sum(len(name) + len(value) for name, value in headers) > limits.max_header_bytes:
             return _closing(431, f"the headers are larger than {limits.max_header_bytes} bytes")
         return None
