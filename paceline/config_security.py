@@ -77,7 +77,7 @@ class LimitSettings(Settings):
     max_json_containers: Positive = Field(20_000, description="Objects and lists in one body.")
     max_json_fields: Positive = Field(100_000, description="Fields of all objects in one body.")
     max_json_values: Positive = Field(
-        500_000, description="Values in one body, as told by its commas; a prompt of token ids has many."
+        1_000_000, description="Values in one body, as told by its commas; a prompt of token ids has many."
     )
     max_header_bytes: Positive = Field(32 << 10, description="All headers of a request; more is refused with 431.")
     max_headers: Positive = Field(100, description="Headers of a request.")

@@ -135,6 +135,8 @@ async def test_clients_that_leave_at_random_leave_nothing_behind(count: int) -> 
         async with asyncio.timeout(PATIENCE_S):
             while len(asyncio.all_tasks()) > tasks:  # noqa: ASYNC110  (connections that the server still closes)
                 await asyncio.sleep(0.01)
+        assert made.targets.steps_to_free, "some were running, or waiting, when their clients left"
+        assert max(made.targets.steps_to_free) <= 1
         for number in range(SESSIONS):
             status, answer = await talk(made.port, turn(number, stream=False, max_tokens=4))
             assert (status, b'"finish_reason"' in answer) == (200, True)
@@ -169,10 +171,10 @@ async def test_at_its_deadline_a_request_frees_its_kv_within_a_step() -> None:
 
 async def test_a_full_queue_is_told_over_http_with_the_time_to_wait() -> None:
     async with house() as made:
-        long = post(CHATS, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400}, BEARER)
+        long = post(CHATS, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100}, BEARER)
         answers = await asyncio.gather(*(talk(made.port, long) for _ in range(20)))
         await nothing_is_left(made)
     statuses = [status for status, _ in answers]
-    assert statuses.count(200) >= 10
+    assert statuses.count(200) >= 8
     assert set(statuses) == {200, 429}
     assert all(b"retry-after: 1\r\n" in answer for status, answer in answers if status == 429)
