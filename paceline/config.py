@@ -302,6 +302,7 @@ class SessionSettings(Settings):
 
     store: Annotated[str, Field(pattern=r"^(memory|sqlite:///.+|rediss?://.+)$")] = Field(
         "memory",
+        repr=False,  # it may hold a password
         description="Where histories are kept: memory, one for each router; sqlite:///path, a file that outlives it; "
         "redis://host:port/0, shared by routers of any machine (`pip install paceline[redis]`).",
     )
