@@ -149,7 +149,7 @@ def test_certificate_and_key_go_to_the_http_port(tmp_path: Path) -> None:
 
 
 def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
-    cert, key = certificate(tmp_path)
+    cert, _ = certificate(tmp_path)
     with pytest.raises(ConfigError, match="give both"):
         read_deployment(None, Overrides(tls_cert=cert))
     with pytest.raises(ConfigError, match="no such file"):
