@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from paceline.config import SpeculationSettings
 from paceline.engine import synthetic
+from paceline.engine.backlog import Backlog
 from paceline.engine.detokenizer import Decoder, Detokenizer, without_wrapping
 from paceline.engine.flight import Flight
 from paceline.engine.kv_cache import KVCache
@@ -48,6 +49,10 @@ class EngineLimits:
     """The streaming window of requests that name none, with `n_keep` and `n_discard`; None is none."""
     n_keep: int = DEFAULT_N_KEEP
     n_discard: int = HALF
+    max_queued_prefill_tokens: int | None = None
+    """Prompt tokens of waiting requests; None is up to `max_queued_prefill_s`."""
+    max_queued_prefill_s: float | None = None
+    """The same in seconds, at the pace measured, but at least two longest prompts; None is no bound."""
 
 
 class Engine:
@@ -84,7 +89,12 @@ class Engine:
         self.synthetic_acceptance = speculation.synthetic_acceptance
         """The probability with which each candidate is accepted, whatever it is; None: by the rule, as it should be."""
         self._scheduler = Scheduler(
-            kv, limits.max_num_seqs, limits.max_batched_tokens, limits.max_prefill_while_decoding, restores
+            kv,
+            limits.max_num_seqs,
+            limits.max_batched_tokens,
+            limits.max_prefill_while_decoding,
+            restores,
+            Backlog(limits.max_queued_prefill_tokens, limits.max_queued_prefill_s, 2 * limits.max_model_len),
         )
         self.restores = restores
         self._flight: Flight | None = None
@@ -109,6 +119,11 @@ class Engine:
         return len(self._scheduler.waiting)
 
     @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens of waiting requests, less those whose KV was held when they came."""
+        return self._scheduler.backlog.tokens
+
+    @property
     def num_running(self) -> int:
         return len(self._scheduler.running)
 
@@ -123,7 +138,7 @@ class Engine:
         """
         resolved = [self._resolve(request) for request in requests]
         matchers = {request.request_id: self._matcher(request) for request in resolved}
-        self._check_room(len(requests))
+        self._check_room(len(requests), resolved[0])
         for request in resolved:
             if request.request_id in self._by_request:
                 raise InvalidRequest(f"request_id: {request.request_id!r} is in use", param="request_id")
@@ -157,8 +172,7 @@ class Engine:
         if self.synthetic_acceptance is not None:
             drawn = synthetic.accept(step, drawn, self.synthetic_acceptance)
         committed = self._commit(step, drawn)
-        if self.restores is not None:
-            self.restores.note_prefill(sum(part.prompt_tokens for part in step), time.perf_counter() - began)
+        self._note_prefill(sum(part.prompt_tokens for part in step), time.perf_counter() - began)
         return self._emit(committed)
 
     def sessions(self) -> list[SessionKV]:
@@ -300,13 +314,29 @@ class Engine:
             raise InvalidRequest("resumed: no text of the grammar begins like this", param="resumed")
         return matcher
 
-    def _check_room(self, outputs: int) -> None:
-        """Whether that many more may wait."""
+    def _note_prefill(self, tokens: int, seconds: float) -> None:
+        """What else the step did counts: it is the pace that prompts have beside the streams."""
+        if tokens:
+            self._scheduler.backlog.pace.note(tokens, seconds)
+        if self.restores is not None:
+            self.restores.note_prefill(tokens, seconds)
+
+    def _check_room(self, outputs: int, request: Request) -> None:
+        """Whether that many more may wait, with the prompt of `request`. Raises Overloaded with the seconds until
+        there should be room."""
+        backlog = self._scheduler.backlog
         limit = min(self.limits.max_num_seqs, self.limits.max_queued_requests)
         if outputs > max(1, limit):
             raise InvalidRequest(f"n: at most {limit} outputs at once here, got {outputs}", param="n")
         if self.num_waiting + outputs > self.limits.max_queued_requests:
-            raise Overloaded(f"{self.num_waiting} requests are waiting already; try again shortly", retry_after=1.0)
+            first = backlog.tokens // max(1, self.num_waiting) + self._scheduler.missing_tokens
+            raise Overloaded(
+                f"{self.num_waiting} requests are waiting already; try again shortly", retry_after=backlog.wait_s(first)
+            )
+        if not self.num_waiting or backlog.bound is None:
+            return
+        held = self.kv.match(request.token_ids, request.session_id, request.params.window)
+        backlog.check_room(len(request.token_ids) - held, self._scheduler.missing_tokens)
 
     def _resolve(self, request: Request) -> Request:
         """Fill in the window, `max_tokens`, the seed, the ids that `min_tokens` masks and those that may end a text of

@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,14 @@ class LoadedModel:
         speculation: SpeculationSettings | None = None,
         cost: VerifyCost | None = None,
         sessions: SessionSettings | None = None,
+        max_queued_prefill_s: float | None = None,
     ) -> Engine:
         """An engine with a KV cache of its own, and the tiers below it that `sessions` names; without `speculation` it
         decodes plainly.
 
-        `cost` is measured, in about a second, if it is needed and not given. Raises ConfigError if the disk tier's
-        folder cannot be used.
+        `cost` is measured, in about a second, if it is needed and not given. `max_queued_prefill_s` bounds the queue
+        where `max_queued_prefill_tokens` is auto; where all requests are there at once, as offline, it has no bound.
+        Raises ConfigError if the disk tier's folder cannot be used.
         """
         speculation = speculation or SpeculationSettings(enabled=False)
         sessions = sessions or SessionSettings()
@@ -125,7 +127,7 @@ class LoadedModel:
         return Engine(
             self.runner,
             kv,
-            self.limits,
+            replace(self.limits, max_queued_prefill_s=max_queued_prefill_s),
             eos=self.eos,
             decoder=self.tokenizer,
             speculator=speculator_for(speculation, draft, lambda: cost or measure_verify_cost(self.runner, kv)),
@@ -451,6 +453,7 @@ def _limits(settings: EngineSettings, runner: Runner) -> EngineLimits:
             f"engine.max_model_len: {settings.max_model_len} is beyond the model's own {own}",
             param="engine.max_model_len",
         )
+    queued = settings.max_queued_prefill_tokens
     return EngineLimits(
         max_model_len=own if settings.max_model_len == "auto" else settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
@@ -460,6 +463,7 @@ def _limits(settings: EngineSettings, runner: Runner) -> EngineLimits:
         ctx_size=settings.ctx_size,
         n_keep=settings.n_keep,
         n_discard=settings.n_discard,
+        max_queued_prefill_tokens=None if queued == "auto" else queued,
     )
 
 

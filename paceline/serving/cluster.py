@@ -61,7 +61,8 @@ class LocalCluster:
             self.stop()
             raise
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-        return Endpoints(f"http://{shown}:{http_port}", f"{shown}:{grpc_port}")
+        scheme = "https" if http.get("ssl_certfile") else "http"
+        return Endpoints(f"{scheme}://{shown}:{http_port}", f"{shown}:{grpc_port}")
 
     def stop(self) -> None:
         """Serve first, so that replicas end gracefully; then Ray."""
