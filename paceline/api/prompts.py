@@ -39,6 +39,8 @@ class Tokenizer(Protocol):
     @property
     def all_special_ids(self) -> list[int]: ...
 
+    def decode(self, token_ids: Sequence[int]) -> Any: ...
+
     # Only for log probabilities.
 
     def get_added_vocab(self) -> dict[str, int]: ...
@@ -95,6 +97,11 @@ class PromptEncoder:
         """Token ids of a text, with the special tokens this tokenizer adds."""
         _check_unicode(param, text)
         return await _off_loop(lambda: tuple(self._tokenizer.encode(text)), len(text))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        self.check_ids("token_ids", token_ids)
+        return await asyncio.to_thread(lambda: str(self._tokenizer.decode(list(token_ids))))
 
     def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
         """Raise InvalidRequest if an id is outside the vocabulary."""

@@ -8,14 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from paceline.errors import PacelineError
-from paceline.types import Delta, Failure, Request
+from paceline.types import Delta, Failure, FinishReason, Request
 
 
 @dataclass(eq=False, slots=True)
 class OpenStream:
-    """One of them: what is to be sent, and whether it is over."""
+    """One of them: what is to be sent, which of its outputs have not ended, and whether it is over.
+
+    One that was aborted may still be computed: its outputs ended for the client, not for the engine.
+    """
 
     request: Request
+    unfinished: set[int] = field(default_factory=set)
+    aborted: bool = False
     frames: asyncio.Queue[Delta | Failure] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -28,7 +33,7 @@ class Streams:
 
     @contextmanager
     def open(self, request: Request) -> Iterator[OpenStream]:
-        stream = OpenStream(request)
+        stream = OpenStream(request, {each.index for each in request.choices()})
         self._open[stream] = None
         try:
             yield stream
@@ -39,6 +44,16 @@ class Streams:
         """End one with an error, behind what was said already. From now on it counts as over."""
         stream.frames.put_nowait(Failure.of(error, replica_id))
         self._close(stream)
+
+    def abort(self, request_id: str) -> list[OpenStream]:
+        """End a request, behind what was said already, also if it is an attempt to go on elsewhere
+        (`paceline.api.resume`). Those that were open."""
+        found = [each for each in self._open if each.request.request_id.partition("+")[0] == request_id]
+        for stream in found:
+            stream.aborted = True
+            for index in sorted(stream.unfinished):
+                stream.frames.put_nowait(Delta((), "", FinishReason.ABORT, index=index))
+        return found
 
     def __bool__(self) -> bool:
         return bool(self._open)

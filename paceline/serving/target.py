@@ -99,7 +99,7 @@ class Target:
         """
         request = replace(request, params=request.params.with_seed())
         events = asyncio.get_running_loop()
-        left = len(request.choices())
+        ended = False
         with self._exchange.streams.open(request) as stream:
             frames = stream.frames
             try:
@@ -110,19 +110,30 @@ class Target:
                 assert request.params.seed is not None
                 reason = route.told_by(self.replica_id) if route is not None else ""
                 yield Accepted(self.replica_id, request.params.seed, len(request.token_ids), reason)
-                while left:
+                while stream.unfinished:
                     frame = await frames.get()
                     if isinstance(frame, Failure):
                         yield frame
                         break
-                    left -= frame.finished
-                    yield frame
+                    if frame.index in stream.unfinished:  # an output may end by itself while it is aborted
+                        if frame.finished:
+                            stream.unfinished.discard(frame.index)
+                        yield frame
+                else:
+                    ended = not stream.aborted
             except PacelineError as error:
-                left = 0
+                ended = True
                 yield Failure.of(error, self.replica_id)
             finally:
-                if left:
+                if not ended:
                     self._loop.abort(request.request_id, request.params.n)
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request with FinishReason.ABORT; whether it was open here."""
+        aborted = self._exchange.streams.abort(request_id)
+        for stream in aborted:
+            await asyncio.wrap_future(self._loop.abort(stream.request.request_id, stream.request.params.n))
+        return bool(aborted)
 
     async def sessions(self) -> list[tuple[str, str, int, bool, int, str]]:
         """(session, replica, tokens held, running, their bytes, tier) of every session held here."""
