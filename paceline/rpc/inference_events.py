@@ -11,16 +11,11 @@ from google.protobuf.struct_pb2 import ListValue, Struct, Value
 from paceline.api.state import ClusterStatus, ReplicaStatus, SessionInfo
 from paceline.errors import PacelineError
 from paceline.rpc.rich_errors import cut
-from paceline.types import Accepted, Delta, FinishReason, Metrics, Request, TokenLogprobs
+from paceline.types import Accepted, Delta, Metrics, Request, TokenLogprobs
 from paceline.v1 import inference_pb2 as pb
 
 MAX_COUNT = 2**32 - 1
 _COUNTS = ("running", "waiting", "kv_tokens_total", "kv_tokens_in_use", "kv_tokens_cached", "sessions")
-_REASONS = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
-}
 
 
 def started_event(request: Request, accepted: Accepted, synthetic_acceptance: float | None = None) -> pb.GenerateEvent:
@@ -51,7 +46,8 @@ def delta_events(delta: Delta, counted: Metrics) -> list[pb.GenerateEvent]:
         events.append(pb.GenerateEvent(tokens=tokens))
     if delta.finish_reason is not None:
         usage = usage_message(delta.metrics or counted)
-        finished = pb.Finished(reason=_REASONS[delta.finish_reason], usage=usage, index=delta.index)
+        reason = f"FINISH_REASON_{delta.finish_reason.name}"
+        finished = pb.Finished(reason=reason, usage=usage, index=delta.index)
         events.append(pb.GenerateEvent(finished=finished))
     return events
 
