@@ -23,7 +23,7 @@ from paceline.client.options import (
     generate_request,
 )
 from paceline.client.retry import Attempts, Retry
-from paceline.client.sync import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
+from paceline.client.sync import DEFAULT_ADDRESS, DEFAULT_RETRY, DEFAULT_TIMEOUT_S
 from paceline.errors import PacelineError, SessionConflict
 from paceline.types import Delta, Prompt
 from paceline.v1 import inference_pb2 as pb
@@ -43,7 +43,7 @@ class AsyncClient:
         tls: TLS | bool = False,
         allow_plaintext_key: bool = False,
         timeout: float = DEFAULT_TIMEOUT_S,
-        retry: Retry = Retry(),  # noqa: B008 (frozen)
+        retry: Retry = DEFAULT_RETRY,
         metadata: Iterable[tuple[str, str]] = (),
     ) -> None:
         secured = TLS() if tls is True else tls or None

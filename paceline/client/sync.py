@@ -30,6 +30,7 @@ from paceline.v1.inference_pb2_grpc import InferenceStub
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 DEFAULT_TIMEOUT_S = 600.0
+DEFAULT_RETRY = Retry()
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class Client:
         tls: TLS | bool = False,
         allow_plaintext_key: bool = False,
         timeout: float = DEFAULT_TIMEOUT_S,
-        retry: Retry = Retry(),  # noqa: B008 (frozen)
+        retry: Retry = DEFAULT_RETRY,
         metadata: Iterable[tuple[str, str]] = (),
     ) -> None:
         secured = TLS() if tls is True else tls or None
