@@ -18,7 +18,6 @@ from paceline.sessions.history import ToolCall
 from paceline.types import Grammar, SamplingParams
 from paceline.v1 import inference_pb2 as pb
 
-
 USUAL = Retry()
 
 
