@@ -2,6 +2,7 @@
 //
 // The stubs are made from protos/paceline/v1/inference.proto when the program starts; there is no build step.
 
+import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import grpc from '@grpc/grpc-js';
 import protoLoader from '@grpc/proto-loader';
@@ -62,13 +63,11 @@ async function talkInASession() {
 async function abortARequest() {
   const sampling = { max_tokens: 2000, ignore_eos: true, temperature: 0 };
   const call = client.Generate({ text: 'Once upon a time', sampling }, options());
-  const finished = await print(call, ({ request_id }) =>
-    setTimeout(async () => {
-      const { aborted } = await ask('Abort', { request_id }); // from here or from anywhere else
-      console.log(`\naborted: ${aborted}`);
-    }, 300),
-  );
-  console.log(`finished with ${finished.reason}`);
+  let answer;
+  const finished = await print(call, ({ request_id }) => {
+    answer = sleep(300).then(() => ask('Abort', { request_id })); // from here or from anywhere else
+  });
+  console.log(`aborted: ${(await answer).aborted}, finished with ${finished.reason}`);
 }
 
 try {

@@ -27,6 +27,7 @@ for speculation in (True, False):
     answer = client.chat.completions.create(
         model=model.id,
         messages=[{"role": "user", "content": "Name three colours."}],
+        temperature=0.5,
         seed=7,
         max_tokens=32,
         extra_body={"speculation": speculation},

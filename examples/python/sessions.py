@@ -14,7 +14,7 @@ async def main() -> None:
     async with AsyncClient(ADDRESS) as client:
         session = await client.session(messages=[{"role": "system", "content": "Be brief."}])
         print((await session.say("My name is Ada.", temperature=0, max_tokens=24)).text)
-        fork = await session.fork()  # goes on by itself from here, with the same KV cache
+        fork = await session.fork()  # goes on by itself from here
 
         # Both at once. Only what is new is sent; what was said is at the server.
         answers = await asyncio.gather(
