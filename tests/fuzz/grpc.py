@@ -33,6 +33,7 @@ DEADLINE_S = 20.0
 MOST_EVENTS = 5
 AT_ONCE = 8
 OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.max_send_message_length", -1)]
+ENTRY = re.compile(r"^(?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) )", re.MULTILINE)
 LOGGED = re.compile(r"Traceback|unexpected error|^ERROR", re.MULTILINE)
 
 
@@ -130,10 +131,15 @@ def logged_since(before: dict[Path, int], folder: Path | None) -> list[str]:
     """Errors that were added to the logs, with the file each is in."""
     found = []
     for file in log_sizes(folder):
-        with file.open(errors="replace") as lines:
-            lines.seek(before.get(file, 0))
-            found += [f"{file.name}: {line.strip()}" for line in lines if LOGGED.search(line)]
+        with file.open(errors="replace") as log:
+            log.seek(before.get(file, 0))
+            found += [f"{file.name}: {entry.strip()}" for entry in ENTRY.split(log.read()) if wrong(entry)]
     return found
+
+
+def wrong(entry: str) -> bool:
+    """Whether a log's entry tells of an error. Serve's proxy logs a client that leaves between two events as one."""
+    return bool(LOGGED.search(entry)) and not entry.rstrip().endswith("GeneratorExit")
 
 
 async def run(options: argparse.Namespace) -> Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,7 +14,7 @@ from google.protobuf.message import DecodeError
 from paceline.rpc.inference_service import InferenceHandlers
 from paceline.types import Frame, Request
 from tests.api.scripted import ScriptedTargets, gateway
-from tests.fuzz.grpc import SERVICE, Errors, fuzz, own_server
+from tests.fuzz.grpc import SERVICE, Errors, fuzz, log_sizes, logged_since, own_server
 from tests.fuzz.messages import cases
 from tests.rpc.served import serving
 
@@ -63,6 +64,18 @@ def test_errors_in_the_log_are_kept() -> None:
     finally:
         logger.removeHandler(errors)
     assert errors.found == ["yes"]
+
+
+def test_what_was_added_to_a_log_is_searched(tmp_path: Path) -> None:
+    log = tmp_path / "replica.log"
+    log.write_text("ERROR old\n")
+    before = log_sizes(tmp_path)
+    left = "ERROR proxy -- failed\nTraceback (most recent call last):\nGeneratorExit\n"
+    with log.open("a") as more:
+        more.write(f"INFO fine\n{left}INFO fine\nERROR new\nTraceback (most recent call last):\nKeyError: 'x'\n")
+    assert logged_since(before, tmp_path) == [
+        "replica.log: ERROR new\nTraceback (most recent call last):\nKeyError: 'x'"
+    ]
 
 
 def _parses(kind: Any, raw: bytes) -> bool:
