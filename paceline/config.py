@@ -251,6 +251,12 @@ class TargetSettings(Settings):
         description="A replica that leaves goes on with what it is answering for so long; then those answers go on at "
         "another replica.",
     )
+    host: str = Field(
+        "auto",
+        description="Address a target replica sends tokens to routers from; auto is its node's. 127.0.0.1 keeps it on "
+        "one machine. Where a router cannot reach it, tokens take the way through Serve, which is slower.",
+    )
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="Its port; 0 lets the kernel pick.")
     engine: EngineSettings = Field(default_factory=EngineSettings, description="Its engine.")
 
 
@@ -423,6 +429,7 @@ def default_deployment(
     """The Ray Serve config `paceline serve` deploys when it is given no file: the default model with its own draft."""
     settings = settings or AppSettings()
     args = settings.model_dump(exclude_defaults=True)
+    args.setdefault("target", {}).setdefault("host", "127.0.0.1")
     draft = args.setdefault("draft", {})
     draft.setdefault("host", "127.0.0.1")
     if settings.model == DEFAULT_MODEL:

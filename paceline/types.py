@@ -333,16 +333,27 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class FeedAddress:
+    """Where a router gets the frames of all its requests to one replica (`paceline.rpc.frame_feed`)."""
+
+    address: str
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Accepted:
     """First frame of a stream that will produce deltas: the request was admitted by `replica_id`.
 
-    `route` is a word for why it went there (`paceline.sessions.placement.Reason`), "" if nobody chose.
+    `route` is a word for why it went there (`paceline.sessions.placement.Reason`), "" if nobody chose. The replica
+    has a `feed`, if it names one; `fed` says that the deltas of this request go there.
     """
 
     replica_id: str
     seed: int
     prompt_tokens: int
     route: str = ""
+    feed: FeedAddress | None = None
+    fed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,12 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Replicas share cores here: threads spin briefly while they wait (about 30 us), then make way.
     "GOMP_SPINCOUNT": "1000",
+    # HAProxy in front of the routers' own HTTP and gRPC servers, in place of a Python proxy that takes every frame
+    # through the object store; and a router's code in the event loop that serves it.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # How long a reload of HAProxy (another router comes or goes) lets the streams of the old one run.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
 }
 
 

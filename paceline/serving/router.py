@@ -109,6 +109,7 @@ class Router:
         """Awaited by Serve on a graceful shutdown, also of a replica that is still loading."""
         if hasattr(self, "_gateway"):
             await self._gateway.close()
+            await self._targets.close()
 
 
 def _load(settings: AppSettings) -> tuple[Any, WindowRules]:

@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from paceline.errors import PacelineError
-from paceline.types import Delta, Failure, FinishReason, Request
+from paceline.rpc.frame_codec import Named
+from paceline.rpc.mailbox import Mailbox
+from paceline.types import Delta, Failure, Request
 
 
 @dataclass(eq=False, slots=True)
 class OpenStream:
-    """One of them: what is to be sent, which of its outputs have not ended, and whether it is over.
+    """One of them: what is to be sent, and whether it is over.
 
-    One that was aborted may still be computed: its outputs ended for the client, not for the engine.
+    `frames` ends with None. `left` counts the outputs that have not ended.
     """
 
     request: Request
-    unfinished: set[int] = field(default_factory=set)
-    aborted: bool = False
-    frames: asyncio.Queue[Delta | Failure] = field(default_factory=asyncio.Queue)
+    frames: asyncio.Queue[Delta | Failure | None] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    left: int = 0
+
+    def sink(self, feed: Mailbox[Named] | None) -> Callable[[Delta | Failure], None]:
+        """What takes this request's frames in the engine's thread: for its own stream, or for the feed that carries
+        them, which leaves its own stream nothing but the end."""
+        events, name = asyncio.get_running_loop(), self.request.request_id
+        self.left = len(self.request.choices())
+
+        def tell(frame: Delta | Failure) -> None:
+            if feed is None:
+                events.call_soon_threadsafe(self.frames.put_nowait, frame)
+            else:
+                feed.put((name, frame))
+            self.left -= isinstance(frame, Delta) and frame.finished
+            if not self.left or isinstance(frame, Failure):
+                events.call_soon_threadsafe(self.frames.put_nowait, None)
+
+        return tell
 
 
 class Streams:
@@ -33,7 +51,7 @@ class Streams:
 
     @contextmanager
     def open(self, request: Request) -> Iterator[OpenStream]:
-        stream = OpenStream(request, {each.index for each in request.choices()})
+        stream = OpenStream(request)
         self._open[stream] = None
         try:
             yield stream
@@ -45,22 +63,16 @@ class Streams:
         stream.frames.put_nowait(Failure.of(error, replica_id))
         self._close(stream)
 
-    def abort(self, request_id: str) -> list[OpenStream]:
-        """End a request, behind what was said already, also if it is an attempt to go on elsewhere
-        (`paceline.api.resume`). Those that were open."""
-        found = [each for each in self._open if each.request.request_id.partition("+")[0] == request_id]
-        for stream in found:
-            stream.aborted = True
-            for index in sorted(stream.unfinished):
-                stream.frames.put_nowait(Delta((), "", FinishReason.ABORT, index=index))
-        return found
-
     def __bool__(self) -> bool:
         return bool(self._open)
 
     def of(self, session_id: str | None) -> list[OpenStream]:
         """Those of a session; of None, those of none."""
         return [stream for stream in self._open if stream.request.session_id == session_id]
+
+    def named(self, request_id: str) -> list[OpenStream]:
+        """Those of a request: it, or its attempt to go on here (`paceline.api.resume`)."""
+        return [stream for stream in self._open if stream.request.request_id.partition("+")[0] == request_id]
 
     def sessions(self) -> dict[str, int]:
         """Sessions that are being answered, with the tokens of their prompts; the latest first."""

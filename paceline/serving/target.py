@@ -6,19 +6,25 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import serve
 
 from paceline.config import AppSettings
-from paceline.errors import PacelineError
+from paceline.errors import PacelineError, Unavailable
 from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
+from paceline.rpc.frame_codec import Named
+from paceline.rpc.frame_feed import Feeds, start_feed_server
+from paceline.rpc.mailbox import Mailbox
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.exchange import Exchange
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
+from paceline.serving.streams import OpenStream
 from paceline.sessions.handoff import Bound, Move, Outcome, Receipt, Room
 from paceline.sessions.placement import Route
 from paceline.sessions.prefixes import sketch
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FEED_LOST = Unavailable("the way from the replica to the router was lost; send it again")
 MAX_ADVERTISED_SESSIONS = 512
 MAX_ADVERTISED_ENTRIES = 128
 
@@ -56,6 +63,7 @@ class Target:
         self._pool: DraftPool | None = None
         self._watch: ReplicaWatch | None = None
         self._idle = IdleWatch()
+        self._feeds = Feeds()
         self._ranks: Ranks | None = None
         self._ranks = await Ranks.start(settings.target, settings.model)
         try:
@@ -71,6 +79,8 @@ class Target:
             within_s=settings.sessions.handoff_timeout_s,
             grace_s=settings.target.drain_timeout_s,
         )
+        host = ray.util.get_node_ip_address() if settings.target.host == "auto" else settings.target.host
+        self._feed_server, self._feed_address = await start_feed_server(self._feeds, host, settings.target.port)
 
     async def _set_up(self, draft_deployment: str | None) -> None:
         self._model = await loading(self._ranks, asyncio.to_thread(_load, self._settings, self._ranks))
@@ -92,48 +102,46 @@ class Target:
         self._pool = DraftPool(self._proposer, hello)
         self._watch = ReplicaWatch(self._context.app_name, deployment, "address", self._pool.set_members)
 
-    async def generate(self, request: Request, route: Route | None = None) -> AsyncIterator[Frame]:
-        """Accepted, then a delta per step; or a Failure. Closing the generator frees everything at once.
+    async def generate(self, request: Request, route: Route | None = None, router: str = "") -> AsyncIterator[Frame]:
+        """Accepted, then a delta per step, here or in the feed that `router` has; or a Failure. Closing the generator
+        frees everything at once.
 
         `route` says why the request came here, as whoever routed it filled it in.
         """
         request = replace(request, params=request.params.with_seed())
-        events = asyncio.get_running_loop()
-        ended = False
-        with self._exchange.streams.open(request) as stream:
-            frames = stream.frames
+        with self._exchange.streams.open(request) as stream, self._carried(stream, router) as feed:
             try:
                 await self._exchange.arrival(request.session_id)
-                await asyncio.wrap_future(
-                    self._loop.submit(request, lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
-                )
-                assert request.params.seed is not None
-                reason = route.told_by(self.replica_id) if route is not None else ""
-                yield Accepted(self.replica_id, request.params.seed, len(request.token_ids), reason)
-                while stream.unfinished:
-                    frame = await frames.get()
+                await asyncio.wrap_future(self._loop.submit(request, stream.sink(feed)))
+                yield self._accepted(request, route, fed=feed is not None)
+                while (frame := await stream.frames.get()) is not None:
+                    yield frame
                     if isinstance(frame, Failure):
-                        yield frame
                         break
-                    if frame.index in stream.unfinished:  # an output may end by itself while it is aborted
-                        if frame.finished:
-                            stream.unfinished.discard(frame.index)
-                        yield frame
-                else:
-                    ended = not stream.aborted
             except PacelineError as error:
-                ended = True
+                stream.left = 0
                 yield Failure.of(error, self.replica_id)
             finally:
-                if not ended:
+                if stream.left:
                     self._loop.abort(request.request_id, request.params.n)
 
     async def abort(self, request_id: str) -> bool:
-        """End a request with FinishReason.ABORT; whether it was open here."""
-        aborted = self._exchange.streams.abort(request_id)
-        for stream in aborted:
-            await asyncio.wrap_future(self._loop.abort(stream.request.request_id, stream.request.params.n))
-        return bool(aborted)
+        """End a request with FinishReason.ABORT; whether it ran here."""
+        ran = False
+        for stream in self._exchange.streams.named(request_id):
+            ran |= await asyncio.wrap_future(self._loop.end(stream.request.request_id, stream.request.params.n))
+        return ran
+
+    def _carried(self, stream: OpenStream, router: str) -> AbstractContextManager[Mailbox[Named] | None]:
+        """The feed that the frames of this stream go to, if the router has one; a loss of it ends the stream."""
+        streams = self._exchange.streams
+        return self._feeds.carrying(router, lambda: streams.fail(stream, FEED_LOST, self.replica_id))
+
+    def _accepted(self, request: Request, route: Route | None, *, fed: bool) -> Accepted:
+        assert request.params.seed is not None
+        reason = route.told_by(self.replica_id) if route is not None else ""
+        tokens = len(request.token_ids)
+        return Accepted(self.replica_id, request.params.seed, tokens, reason, self._feed_address, fed)
 
     async def sessions(self) -> list[tuple[str, str, int, bool, int, str]]:
         """(session, replica, tokens held, running, their bytes, tier) of every session held here."""
@@ -185,6 +193,7 @@ class Target:
             "sessions": sum(each.tier == "device" for each in await self._sessions()),
             "drafted_tokens": engine.tally.drafted,
             "accepted_tokens": engine.tally.accepted,
+            "routers_fed": len(self._feeds.routers),
             "drafters_connected": 0,
             "speculation": self._speculation(),
             "handoff": self._exchange.numbers(),
@@ -258,6 +267,8 @@ class Target:
         """Awaited by Serve on a graceful shutdown, after the last request."""
         if hasattr(self, "_exchange"):  # it may be called while __init__ is still loading
             await self._exchange.finish()
+        if hasattr(self, "_feed_server"):
+            await self._feed_server.stop(grace=None)
         if self._watch is not None:
             self._watch.stop()
         if self._pool is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from paceline.api import ClusterStatus, SessionInfo, Targets
 from paceline.engine.loop import EngineLoop
+from paceline.rpc.frame_feed import Feeds
 from paceline.serving.exchange import Exchange
 from paceline.serving.target import Target
 from paceline.sessions.handoff import Outcome
@@ -24,6 +25,7 @@ class _Bare(Target):
     def __init__(self, loop: EngineLoop) -> None:
         self.replica_id = "target-1"
         self._loop = loop
+        self._feeds, self._feed_address = Feeds(), None
         self._exchange = Exchange(self.replica_id, loop, _nobody, within_s=0.0, grace_s=0.0)
 
     def __del__(self) -> None:

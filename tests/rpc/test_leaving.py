@@ -132,7 +132,7 @@ async def leave(stub: Any, draw: random.Random, seen: Counter[str]) -> None:
 async def disconnect(count: int) -> None:
     """So many of them, up to 24 at once, over connections of which one in a while is closed under them."""
     draw, seen = random.Random(5), Counter[str]()
-    with engine_target(max_queued_requests=16) as replica:
+    with engine_target(max_queued_requests=4) as replica:
         handlers = InferenceHandlers(gateway(replica))
         async with serving(handlers) as address:
             before = len(asyncio.all_tasks())
