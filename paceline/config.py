@@ -468,7 +468,7 @@ def default_deployment(
     }
 
 
-GRPC_SERVICER = "paceline.v1.inference_pb2_grpc.add_InferenceServicer_to_server"
+GRPC_SERVICER = "paceline.rpc.inference_server.add_inference_servicer"
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:

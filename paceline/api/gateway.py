@@ -40,6 +40,8 @@ from paceline.types import Frame, Grammar, Prompt, Request, SamplingParams
 
 CONTROL_TIMEOUT_S = 10.0
 """How long a question about sessions or status may take."""
+DRAIN_TIMEOUT_S = 30.0
+DRAIN_POLL_S = 0.1
 SESSION_TTL_S = 3600.0
 CHARS_PER_TOKEN = 64
 """More than texts have, but for pages of spaces: a longer prompt cannot fit, and is not worth tokenizing."""
@@ -74,13 +76,20 @@ class Targets(Protocol):
         None if there is no such replica."""
 
     @abstractmethod
+    async def abort(self, request_id: str) -> bool:
+        """End a request, whoever opened it, with FinishReason.ABORT; False if no replica computes it."""
+
+    @abstractmethod
     async def status(self) -> ClusterStatus:
         """What the replicas report about themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request ready to be opened, and the turn of a session that it is, if any."""
+    """A request ready to be opened, and the turn of a session that it is, if any.
+
+    `timeout_s` is the client's own limit; the server's holds in any case.
+    """
 
     request: Request
     turn: Turn | None = None
@@ -246,7 +255,8 @@ class Gateway:
         frames = resuming(self._targets.generate, request, self._max_resumptions, seen=self._seen)
         if turn is not None:
             frames = self._conversations.recorded(frames, request, turn)
-        timeout_s = min(self._request_timeout_s, prepared.timeout_s or self._request_timeout_s)
+        own = self._request_timeout_s
+        timeout_s = own if prepared.timeout_s is None else min(own, prepared.timeout_s)
         return await Stream.open(frames, timeout_s, request.params.n)
 
     def readers(self, tools: ToolUse) -> Readers | None:
@@ -259,12 +269,21 @@ class Gateway:
         """A prompt as text."""
         return prompt if isinstance(prompt, str) else self._prompts.text_of(prompt)
 
+    async def abort(self, request_id: str) -> bool:
+        """End a request, whichever router opened it; False if no replica computes it, or no longer."""
+        return await _bounded(self._targets.abort(request_id))
+
     async def tokenize(self, content: str | Sequence[ChatMessage], *, model: str | None = None) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation as `prepare_chat` renders it."""
         self.check_model(model)
         if isinstance(content, str):
             return await self._prompts.text("text", content)
         return await self._prompts.chat(check_messages(content))
+
+    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
+        """The text of token ids, special tokens included."""
+        self.check_model(model)
+        return await self._prompts.detokenize(token_ids)
 
     async def create_session(
         self, session_id: str | None = None, messages: Sequence[ChatMessage] = (), seed: int | None = None
@@ -324,6 +343,25 @@ class Gateway:
         if outcome is None:
             raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
         return outcome
+
+    async def drain(self, replica: str, timeout_s: float = DRAIN_TIMEOUT_S) -> Outcome:
+        """Hand the KV of all sessions of a replica to others, of those being answered once their turn is over, or give
+        up on them when the time is. Raises InvalidRequest if there is no such replica."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        drained, refused = Outcome(), dict[str, str]()
+        while True:
+            held = [info.session_id for info in await _bounded(self._targets.sessions()) if info.replica_id == replica]
+            wanted = [name for name in held if name not in refused]
+            outcome = await _bounded(self._targets.hand_off(replica, wanted, len(wanted)))
+            if outcome is None:
+                raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
+            drained.arrived |= outcome.arrived
+            refused |= {name: why for name, why in outcome.left.items() if why != BUSY}
+            busy = {name: why for name, why in outcome.left.items() if why == BUSY}
+            if not busy or asyncio.get_running_loop().time() >= deadline:
+                drained.left = refused | busy
+                return drained
+            await asyncio.sleep(DRAIN_POLL_S)
 
     async def close(self) -> None:
         """Release the session store."""

@@ -46,6 +46,8 @@ class Tokenizer(Protocol):
     @property
     def all_special_ids(self) -> list[int]: ...
 
+    def decode(self, token_ids: Sequence[int]) -> Any: ...
+
     # Only for log probabilities.
 
     def get_added_vocab(self) -> dict[str, int]: ...
@@ -140,6 +142,11 @@ class PromptEncoder:
                 f"{param}: {size} characters are more than are taken here, {self._max_chars} (limits.max_prompt_chars)",
                 param=param,
             )
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        self.check_ids("token_ids", token_ids)
+        return await asyncio.to_thread(lambda: str(self._tokenizer.decode(list(token_ids))))
 
     def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
         """Raise InvalidRequest if an id is outside the vocabulary."""

@@ -18,7 +18,7 @@ from paceline.engine.kv_cache import KVCache
 from paceline.errors import EngineError, InvalidRequest, PacelineError, Unavailable
 from paceline.speculation.frames import Candidates, DraftFrame
 from paceline.speculation.grammar import Grammars
-from paceline.types import Delta, Failure, Grammar, Request, choice_ids
+from paceline.types import Delta, Failure, FinishReason, Grammar, Request, choice_ids
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +198,21 @@ class EngineLoop:
                 self._drop(name)
 
         return self.call(drop)
+
+    def end(self, request_id: str, n: int = 1) -> Future[bool]:
+        """End a request and its n outputs; its sink hears of each that had not ended that it was aborted. Whether there
+        was one."""
+
+        def tell() -> bool:
+            sinks = {index: self._sinks.get(name) for index, name in enumerate(choice_ids(request_id, n))}
+            for name in choice_ids(request_id, n):
+                self._drop(name)
+            running = {index: sink for index, sink in sinks.items() if sink is not None}
+            for index, sink in running.items():
+                _told(sink, Delta((), "", FinishReason.ABORT, index=index))
+            return bool(running)
+
+        return self.call(tell)
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End every request with an error, then the thread; then idle sessions go to the disk tier. Idempotent."""

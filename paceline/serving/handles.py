@@ -106,6 +106,9 @@ class ServeTargets(Targets):
             raise _translate(error) from error
         return outcome
 
+    async def abort(self, request_id: str) -> bool:
+        return any(await ask_all(self._target, "abort", request_id))
+
     async def moved(self, moves: Sequence[Move]) -> None:
         """Tell each new holder what is to come. Whoever routes the call notes on the way where follow-ups go."""
         calls = (call_alone(self._target, "expect", move) for move in moves)

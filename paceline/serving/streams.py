@@ -70,6 +70,10 @@ class Streams:
         """Those of a session; of None, those of none."""
         return [stream for stream in self._open if stream.request.session_id == session_id]
 
+    def named(self, request_id: str) -> list[OpenStream]:
+        """Those of a request: it, or its attempt to go on here (`paceline.api.resume`)."""
+        return [stream for stream in self._open if stream.request.request_id.partition("+")[0] == request_id]
+
     def sessions(self) -> dict[str, int]:
         """Sessions that are being answered, with the tokens of their prompts; the latest first."""
         found = {each.request.session_id: len(each.request.token_ids) for each in reversed(self._open)}

@@ -135,6 +135,13 @@ class Target:
                 if stream.left:
                     self._loop.abort(request.request_id, request.params.n)
 
+    async def abort(self, request_id: str) -> bool:
+        """End a request with FinishReason.ABORT; whether it ran here."""
+        ran = False
+        for stream in self._exchange.streams.named(request_id):
+            ran |= await asyncio.wrap_future(self._loop.end(stream.request.request_id, stream.request.params.n))
+        return ran
+
     def _carried(self, stream: OpenStream, router: str) -> AbstractContextManager[Mailbox[Named] | None]:
         """The feed that the frames of this stream go to, if the router has one; a loss of it ends the stream."""
         streams = self._exchange.streams

@@ -13,7 +13,7 @@ import pytest
 from paceline.engine.loop import DrafterLoop, EngineLoop
 from paceline.errors import DraftError, EngineError, InvalidRequest, Unavailable
 from paceline.speculation.frames import Advance, Candidates, DraftFailureReason, DraftFrame, Open
-from paceline.types import Delta, Failure, Request, SamplingParams
+from paceline.types import Delta, Failure, FinishReason, Request, SamplingParams
 from tests import tiny
 
 MODEL = tiny.tiny_llama()
@@ -460,3 +460,15 @@ def test_an_abandoned_drafter_refuses_its_streams(drafting: DrafterLoop) -> None
     with pytest.raises(Unavailable, match="rank 1 was lost"):
         waiting.result(0)
     gate.open()
+
+
+def test_an_ended_request_s_listener_hears_that_it_was_aborted(loop: EngineLoop) -> None:
+    listener = Listener()
+    gate = Gate(loop)
+    loop.submit(request("r", n=2, seed=1, max_tokens=400), listener)
+    ended = loop.end("r", 2)
+    again = loop.end("r", 2)
+    gate.open()
+    assert (ended.result(PATIENCE_S), again.result(PATIENCE_S)) == (True, False)
+    assert listener.heard == [Delta((), "", FinishReason.ABORT, index=index) for index in range(2)]
+    assert loop.call(loop.engine.kv.usage).result(PATIENCE_S).in_use == 0
