@@ -18,6 +18,7 @@ from paceline.api.answers import (
     PacelineInfo,
     SourceInfo,
     Usage,
+    VerifiedInfo,
 )
 from paceline.api.logprobs import Offsets, TokenTexts, chat_logprobs, completion_logprobs, prompt_logprobs
 from paceline.seeds import choice_seed
@@ -121,10 +122,13 @@ class Wording(ABC):
 
     def chunk(self, tally: Tally, delta: Delta) -> Answer:
         """One engine step of one choice. The last one says what the answer cost, unless a closing chunk will."""
-        token_ids = list(delta.token_ids) if self.return_token_ids else None
+        step = None
+        if self.return_token_ids:
+            step = PacelineInfo(token_ids=list(delta.token_ids), verified=VerifiedInfo.of(delta))
         if tally.finished and not self.include_usage:
-            return self._chunk(tally, delta, self._marked(tally.info(token_ids)))
-        return self._chunk(tally, delta, None if token_ids is None else PacelineInfo(token_ids=token_ids))
+            told = {} if step is None else {"token_ids": step.token_ids, "verified": step.verified}
+            step = self._marked(tally.info().model_copy(update=told))
+        return self._chunk(tally, delta, step)
 
     @abstractmethod
     def openings(self, tally: Tally) -> list[Answer]:
