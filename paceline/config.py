@@ -446,6 +446,11 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "paceline"
 
 
+def api_key(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The key that `paceline chat` and `paceline status` send: PACELINE_API_KEY."""
+    return environ.get("PACELINE_API_KEY") or None
+
+
 def ca_bundle(environ: Mapping[str, str] = os.environ) -> str | None:
     """File or folder of trusted certificates named in the environment, in the order pip and requests look."""
     names = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")

@@ -41,9 +41,10 @@ class VerifiedInfo(Answer):
     @classmethod
     def of(cls, delta: Delta) -> VerifiedInfo | None:
         found = delta.verified
-        return found and cls(
-            source=found.source, drafted=found.drafted, accepted=found.accepted, text=delta.text[: found.chars]
-        )
+        if found is None:
+            return None
+        text = delta.text[: found.chars]
+        return cls(source=found.source, drafted=found.drafted, accepted=found.accepted, text=text)
 
 
 class PacelineInfo(Answer):

@@ -40,6 +40,7 @@ Addresses and ports belong to Ray Serve: `http_options` and `grpc_options` in th
 | Variable | Meaning |
 | --- | --- |
 | `PACELINE_CACHE` | Folder of downloaded and converted models; default `paceline` in `XDG_CACHE_HOME` or `~/.cache`. |
+| `PACELINE_API_KEY` | The key that `paceline chat` and `paceline status` send. |
 """
 
 CLI = f"""{GENERATED}

@@ -19,23 +19,29 @@ export const api = {
   sessions: async () => (await json("v1/sessions")).data,
   session: (id) => json(sessionPath(id)),
   messages: async (id) => (await json(`${sessionPath(id)}/messages`)).data,
-  fork: (id) => json(`${sessionPath(id)}/fork`, "POST", {}),
+  fork: (id, name) => json(`${sessionPath(id)}/fork`, "POST", { session_id: name }),
   move: (id, replica) => json(`${sessionPath(id)}/move`, "POST", replica ? { replica } : {}),
   close: (id) => json(sessionPath(id), "DELETE"),
   /** The chunks of an answer: of the session's next turn if `append`, else of a conversation given whole. */
-  answer: (id, append, body, signal) =>
+  answer: (id, append, body, seed, signal) =>
     append
-      ? events(`${sessionPath(id)}/turns`, body, signal)
-      : events("v1/chat/completions", { ...body, session_id: id }, signal),
+      ? events(`${sessionPath(id)}/turns`, seeded(body, seed), signal)
+      : events("v1/chat/completions", seeded({ ...body, session_id: id }, seed), signal),
 };
 
-async function request(path, method, body, signal) {
+/** The body as JSON. A seed has 64 bits, more than a number of JavaScript's holds, so it stays the digits it is. */
+function seeded(body, seed) {
+  const text = JSON.stringify(body);
+  return seed ? `${text.slice(0, -1)},"seed":${seed}}` : text;
+}
+
+async function request(path, method, text, signal) {
   const headers = {};
   if (settings.key) headers.authorization = `Bearer ${settings.key}`;
-  if (body !== undefined) headers["content-type"] = "application/json";
+  if (text !== undefined) headers["content-type"] = "application/json";
   let response;
   try {
-    response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body), cache: "no-store" });
+    response = await fetch(path, { method, headers, signal, body: text, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refusal("The server does not answer. Check that it runs: paceline status");
@@ -45,7 +51,7 @@ async function request(path, method, body, signal) {
 }
 
 async function json(path, method = "GET", body = undefined) {
-  return (await request(path, method, body, AbortSignal.timeout(15000))).json();
+  return (await request(path, method, body && JSON.stringify(body), AbortSignal.timeout(15000))).json();
 }
 
 async function refusal(response) {
@@ -64,8 +70,8 @@ function sentence(error, status, retryAfter) {
   return new Refusal(remedy ? `${message} – ${remedy}` : message, { status, code: error?.code });
 }
 
-async function* events(path, body, signal) {
-  const response = await request(path, "POST", body, signal);
+async function* events(path, text, signal) {
+  const response = await request(path, "POST", text, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -79,6 +85,7 @@ async function* events(path, body, signal) {
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
       if (event.error) throw sentence(event.error, 200);
+      if (event.paceline?.seed !== undefined) event.paceline.seed = /"seed":(-?\d+)/.exec(data)[1]; // all 64 bits of it
       yield event;
     }
   }

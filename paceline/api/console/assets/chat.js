@@ -154,9 +154,9 @@ function inWords(cost) {
   return [
     `${usage.completion_tokens} tokens`,
     rate,
-    `first after ${info.ttft_s.toFixed(2)} s`,
     info.drafted_tokens ? `${info.accepted_tokens} of ${info.drafted_tokens} candidates accepted` : "no candidates",
     info.steps ? `${((usage.completion_tokens - 1) / info.steps).toFixed(2)} tokens a step` : "",
+    `first after ${info.ttft_s.toFixed(2)} s`,
     `${count(info.cached_tokens)} of ${count(usage.prompt_tokens)} prompt tokens cached`,
     `target ${info.replica_id}`,
     `seed ${info.seed}`,

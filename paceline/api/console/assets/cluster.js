@@ -1,6 +1,7 @@
 // The cluster view: replicas, drafters, where each session's KV lives, speculation by source. Drawn anew every second.
 
 import { api } from "./api.js";
+import { newName } from "./conversation.js";
 import { age, brief, byId, count, h, keyed, notify, percent, say, size } from "./dom.js";
 
 const NOWHERE = "no replica";
@@ -106,7 +107,7 @@ export class Cluster {
       "div.row",
       {},
       h("button.open", { type: "button", onclick: () => this.open(id) }, "Open in chat"),
-      h("button.fork", { type: "button", onclick: act(async () => { this.chosen = (await api.fork(id)).session_id; }) }, "Fork"),
+      h("button.fork", { type: "button", onclick: act(async () => { this.chosen = (await api.fork(id, newName())).session_id; }) }, "Fork"),
       select,
       h("button.danger", { type: "button", onclick: act(() => api.close(id)) }, "Close"),
     );
@@ -130,7 +131,7 @@ function drawTotals({ targets, drafts }, sessions) {
   drawFacts(byId("totals"), [
     ["running", count(total("running"))],
     ["waiting", count(total("waiting"))],
-    ["KV in use", percent(total("kv_tokens_in_use") + total("kv_tokens_cached"), total("kv_tokens_total"))],
+    ["KV filled", percent(total("kv_tokens_in_use") + total("kv_tokens_cached"), total("kv_tokens_total"))],
     ["sessions", count(sessions.length)],
     ["acceptance", percent(total("accepted_tokens"), total("drafted_tokens"))],
     ["targets", count(targets.length)],

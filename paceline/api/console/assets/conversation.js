@@ -5,9 +5,10 @@
 
 import { api } from "./api.js";
 import { Tinted } from "./prose.js";
-import { sampling, seeded, settings } from "./settings.js";
+import { sampling, settings } from "./settings.js";
 
-const newName = () => `chat-${[...crypto.getRandomValues(new Uint8Array(6))].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
+/** For a session of this page. */
+export const newName = () => `chat-${[...crypto.getRandomValues(new Uint8Array(6))].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
 
 export class Conversation {
   constructor(id = newName(), said = [], parent = null) {
@@ -22,7 +23,7 @@ export class Conversation {
   }
 
   async fork() {
-    const card = await api.fork(this.id);
+    const card = await api.fork(this.id, newName());
     const fork = new Conversation(card.session_id, [], this.id);
     fork.messages = [...this.messages];
     fork.agreed = this.agreed;
@@ -85,8 +86,8 @@ export class Conversation {
   async #read(answer, append, signal, onStep) {
     const before = this.messages.slice(0, -1);
     const said = (append ? before.slice(-1) : before).map(({ role, text }) => ({ role, content: text.text }));
-    const body = seeded({ ...sampling(), messages: said });
-    for await (const chunk of api.answer(this.id, append, body, signal)) {
+    const body = { ...sampling(), messages: said };
+    for await (const chunk of api.answer(this.id, append, body, settings.seed, signal)) {
       answer.cost.add(chunk);
       for (const choice of chunk.choices) {
         const text = choice.delta?.content ?? "";

@@ -1,6 +1,7 @@
 // The list of sessions beside the chat.
 
 import { api } from "./api.js";
+import { newName } from "./conversation.js";
 import { age, brief, byId, count, h, keyed, notify, say } from "./dom.js";
 
 const SHOWN = 50;
@@ -49,7 +50,7 @@ export class Sessions {
 
   async #fork(id) {
     try {
-      await this.chat.resume((await api.fork(id)).session_id);
+      await this.chat.resume((await api.fork(id, newName())).session_id);
     } catch (error) {
       notify(error.message);
     }

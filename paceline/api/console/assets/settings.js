@@ -33,19 +33,12 @@ export function installSettings(onChange) {
   onChange();
 }
 
-/** The fields of a request that follow from the settings. An empty one is the server's choice. */
+/** The fields of a request that follow from the settings, but for the seed. An empty one is the server's choice. */
 export function sampling() {
   const body = { speculation: settings.speculation, stream: true, stream_options: { include_usage: true }, return_token_ids: true };
   if (settings.temperature !== "") body.temperature = Number(settings.temperature);
   if (settings.max_tokens !== "") body.max_tokens = Number(settings.max_tokens);
   return body;
-}
-
-/** The body as JSON text would have it, but for the seed: a 64-bit seed is more than a JavaScript number holds. */
-export function seeded(body) {
-  if (settings.seed === "") return body;
-  const seed = BigInt(settings.seed);
-  return { ...body, seed: seed <= BigInt(Number.MAX_SAFE_INTEGER) ? Number(seed) : JSON.rawJSON?.(settings.seed) ?? Number(seed) };
 }
 
 function apply() {
