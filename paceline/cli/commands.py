@@ -58,10 +58,7 @@ def session(chat: Chat, argument: str) -> None:
             chat.recall(talk.history[-1].content)
         return
     known = {} if talk.session_id is None else chat.known(talk.session_id)
-    note(
-        chat.console,
-        f"session {talk.session_id}: {session_line(known)}" if known else f"session {talk.session_id}: new",
-    )
+    note(chat.console, f"session {talk.session_id}: {session_line(known) if known else 'new'}")
 
 
 def session_line(card: Mapping[str, Any]) -> str:

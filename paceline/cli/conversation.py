@@ -1,7 +1,7 @@
 """One conversation of `paceline chat`: what was said, and the server's session that it is.
 
 While both agree a turn is appended to the session, and nothing is sent twice. After an answer that was stopped or is
-asked for anew, which the server does not have so, the conversation is sent whole once; the session is that from then on.
+asked for anew, which the server does not have so, the conversation is sent whole once; then the session is that.
 """
 
 from __future__ import annotations

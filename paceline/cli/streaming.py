@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from markdown_it import MarkdownIt
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -147,7 +147,7 @@ class LeftHeading(Heading):
 class ModelMarkdown(Markdown):
     """What a model writes: HTML is text, links show where they lead, code has the terminal's own colours."""
 
-    elements = {**Markdown.elements, "heading_open": LeftHeading}
+    elements: ClassVar = {**Markdown.elements, "heading_open": LeftHeading}
 
 
 def markdown(text: str) -> Markdown:

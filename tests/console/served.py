@@ -16,7 +16,7 @@ from paceline.api import ClusterStatus, Gateway, SessionInfo, Targets, create_ap
 from paceline.engine.loop import EngineLoop
 from paceline.sessions.handoff import Outcome
 from paceline.speculation.local import LocalProposer
-from paceline.types import Accepted, Failure, Frame, Request
+from paceline.types import Accepted, Delta, Frame, Request
 from tests import tiny
 
 TEMPLATE = "{% for m in messages %} w3 {{ m.content }}{% endfor %}{% if add_generation_prompt %} w4{% endif %}"
@@ -49,12 +49,9 @@ class EngineTargets(Targets):
         try:
             while not ended:
                 frame = await frames.get()
-                while told > 2 and not self.hold.is_set():
-                    await asyncio.sleep(0.01)
-                ended, told = (
-                    isinstance(frame, Failure) or (not isinstance(frame, Accepted) and frame.finished),
-                    told + 1,
-                )
+                if told > 2:
+                    await asyncio.to_thread(self.hold.wait, 10)
+                ended, told = not isinstance(frame, Delta) or frame.finished, told + 1
                 yield frame
         finally:
             if not ended:

@@ -26,7 +26,7 @@ export class Cluster {
     drawCards(byId("targets"), status.targets, targetFacts, (each) => accepted(each));
     drawCards(byId("drafters"), status.drafts, drafterFacts);
     drawSources(status.targets);
-    const routes = Object.entries(status.router?.routes ?? {}).map(([why, times]) => `${why.replaceAll("_", " ")} ${count(times)}`);
+    const routes = Object.entries(status.router?.routes ?? {}).filter(([why]) => why).map(([why, times]) => `${why.replaceAll("_", " ")} ${count(times)}`);
     const resumed = status.router?.resumptions ? [`answers resumed elsewhere ${count(status.router.resumptions)}`] : [];
     say(byId("routes"), routes.length ? `Requests by the reason for their place: ${[...routes, ...resumed].join(" · ")}` : "");
   }

@@ -15,6 +15,18 @@ export function h(spec, properties = {}, ...children) {
   return node;
 }
 
+/** A line drawing of 16 by 16, for a button that has a name. */
+export function icon(path) {
+  const space = "http://www.w3.org/2000/svg";
+  const drawing = document.createElementNS(space, "svg");
+  const line = document.createElementNS(space, "path");
+  drawing.setAttribute("viewBox", "0 0 16 16");
+  drawing.setAttribute("aria-hidden", "true");
+  line.setAttribute("d", path);
+  drawing.append(line);
+  return drawing;
+}
+
 export const byId = (id) => document.getElementById(id);
 
 /**

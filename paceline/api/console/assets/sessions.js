@@ -2,9 +2,11 @@
 
 import { api } from "./api.js";
 import { newName } from "./conversation.js";
-import { age, brief, byId, count, h, keyed, notify, say } from "./dom.js";
+import { age, brief, byId, count, h, icon, keyed, notify, say } from "./dom.js";
 
 const SHOWN = 50;
+const FORK = "M4 2v12M4 8h4q4 0 4-4V2M10 4l2-2 2 2";
+const CROSS = "M4 4l8 8M12 4l-8 8";
 
 export class Sessions {
   /** `chat` is asked which session is open, and told to open another. */
@@ -43,8 +45,8 @@ export class Sessions {
       {},
       h("button.open", { type: "button", title: parent ? `${id}, fork of ${parent}` : id, onclick: () => this.chat.resume(id) },
         h("span", {}, h("i.dot.tier"), h("code", {}, name)), h("small")),
-      h("button.quiet", { type: "button", title: "Fork", "aria-label": `Fork ${id}`, onclick: () => this.#fork(id) }, "⑂"),
-      h("button.quiet", { type: "button", title: "Delete", "aria-label": `Delete ${id}`, onclick: () => this.#close(id) }, "✕"),
+      h("button.quiet", { type: "button", title: "Fork", "aria-label": `Fork ${id}`, onclick: () => this.#fork(id) }, icon(FORK)),
+      h("button.quiet", { type: "button", title: "Delete", "aria-label": `Delete ${id}`, onclick: () => this.#close(id) }, icon(CROSS)),
     );
   }
 
