@@ -79,7 +79,7 @@ def stats(chat: Chat, argument: str) -> None:  # noqa: ARG001
         note(chat.console, "no answers yet")
         return
     note(chat.console, f"session {answers[-1].session_id}: {summary_line(answers)}")
-    if (table := source_table(total([answer.metrics for answer in answers]))) is not None:
+    if (table := source_table(total([answer.metrics for answer in answers]).sources)) is not None:
         chat.console.print(table, style="dim")
 
 

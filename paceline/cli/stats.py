@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from paceline.cli.client import Answer, Step
 from paceline.speculation.telemetry import merged
-from paceline.types import Metrics
+from paceline.types import Metrics, SourceMetrics
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,18 +83,18 @@ def summary_line(answers: Sequence[Answer]) -> str:
     )
 
 
-def source_table(metrics: Metrics) -> Table | None:
-    """A row for each source of candidates, with its acceptance by place in the run; None if there were none."""
+def source_table(sources: Sequence[SourceMetrics]) -> Table | None:
+    """A row for each source of candidates, with its acceptance by place in the run; None if there are none."""
     from rich import box
     from rich.table import Table
 
-    if not metrics.sources:
+    if not sources:
         return None
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("source")
     for heading in ("drafted", "accepted", "rolled back", "wasted", "acceptance", "by place in the run"):
         table.add_column(heading, justify="right", overflow="fold")
-    for each in metrics.sources:
+    for each in sources:
         drafted, accepted = sum(each.drafted), sum(each.accepted)
         places = " ".join(percent(a, d) for a, d in zip(each.accepted, each.drafted, strict=True))
         counts = (str(drafted), str(accepted), str(each.rolled_back), str(each.wasted), percent(accepted, drafted))
