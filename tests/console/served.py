@@ -76,6 +76,10 @@ class EngineTargets(Targets):
     ) -> Outcome | None:
         return None
 
+    def stop(self) -> None:
+        for loop in self._loops.values():
+            loop.stop()
+
     async def status(self) -> ClusterStatus:
         targets = []
         for name, loop in self._loops.items():
@@ -106,7 +110,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A word for each id of the tiny models: w0, w1, …"""
     raw = Tokenizer(models.WordLevel({f"w{n}": n for n in range(tiny.VOCAB)}, unk_token="w0"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="w0", eos_token="w2")
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw)  # no special ids: every token has a text
     fast.chat_template = TEMPLATE
     return fast
 
