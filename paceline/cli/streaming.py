@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 REFRESHES_PER_S = 12
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_ITEM = re.compile(r"\s*([-*+]|\d{1,9}[.)])\s")
 _HEADING = re.compile(r"#{1,6}\s")
 
 
@@ -81,14 +82,14 @@ class MarkdownDisplay(Display):
         self._console = console
         self._meter = meter or Meter()
         self._growing = ""
-        self._printed = False
+        self._before = ""
         self._live = Live(
             console=console, get_renderable=self._view, refresh_per_second=REFRESHES_PER_S, transient=True
         )
 
     def text(self, piece: str) -> None:
         self._growing += printable(piece)
-        if ends := finished(self._growing):
+        while ends := finished(self._growing):
             done, self._growing = self._growing[:ends], self._growing[ends:]
             self._print(done)
 
@@ -109,17 +110,33 @@ class MarkdownDisplay(Display):
     def _print(self, block: str) -> None:
         if not block.strip():
             return
-        if self._printed:
-            self._console.print()
-        self._console.print(markdown(block))
-        self._printed = True
+        self._console.print(*self._spaced(block), sep="\n")
+        self._before = block
 
     def _view(self) -> RenderableType:
         figures = Text(self._meter.line(), style="dim")
         if not self._growing.strip():
-            return Group("", figures) if self._printed else figures
-        parts = ["", markdown(self._growing)] if self._printed else [markdown(self._growing)]
-        return Group(Tail(Group(*parts), spare=2), figures)
+            return figures
+        return Group(Tail(Group(*self._spaced(self._growing)), spare=2), figures)
+
+    def _spaced(self, block: str) -> list[RenderableType]:
+        """A block, an empty line above it unless it is the first, or one of several items of a list."""
+        together = not self._before or (_ITEM.match(self._before) and _ITEM.match(block))
+        return [Block(block)] if together else ["", Block(block)]
+
+
+class Block:
+    """A block without the empty lines that Rich puts around some kinds."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(markdown(self._text), options, pad=False)
+        said = [n for n, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
+        for line in lines[said[0] : said[-1] + 1] if said else []:
+            yield from line
+            yield Segment.line()
 
 
 class Tail:
@@ -157,28 +174,27 @@ def markdown(text: str) -> Markdown:
 
 
 def finished(text: str) -> int:
-    """How much of a growing text are whole blocks, that nothing said later changes.
+    """How much of a growing text is its first block, if nothing said later changes that; else 0.
 
     A block ends where a fence closes, after a heading's line, and at an empty line once the next one has begun without
     an indent, which could belong to a list.
     """
-    ends, fence, empty = 0, "", False
-    at = 0
+    at, fence, empty = 0, "", False
     for line in text.splitlines(keepends=True):
         whole = line.endswith("\n")
         opened = _FENCE.match(line)
         if fence:
             if whole and opened is not None and opened[1].startswith(fence) and not line.strip(" `~\n"):
-                fence, ends = "", at + len(line)
+                return at + len(line)
         elif line.strip():
             if empty and not line[0].isspace():
-                ends = at
+                return at
             if opened is not None:
                 fence = opened[1]
             elif whole and _HEADING.match(line):
-                ends = at + len(line)
+                return at + len(line)
             empty = False
         else:
             empty = whole
         at += len(line)
-    return ends
+    return 0
