@@ -110,7 +110,7 @@ class MarkdownDisplay(Display):
     def _print(self, block: str) -> None:
         if not block.strip():
             return
-        self._console.print(*self._spaced(block), sep="\n")
+        self._console.print(Group(*self._spaced(block)))
         self._before = block
 
     def _view(self) -> RenderableType:

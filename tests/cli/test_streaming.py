@@ -66,8 +66,8 @@ def test_one_empty_line_is_between_blocks_and_none_between_items() -> None:
     console = terminal()
     with MarkdownDisplay(console) as display:
         display.text("text\n\n- one\n\n- two\n\n```\ncode\n```\n")
-    lines = [line.strip() for line in written(console).rstrip("…\n").split("\n")]
-    assert [line for line in lines if line != "…"] == ["text", "", "• one", "• two", "", "code"]
+    lines = [line.strip() for line in written(console).replace("…\r", "").split("\n")]
+    assert lines[:6] == ["text", "", "• one", "• two", "", "code"]
 
 
 def test_an_answer_that_is_broken_off_stays_on_the_screen() -> None:
