@@ -315,6 +315,10 @@ class Gateway:
             raise unknown_session(session_id)
         return found[0]
 
+    async def messages(self, session_id: str) -> tuple[ChatMessage, ...]:
+        """What was said in a session, as far as it is stored. Raises UnknownSession."""
+        return (await self._conversations.history(session_id)).messages
+
     async def close_session(self, session_id: str) -> None:
         """Drop a session's KV cache and its history. Raises UnknownSession if there is neither."""
         dropped, deleted = await asyncio.gather(

@@ -87,6 +87,10 @@ class OwnedTargets(Targets):
     ) -> Outcome | None:
         return await self._admin().hand_off(replica, sessions, count, to)
 
+    async def abort(self, request_id: str) -> bool:
+        """Whose request it is does not matter: its id is known to nobody else."""
+        return await self._targets.abort(request_id)
+
     async def status(self) -> ClusterStatus:
         return await self._admin().status()
 

@@ -26,9 +26,12 @@ from paceline.api.answers import (
     SessionCard,
     SessionDeleted,
     SessionList,
+    SessionMessage,
+    SessionMessages,
     Status,
 )
 from paceline.api.body import CheckedRoute
+from paceline.api.console import console_router
 from paceline.api.failures import JSONBytes, install_error_handlers
 from paceline.api.gateway import Gateway, Prepared
 from paceline.api.metrics import CONTENT_TYPE, prometheus_text
@@ -74,6 +77,7 @@ def create_app(
     app = FastAPI(title="Paceline", version=version("paceline"))
     app.state.gateway = gateway
     app.include_router(router)
+    app.include_router(console_router)
     install_error_handlers(app)
     limits = limits or LimitSettings()
     app.add_middleware(BodyLimit, limits=limits)
@@ -202,6 +206,14 @@ async def relieve(replica_id: str, body: RelieveBody, gateway: TheGateway) -> Re
 @router.get("/v1/sessions", response_model=SessionList)
 async def list_sessions(gateway: TheGateway) -> Response:
     return _json(SessionList(data=[_session_card(session) for session in await gateway.sessions()]))
+
+
+@router.get("/v1/sessions/{session_id:path}/messages", response_model=SessionMessages)
+async def get_messages(session_id: str, gateway: TheGateway) -> Response:
+    """What was said, for a client that takes a session up again."""
+    said = await gateway.messages(session_id)
+    found = [SessionMessage(role=each.role, content=each.content, name=each.name) for each in said]
+    return _json(SessionMessages(session_id=session_id, data=found))
 
 
 @router.get("/v1/sessions/{session_id:path}", response_model=SessionCard)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Protocol, TypeVar
 
@@ -59,6 +59,13 @@ class RpcContext(Protocol):
 
 
 Handler = Callable[[Any, Any, RpcContext], Awaitable[A]]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Stands for a request whose caller may not ask."""
+
+    error: PacelineError
 
 
 def _answers(empty: type[A]) -> Callable[[Callable[[Any, Any], Awaitable[A]]], Handler[A]]:
@@ -225,7 +232,9 @@ def _report(error: Exception, grpc_context: RpcContext) -> PacelineError:
 
 
 def _readable(request: Any) -> Any:
-    """The request, or InvalidRequest if its bytes were none."""
+    """The request; raises why it is refused, or InvalidRequest if its bytes were none."""
+    if isinstance(request, Refused):
+        raise request.error
     if isinstance(request, Unreadable):
         raise InvalidRequest(request.why)
     return request

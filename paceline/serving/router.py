@@ -19,10 +19,12 @@ from paceline.config import AppSettings
 from paceline.models import load_config, load_tokenizer, resolve
 from paceline.models.positions import shift_refusal
 from paceline.rpc.inference_access import InferenceAccess
+from paceline.rpc.inference_service import InferenceHandlers
 from paceline.serving.handles import ServeTargets
 from paceline.sessions.handoff import Move
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.stores import open_store
+from paceline.types import Grammar
 from paceline.v1 import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class Router:
             max_resumptions=settings.max_resumptions,
             store=await asyncio.to_thread(open_store, settings.sessions.store, settings.sessions.ttl_s),
             tool_call_parser=settings.tool_call_parser,
+            check_grammar=_check_grammar,
             limits=settings.limits,
         )
         self._rpc = InferenceAccess(self._gateway, self._keys)
@@ -75,68 +78,65 @@ class Router:
         await self._targets.moved(moves)
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: Any) -> AsyncIterator[pb.GenerateEvent]:
-        with self._rpc.admitted(grpc_context) as handlers:
-            async with aclosing(handlers.Chat(request, grpc_context)) as events:
-                async for event in events:
-                    yield event
+        async with aclosing(self._rpc.stream(InferenceHandlers.Chat, request, grpc_context)) as events:
+            async for event in events:
+                yield event
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: Any) -> AsyncIterator[pb.GenerateEvent]:
-        with self._rpc.admitted(grpc_context) as handlers:
-            async with aclosing(handlers.Generate(request, grpc_context)) as events:
-                async for event in events:
-                    yield event
+        async with aclosing(self._rpc.stream(InferenceHandlers.Generate, request, grpc_context)) as events:
+            async for event in events:
+                yield event
 
     async def Abort(self, request: pb.AbortRequest, grpc_context: Any) -> pb.AbortResponse:
-        return await self._rpc.Abort(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.Abort, request, grpc_context)
 
     async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: Any) -> pb.TokenizeResponse:
-        with self._rpc.admitted(grpc_context) as handlers:
-            return await handlers.Tokenize(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.Tokenize, request, grpc_context)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, grpc_context: Any) -> pb.DetokenizeResponse:
-        return await self._rpc.Detokenize(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.Detokenize, request, grpc_context)
 
     async def ListModels(self, request: pb.ListModelsRequest, grpc_context: Any) -> pb.ListModelsResponse:
-        with self._rpc.admitted(grpc_context) as handlers:
-            return await handlers.ListModels(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.ListModels, request, grpc_context)
 
     async def CreateSession(self, request: pb.CreateSessionRequest, grpc_context: Any) -> pb.Session:
-        with self._rpc.admitted(grpc_context) as handlers:
-            return await handlers.CreateSession(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.CreateSession, request, grpc_context)
 
     async def ForkSession(self, request: pb.ForkSessionRequest, grpc_context: Any) -> pb.Session:
-        with self._rpc.admitted(grpc_context) as handlers:
-            return await handlers.ForkSession(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.ForkSession, request, grpc_context)
 
     async def ListSessions(self, request: pb.ListSessionsRequest, grpc_context: Any) -> pb.ListSessionsResponse:
-        with self._rpc.admitted(grpc_context) as handlers:
-            return await handlers.ListSessions(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.ListSessions, request, grpc_context)
 
     async def GetSession(self, request: pb.GetSessionRequest, grpc_context: Any) -> pb.Session:
-        with self._rpc.admitted(grpc_context) as handlers:
-            return await handlers.GetSession(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.GetSession, request, grpc_context)
 
     async def CloseSession(self, request: pb.CloseSessionRequest, grpc_context: Any) -> pb.CloseSessionResponse:
-        with self._rpc.admitted(grpc_context) as handlers:
-            return await handlers.CloseSession(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.CloseSession, request, grpc_context)
 
     async def MoveSession(self, request: pb.MoveSessionRequest, grpc_context: Any) -> pb.Session:
-        return await self._rpc.MoveSession(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.MoveSession, request, grpc_context)
 
     async def Status(self, request: pb.StatusRequest, grpc_context: Any) -> pb.StatusResponse:
-        return await self._rpc.Status(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.Status, request, grpc_context)
 
     async def Relieve(self, request: pb.RelieveRequest, grpc_context: Any) -> pb.RelieveResponse:
-        return await self._rpc.Relieve(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.Relieve, request, grpc_context)
 
     async def Drain(self, request: pb.DrainRequest, grpc_context: Any) -> pb.DrainResponse:
-        return await self._rpc.Drain(request, grpc_context)
+        return await self._rpc.answer(InferenceHandlers.Drain, request, grpc_context)
 
     async def __del__(self) -> None:
         """Awaited by Serve on a graceful shutdown, also of a replica that is still loading."""
         if hasattr(self, "_gateway"):
             await self._gateway.close()
             await self._targets.close()
+
+
+def _check_grammar(grammar: Grammar) -> None:
+    from paceline.speculation.grammar import check_grammar  # imports torch; the application builder does without
+
+    check_grammar(grammar)
 
 
 def _load(settings: AppSettings) -> tuple[Any, WindowRules]:

@@ -7,11 +7,13 @@ import pytest
 
 from paceline.api.gateway import Gateway
 from paceline.rpc.inference_access import InferenceAccess
-from paceline.rpc.inference_service import RpcFailed
+from paceline.rpc.inference_service import InferenceHandlers
 from paceline.v1 import inference_pb2 as pb
 from tests.api.scripted import ScriptedTargets, gateway
 from tests.api.test_keys import ALICE, BOB, entry, ring
 from tests.rpc.test_inference_service import HI, Context
+
+MODELS = pb.ListModelsRequest()
 
 
 def bearing(key: str | None) -> Context:
@@ -25,47 +27,60 @@ def house() -> tuple[InferenceAccess, Gateway, ScriptedTargets]:
 
 
 @pytest.mark.parametrize("key", [None, "pl-mallory"])
-def test_a_stranger_is_unauthenticated(key: str | None) -> None:
+async def test_a_stranger_is_unauthenticated(key: str | None) -> None:
     access, _, _ = house()
     context = bearing(key)
-    with pytest.raises(RpcFailed), access.admitted(context):
-        raise AssertionError("let in")
-    assert context.code is grpc.StatusCode.UNAUTHENTICATED
+    answer = await access.answer(InferenceHandlers.ListModels, MODELS, context)
+    assert (context.code, list(answer.models)) == (grpc.StatusCode.UNAUTHENTICATED, [])
     assert "mallory" not in context.details
 
 
-def test_a_call_counts_until_it_ends() -> None:
+async def test_a_stranger_s_stream_is_unauthenticated() -> None:
+    access, _, targets = house()
+    context = bearing(None)
+    events = [event async for event in access.stream(InferenceHandlers.Chat, pb.ChatRequest(messages=HI), context)]
+    assert (context.code, len(events), targets.requests) == (grpc.StatusCode.UNAUTHENTICATED, 1, [])
+
+
+async def test_a_call_counts_until_it_ends() -> None:
     access, _, _ = house()
-    with access.admitted(bearing(ALICE)):
-        context = bearing(ALICE)
-        with pytest.raises(RpcFailed), access.admitted(context):
-            raise AssertionError("let in")
-        assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    with access.admitted(bearing(ALICE)):
-        pass
+    stream = access.stream(InferenceHandlers.Chat, pb.ChatRequest(messages=HI), bearing(ALICE))
+    await anext(stream)
+    context = bearing(ALICE)
+    await access.answer(InferenceHandlers.ListModels, MODELS, context)
+    assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await stream.aclose()
+    assert (await access.answer(InferenceHandlers.ListModels, MODELS, bearing(ALICE))).models
 
 
 async def test_a_session_is_its_own_key_s_alone() -> None:
     access, _, targets = house()
-    with access.admitted(bearing(ALICE)) as mine:
-        await mine.CreateSession(pb.CreateSessionRequest(session_id="diary"), bearing(ALICE))
-        chat = pb.ChatRequest(session_id="diary", append=True, messages=HI)
-        assert [event async for event in mine.Chat(chat, bearing(ALICE))]
+    diary = pb.CreateSessionRequest(session_id="diary")
+    await access.answer(InferenceHandlers.CreateSession, diary, bearing(ALICE))
+    chat = pb.ChatRequest(session_id="diary", append=True, messages=HI)
+    assert [event async for event in access.stream(InferenceHandlers.Chat, chat, bearing(ALICE))]
     assert targets.requests[0].session_id == "~alice/diary"
-    with access.admitted(bearing(BOB)) as theirs:
-        assert not (await theirs.ListSessions(pb.ListSessionsRequest(), bearing(BOB))).sessions
-        for call in (
-            lambda context: theirs.GetSession(pb.GetSessionRequest(session_id="diary"), context),
-            lambda context: theirs.ForkSession(pb.ForkSessionRequest(session_id="diary"), context),
-            lambda context: theirs.CloseSession(pb.CloseSessionRequest(session_id="diary"), context),
-            lambda context: anext(theirs.Chat(chat, context)),
-        ):
-            context = bearing(BOB)
-            with pytest.raises(RpcFailed):
-                await call(context)
-            assert context.code is grpc.StatusCode.NOT_FOUND
+    listed = await access.answer(InferenceHandlers.ListSessions, pb.ListSessionsRequest(), bearing(BOB))
+    assert not listed.sessions
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        (InferenceHandlers.GetSession, pb.GetSessionRequest(session_id="diary")),
+        (InferenceHandlers.ForkSession, pb.ForkSessionRequest(session_id="diary")),
+        (InferenceHandlers.CloseSession, pb.CloseSessionRequest(session_id="diary")),
+    ],
+)
+async def test_another_key_s_session_is_not_found(method: object, request_: object) -> None:
+    access, _, _ = house()
+    diary = pb.CreateSessionRequest(session_id="diary")
+    await access.answer(InferenceHandlers.CreateSession, diary, bearing(ALICE))
+    context = bearing(BOB)
+    await access.answer(method, request_, context)  # type: ignore[arg-type]
+    assert context.code is grpc.StatusCode.NOT_FOUND
 
 
 async def test_without_keys_everybody_is_let_in() -> None:
-    with InferenceAccess(gateway(), None).admitted(Context()) as handlers:
-        assert (await handlers.ListModels(pb.ListModelsRequest(), Context())).models
+    access = InferenceAccess(gateway(), None)
+    assert (await access.answer(InferenceHandlers.ListModels, MODELS, Context())).models
