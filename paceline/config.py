@@ -361,6 +361,12 @@ class AppSettings(Settings):
         description="How many losses of its target replica one request survives: its answer goes on at another "
         "replica, with the same tokens. 0 ends it with an error.",
     )
+    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral", "json"] = Field(
+        "auto", description="How the model writes calls of functions; auto looks at its chat template."
+    )
+    cors_allow_origins: tuple[str, ...] = Field(
+        (), description="Origins whose pages may call the HTTP API, such as https://chat.example.org; * is any."
+    )
     target: TargetSettings = Field(default_factory=TargetSettings)
     draft: DraftSettings = Field(default_factory=DraftSettings)
     speculation: SpeculationSettings = Field(default_factory=SpeculationSettings)

@@ -73,6 +73,8 @@ class SamplingParams:
     all at most, and drops `n_discard` of them at a time (`paceline.sessions.window`; -1 is half of those behind the
     first). 0 is off. None is what the engine is set to.
 
+    `shown_token_ids` are special tokens that the text shows as they are spelled; all others are left out of it.
+
     With a `grammar`, tokens that no text of it goes on with get -inf, after everything above and before the draw.
     """
 
@@ -98,6 +100,7 @@ class SamplingParams:
     n_keep: int | None = None
     n_discard: int | None = None
     grammar: Grammar | None = None
+    shown_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         stop = _tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
@@ -253,6 +256,10 @@ class TokenLogprobs:
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...] = ()
+
+    def cut(self, count: int) -> TokenLogprobs:
+        """With so many likeliest tokens, at most."""
+        return self if len(self.top) <= count else replace(self, top=self.top[:count])
 
 
 @dataclass(frozen=True, slots=True)

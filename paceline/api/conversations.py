@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 from uuid import uuid4
 
 from paceline.api.deadline import bounded
 from paceline.api.prompts import shown
+from paceline.api.tool_parsing import ToolCallReader, read_whole
 from paceline.errors import SessionConflict, Unavailable, UnknownSession
 from paceline.sessions.history import ChatMessage, Session, SessionSummary, answered, turn_key
 from paceline.sessions.store import SessionStore
@@ -34,12 +35,17 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One request's place in a session. `messages` are all that were said before its answer, none if it is a plain
-    completion; `claimed` is the key the session was recognized by; one that `appends` has the session for itself."""
+    completion; `claimed` is the key the session was recognized by; one that `appends` has the session for itself.
+    A `reader` finds the calls in its answer; `tools`, `instructions` and `responses` are kept as `Session` says."""
 
     session_id: str
     messages: tuple[ChatMessage, ...] = ()
     claimed: str | None = None
     appends: bool = False
+    reader: ToolCallReader | None = None
+    tools: str = ""
+    instructions: str = ""
+    responses: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def recognizable(self) -> bool:
@@ -144,7 +150,7 @@ class Conversations:
     async def _keep(self, request: Request, turn: Turn, output: Sequence[int], text: str) -> None:
         before, now = await self._store.summary(turn.session_id), self._clock()
         before = before or SessionSummary(turn.session_id, created=now)
-        messages = (*turn.messages, ChatMessage("assistant", text)) if turn.messages else ()
+        messages = (*turn.messages, _answer(turn, text)) if turn.messages else ()
         await self._store.put(
             Session(
                 turn.session_id,
@@ -155,6 +161,9 @@ class Conversations:
                 parent=before.parent,
                 created=before.created,
                 updated=now,
+                tools=turn.tools,
+                instructions=turn.instructions,
+                responses=turn.responses,
             )
         )
         if turn.recognizable:
@@ -175,6 +184,12 @@ class Conversations:
         except Unavailable as error:
             logger.warning("%s: %s", otherwise, error.message)
             return None
+
+
+def _answer(turn: Turn, text: str) -> ChatMessage:
+    """As clients send it back: with calls for calls."""
+    content, calls = (text, ()) if turn.reader is None else read_whole(turn.reader, text)
+    return ChatMessage("assistant", content, tool_calls=calls)
 
 
 async def _bounded(answer: Awaitable[T]) -> T:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 from uuid import uuid4
 
 from paceline.api.conversations import Conversations, Turn, unknown_session
@@ -19,17 +19,23 @@ from paceline.api.prompts import (
     Tokenizer,
     check_messages,
     check_session_id,
+    check_tools,
+    check_unicode,
+    instructed,
     shown,
 )
 from paceline.api.resume import RouterCounts, resuming
 from paceline.api.state import ClusterStatus, SessionInfo, with_histories
 from paceline.api.stream import Stream
+from paceline.api.tally import Readers
+from paceline.api.tool_forms import ParserName
+from paceline.api.tools import ToolUse, offered_json, tools_from_json
 from paceline.config import SchedulingPolicy
 from paceline.errors import InvalidRequest, PacelineError, RequestTimeout, SessionConflict, Unavailable, UnknownModel
 from paceline.sessions.handoff import BUSY, Outcome
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.store import MemoryStore, SessionStore
-from paceline.types import Frame, Prompt, Request, SamplingParams
+from paceline.types import Frame, Grammar, Prompt, Request, SamplingParams
 
 CONTROL_TIMEOUT_S = 10.0
 """How long a question about sessions or status may take."""
@@ -38,6 +44,10 @@ DRAIN_POLL_S = 0.1
 SESSION_TTL_S = 3600.0
 
 T = TypeVar("T")
+
+GrammarCheck = Callable[[Grammar], None]
+"""Raises InvalidRequest for a grammar that the replicas could not hold an output to."""
+NO_TOOLS = ToolUse()
 
 
 class Targets(Protocol):
@@ -80,6 +90,7 @@ class Prepared:
 
     request: Request
     turn: Turn | None = None
+    tools: ToolUse = NO_TOOLS
     timeout_s: float | None = None
 
 
@@ -99,6 +110,8 @@ class Gateway:
         *,
         max_resumptions: int = 0,
         store: SessionStore | None = None,
+        tool_call_parser: ParserName | Literal["auto"] = "auto",
+        check_grammar: GrammarCheck | None = None,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
         """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
@@ -107,7 +120,8 @@ class Gateway:
         self.created = int(time.time())
         self.token_texts = TokenTexts(tokenizer)
         self._targets = targets
-        self._prompts = PromptEncoder(tokenizer)
+        self._prompts = PromptEncoder(tokenizer, tool_call_parser)
+        self._check_grammar = check_grammar
         self._request_timeout_s = request_timeout_s
         self._scheduling_policy = scheduling_policy
         self._windows = windows or WindowRules(max_model_len)
@@ -124,6 +138,7 @@ class Gateway:
         session_id: str | None = None,
         speculate: bool = True,
         priority: int = 0,
+        tools: ToolUse = NO_TOOLS,
     ) -> Prepared:
         """One turn of a conversation, all of whose messages are given. Raises InvalidRequest naming the field."""
         self.check_model(model)
@@ -131,11 +146,13 @@ class Gateway:
         known = check_messages(messages)
         if session_id is not None:
             check_session_id(session_id)
-        token_ids = await self._prompts.chat(known)
-        fitted = self._fit("messages", len(token_ids), params)
+        check_tools(tools.offered)
+        token_ids = await self._prompts.chat(known, tools.offered)
+        fitted = self._fit("messages", len(token_ids), await self._constrained(params, tools))
         names = self._conversations
         turn = await (names.recognize(known) if session_id is None else names.named(session_id, known))
-        return Prepared(self._chat_request(token_ids, fitted, turn, speculate, priority), turn)
+        request = self._chat_request(token_ids, fitted, turn.session_id, speculate, priority)
+        return self._calling(request, turn, tools)
 
     async def prepare_turn(
         self,
@@ -146,8 +163,10 @@ class Gateway:
         model: str | None = None,
         speculate: bool = True,
         priority: int = 0,
+        tools: ToolUse | None = None,
     ) -> Prepared:
-        """The next turn of a stored session: `messages` are only what is new. Without a seed it has the session's.
+        """The next turn of a stored session: `messages` are only what is new. Without a seed it has the session's, and
+        with None for `tools` those of its last turn.
 
         Raises UnknownSession, and InvalidRequest naming the field.
         """
@@ -159,12 +178,26 @@ class Gateway:
             raise InvalidRequest(
                 "session_id: a session of plain completions has no messages to go on from", param="session_id"
             )
-        token_ids = await self._prompts.turn(session.token_ids, session.messages, known)
+        use = ToolUse(tools_from_json(session.tools)) if tools is None else tools
+        check_tools(use.offered)
+        token_ids = await self._prompts.turn(
+            # Functions stand at the beginning: with others, all of it is rendered anew.
+            session.token_ids if offered_json(use) == session.tools else (),
+            instructed(session.instructions, session.messages),
+            known,
+            use.offered,
+        )
         if params.seed is None:
             params = replace(params, seed=session.seed)
-        fitted = self._fit("messages", len(token_ids), params)
-        turn = Turn(session_id, (*session.messages, *known), appends=True)
-        return Prepared(self._chat_request(token_ids, fitted, turn, speculate, priority), turn)
+        fitted = self._fit("messages", len(token_ids), await self._constrained(params, use))
+        turn = Turn(
+            session_id,
+            (*session.messages, *known),
+            appends=True,
+            instructions=session.instructions,
+            responses=session.responses,
+        )
+        return self._calling(self._chat_request(token_ids, fitted, session_id, speculate, priority), turn, use)
 
     async def prepare_completion(
         self,
@@ -185,7 +218,7 @@ class Gateway:
         self._check_priority(priority)
         session = None if session_id is None else check_session_id(session_id)
         token_ids = await self._prompts.prompt(prompt)
-        params = self._windows.resolve(params)
+        params = self._windows.resolve(await self._constrained(params, NO_TOOLS))
         if params.max_tokens is None and default_max_tokens is not None:
             room = max(1, self._windows.longest(params) - len(token_ids))
             params = replace(params, max_tokens=min(default_max_tokens, room))
@@ -206,6 +239,16 @@ class Gateway:
     async def abort(self, request_id: str) -> bool:
         """End a request, whichever router opened it; False if no replica computes it, or no longer."""
         return await _bounded(self._targets.abort(request_id))
+
+    def readers(self, tools: ToolUse) -> Readers | None:
+        """What finds the calls in the answers to a request, if there are functions to call."""
+        if not tools.callable:
+            return None
+        return lambda request, index: self._prompts.tools.reader(tools, f"{request.request_id}/{index}")
+
+    def text_of(self, prompt: Prompt) -> str:
+        """A prompt as text."""
+        return prompt if isinstance(prompt, str) else self._prompts.text_of(prompt)
 
     async def tokenize(self, content: str | Sequence[ChatMessage], *, model: str | None = None) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation as `prepare_chat` renders it."""
@@ -312,10 +355,34 @@ class Gateway:
             raise UnknownModel(f"model: no model {shown(name)} here; {self.model_name!r} is served", param="model")
 
     def _chat_request(
-        self, token_ids: tuple[int, ...], params: SamplingParams, turn: Turn, speculate: bool, priority: int
+        self,
+        token_ids: tuple[int, ...],
+        params: SamplingParams,
+        session_id: str | None,
+        speculate: bool,
+        priority: int,
     ) -> Request:
         name = f"chatcmpl-{uuid4().hex}"
-        return Request(name, token_ids, params, turn.session_id, speculate, priority=priority)
+        return Request(name, token_ids, params, session_id, speculate, priority=priority)
+
+    def _calling(self, request: Request, turn: Turn, tools: ToolUse) -> Prepared:
+        """With what the session keeps of the functions, and of the answer's calls."""
+        readers = self.readers(tools)
+        kept = replace(turn, tools=offered_json(tools), reader=readers and readers(request, 0))
+        return Prepared(request, kept, tools)
+
+    async def _constrained(self, params: SamplingParams, tools: ToolUse) -> SamplingParams:
+        """The parameters that hold the model to the functions it may or must call. Raises InvalidRequest for a grammar
+        that cannot be held to."""
+        dialect = self._prompts.tools
+        if tools.callable:
+            grammar = dialect.grammar(tools, params.grammar)
+            params = replace(params, grammar=grammar, shown_token_ids=dialect.shown_ids)
+        if params.grammar is not None:
+            check_unicode("response_format", params.grammar.source)
+            if self._check_grammar is not None:
+                await asyncio.to_thread(self._check_grammar, params.grammar)
+        return params
 
     def _check_priority(self, priority: int) -> None:
         if priority and self._scheduling_policy == "fcfs":

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from paceline.api.failures import envelope_of, public_error
+from paceline.api.batch import Batch, open_all
+from paceline.api.failures import public_error
 from paceline.api.gateway import Gateway, Prepared
 from paceline.api.stream import Stream
-from paceline.api.wording import Tally, Wording
+from paceline.api.tally import Tally
+from paceline.api.wording import Wording
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +34,11 @@ class ClientGone(Exception):
 class Reply(Response):
     """Runs a request when it is sent. An error before the first frame is raised, so that it gets a status."""
 
-    def __init__(self, gateway: Gateway, prepared: Prepared, wording: Wording, *, stream: bool) -> None:
+    def __init__(self, gateway: Gateway, prepared: Sequence[Prepared], wording: Wording, *, stream: bool) -> None:
         super().__init__()
         self._gateway = gateway
         self._prepared = prepared
-        self._generation = prepared.request
+        self._generation = prepared[0].request
         self._wording = wording
         self._streaming = stream
 
@@ -47,8 +49,8 @@ class Reply(Response):
             logger.info("%s: the client went away", self._generation.request_id)
 
     async def _run(self, send: Send) -> None:
-        async with await self._gateway.open(self._prepared) as stream:
-            tally = Tally(self._generation, stream.accepted)
+        async with await open_all(self._gateway, self._prepared) as stream:
+            tally = self._wording.tally([each.request for each in self._prepared], stream.accepted)
             channel = _Channel(send, stream.deadline + SEND_GRACE_S)
             if self._streaming:
                 await channel.start(self._head(stream, "text/event-stream; charset=utf-8"))
@@ -56,31 +58,34 @@ class Reply(Response):
                 return
             async for delta in stream:
                 tally.add(delta)
+        await self._wording.settle(tally)
         body = self._wording.whole(tally).json_bytes()
         headers = self._head(stream, "application/json")
         headers["content-length"] = str(len(body))
         await channel.start(headers)
         await channel.put(body, more=False)
 
-    async def _events(self, channel: _Channel, stream: Stream, tally: Tally) -> None:
+    async def _events(self, channel: _Channel, stream: Stream | Batch, tally: Tally) -> None:
         """Server-Sent Events: one a delta. An error on the way is an event too, and the last one."""
         wording = self._wording
         try:
             for opening in wording.openings(tally):
-                await channel.event(opening.json_bytes())
+                await channel.put(wording.event(tally, opening))
             async for delta in stream:
                 tally.add(delta)
-                await channel.event(wording.chunk(tally, delta).json_bytes())
-            if wording.include_usage:
-                await channel.event(wording.closing(tally).json_bytes())
-            await channel.event(b"[DONE]")
+                if chunks := wording.chunks(tally, delta):
+                    await channel.put(b"".join(wording.event(tally, chunk) for chunk in chunks))
+            await wording.settle(tally)
+            for closing in wording.closings(tally):
+                await channel.put(wording.event(tally, closing))
+            await channel.put(wording.done)
         except ClientGone:
             raise
         except Exception as error:
-            await channel.event(envelope_of(public_error(error)))
+            await channel.put(wording.failure(tally, public_error(error)))
         await channel.put(b"", more=False)
 
-    def _head(self, stream: Stream, media_type: str) -> MutableHeaders:
+    def _head(self, stream: Stream | Batch, media_type: str) -> MutableHeaders:
         headers = MutableHeaders({"content-type": media_type, "x-paceline-replica": stream.accepted.replica_id})
         if stream.accepted.route:
             headers["x-paceline-route"] = stream.accepted.route
@@ -104,9 +109,6 @@ class _Channel:
 
     async def start(self, headers: MutableHeaders) -> None:
         await self._put({"type": "http.response.start", "status": 200, "headers": headers.raw})
-
-    async def event(self, data: bytes) -> None:
-        await self.put(b"data: " + data + b"\n\n")
 
     async def put(self, body: bytes, *, more: bool = True) -> None:
         await self._put({"type": "http.response.body", "body": body, "more_body": more})

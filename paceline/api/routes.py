@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from paceline.api.answers import (
@@ -27,7 +28,7 @@ from paceline.api.answers import (
     Status,
 )
 from paceline.api.failures import JSONBytes, install_error_handlers
-from paceline.api.gateway import Gateway
+from paceline.api.gateway import Gateway, Prepared
 from paceline.api.metrics import CONTENT_TYPE, prometheus_text
 from paceline.api.middleware import BodyLimit, LastResort, RequestId
 from paceline.api.reply import Reply
@@ -35,26 +36,30 @@ from paceline.api.schema import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
     CompletionRequest,
-    CreateSessionBody,
-    ForkSessionBody,
     GenerationBody,
-    MoveSessionBody,
-    RelieveBody,
 )
+from paceline.api.schema_sessions import CreateSessionBody, ForkSessionBody, MoveSessionBody, RelieveBody
 from paceline.api.state import ClusterStatus, SessionInfo
-from paceline.api.wording import ChatWording, CompletionWording
+from paceline.api.wording import ChatWording
+from paceline.api.wording_completion import CompletionWording
 from paceline.errors import InvalidRequest, PacelineError
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 << 20
 SESSION_ID_HEADER = "x-session-id"
+EXPOSED_HEADERS = (SESSION_ID_HEADER, "x-request-id", "x-paceline-replica", "x-paceline-route", "retry-after")
+"""What a page of another origin may read of an answer's headers."""
 
 router = APIRouter()
 
 
 def create_app(
-    gateway: Gateway | Callable[[], Gateway], *, max_body_bytes: int = MAX_BODY_BYTES, request_ids: bool = True
+    gateway: Gateway | Callable[[], Gateway],
+    *,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    request_ids: bool = True,
+    cors_allow_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The HTTP application over a gateway, or over whatever `gateway()` returns when a request arrives.
 
@@ -67,6 +72,14 @@ def create_app(
     install_error_handlers(app)
     app.add_middleware(BodyLimit, limit=max_body_bytes)
     app.add_middleware(LastResort)
+    if cors_allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_allow_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
     if request_ids:
         app.add_middleware(RequestId)  # added last, so it is the outermost
     return app
@@ -89,23 +102,36 @@ async def chat_completions(body: ChatCompletionRequest, request: Request, gatewa
         session_id=_session_id(request, body),
         speculate=body.speculation is not False,
         priority=body.priority or 0,
+        tools=body.tool_use(),
     )
-    wording = ChatWording(prepared.request.request_id, **_form(gateway, body))
-    return Reply(gateway, prepared, wording, stream=bool(body.stream))
+    return _chat_reply(gateway, prepared, body)
 
 
 @router.post("/v1/completions", response_model=Completion)
 async def completions(body: CompletionRequest, request: Request, gateway: TheGateway) -> Response:
-    prepared = await gateway.prepare_completion(
-        body.prompt,
-        body.params(),
-        model=body.model,
-        session_id=_session_id(request, body),
-        speculate=body.speculation is not False,
-        priority=body.priority or 0,
-        default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+    session_id = _session_id(request, body)
+    if session_id is not None and len(body.prompt) > 1:
+        raise InvalidRequest("session_id: only with one prompt", param="session_id")
+    params = body.params().with_seed()  # every prompt of a list has the same
+    prepared = [
+        await gateway.prepare_completion(
+            prompt,
+            params,
+            model=body.model,
+            session_id=session_id,
+            speculate=body.speculation is not False,
+            priority=body.priority or 0,
+            default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+        )
+        for prompt in body.prompt
+    ]
+    wording = CompletionWording(
+        prepared[0].request.request_id,
+        **_form(gateway, body),
+        echo=tuple(gateway.text_of(prompt) for prompt in body.prompt) if body.echo else None,
+        told_prompt=body.prompt_logprobs,
+        silent=body.max_tokens == 0,
     )
-    wording = CompletionWording(prepared.request.request_id, **_form(gateway, body))
     return Reply(gateway, prepared, wording, stream=bool(body.stream))
 
 
@@ -139,9 +165,9 @@ async def append_turn(session_id: str, body: ChatCompletionRequest, request: Req
         model=body.model,
         speculate=body.speculation is not False,
         priority=body.priority or 0,
+        tools=None if body.tools is None and body.tool_choice is None else body.tool_use(),
     )
-    wording = ChatWording(prepared.request.request_id, **_form(gateway, body))
-    return Reply(gateway, prepared, wording, stream=bool(body.stream))
+    return _chat_reply(gateway, prepared, body)
 
 
 @router.post("/v1/sessions/{session_id:path}/fork", response_model=SessionCard)
@@ -212,6 +238,12 @@ async def metrics(gateway: TheGateway) -> Response:
 
 def _json(answer: Answer) -> Response:
     return JSONBytes(answer.json_bytes())
+
+
+def _chat_reply(gateway: Gateway, prepared: Prepared, body: ChatCompletionRequest) -> Reply:
+    readers = gateway.readers(prepared.tools)
+    wording = ChatWording(prepared.request.request_id, **_form(gateway, body), readers=readers)
+    return Reply(gateway, [prepared], wording, stream=bool(body.stream))
 
 
 def _form(gateway: Gateway, body: GenerationBody) -> dict[str, Any]:

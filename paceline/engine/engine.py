@@ -275,6 +275,7 @@ class Engine:
             params.stop,
             include_stop=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
+            shown=params.shown_token_ids,
         )
 
     def _check_room(self, outputs: int) -> None:

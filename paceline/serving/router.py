@@ -33,6 +33,7 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: AppSettings, target: DeploymentHandle, draft: DeploymentHandle | None = None
     ) -> None:
+        self._cors_allow_origins = settings.cors_allow_origins
         tokenizer, windows = await asyncio.to_thread(_load, settings)
         self._targets = ServeTargets(target, draft)
         self._gateway = Gateway(
@@ -46,11 +47,13 @@ class Router:
             windows,
             max_resumptions=settings.max_resumptions,
             store=await asyncio.to_thread(open_store, settings.sessions.store, settings.sessions.ttl_s),
+            tool_call_parser=settings.tool_call_parser,
         )
         self._rpc = InferenceHandlers(self._gateway)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._gateway, request_ids=False)  # Serve's proxy adds them
+        # Serve's proxy adds the request ids.
+        return create_app(self._gateway, request_ids=False, cors_allow_origins=self._cors_allow_origins)
 
     async def moved(self, moves: list[Move]) -> None:
         """A target tells of sessions it hands over."""
