@@ -17,6 +17,7 @@ import json
 import multiprocessing as mp
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -32,6 +33,7 @@ from paceline.engine.detokenizer import Detokenizer, without_wrapping
 from paceline.engine.loop import EngineLoop
 from paceline.models import load_tokenizer, resolve
 from paceline.ports import free_ports
+from paceline.serving.environment import ray_environment
 from paceline.serving.target import Target
 from paceline.speculation.telemetry import SpeculationTally
 from paceline.types import Delta, FinishReason, Metrics, Request
@@ -200,9 +202,8 @@ class Cluster:
     """Ray, Serve, one router and targets without an engine, on this machine."""
 
     def __init__(self, settings: AppSettings, step_s: float) -> None:
-        from paceline.serving.cluster import RAY_ENVIRONMENT
-
-        for name, value in RAY_ENVIRONMENT.items():
+        self._folder = tempfile.TemporaryDirectory()
+        for name, value in ray_environment({}, Path(self._folder.name)).items():
             os.environ.setdefault(name, value)
         os.environ["PYTHONPATH"] = os.pathsep.join(
             filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -30,7 +31,7 @@ from paceline.api.stream import Stream
 from paceline.api.tally import Readers
 from paceline.api.tool_forms import ParserName
 from paceline.api.tools import ToolUse, offered_json, tools_from_json
-from paceline.config import SchedulingPolicy
+from paceline.config import LimitSettings, SchedulingPolicy
 from paceline.errors import InvalidRequest, PacelineError, RequestTimeout, SessionConflict, Unavailable, UnknownModel
 from paceline.sessions.handoff import BUSY, Outcome
 from paceline.sessions.rules import WindowRules
@@ -42,6 +43,8 @@ CONTROL_TIMEOUT_S = 10.0
 DRAIN_TIMEOUT_S = 30.0
 DRAIN_POLL_S = 0.1
 SESSION_TTL_S = 3600.0
+CHARS_PER_TOKEN = 64
+"""More than texts have, but for pages of spaces: a longer prompt cannot fit, and is not worth tokenizing."""
 
 T = TypeVar("T")
 
@@ -83,15 +86,13 @@ class Targets(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request ready to be opened, and the turn of a session that it is, if any.
-
-    `timeout_s` is the client's own limit; the server's holds in any case.
-    """
+    """A request ready to be opened, and the turn of a session that it is, if any."""
 
     request: Request
     turn: Turn | None = None
     tools: ToolUse = NO_TOOLS
     timeout_s: float | None = None
+    """The client's own limit; the server's holds in any case."""
 
 
 class Gateway:
@@ -112,6 +113,7 @@ class Gateway:
         store: SessionStore | None = None,
         tool_call_parser: ParserName | Literal["auto"] = "auto",
         check_grammar: GrammarCheck | None = None,
+        limits: LimitSettings | None = None,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
         """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
@@ -120,14 +122,32 @@ class Gateway:
         self.created = int(time.time())
         self.token_texts = TokenTexts(tokenizer)
         self._targets = targets
-        self._prompts = PromptEncoder(tokenizer, tool_call_parser)
+        limits = limits or LimitSettings()
+        chars = CHARS_PER_TOKEN * max_model_len if limits.max_prompt_chars == "auto" else limits.max_prompt_chars
+        self._prompts = PromptEncoder(tokenizer, tool_call_parser, chars, limits.max_messages)
         self._check_grammar = check_grammar
         self._request_timeout_s = request_timeout_s
         self._scheduling_policy = scheduling_policy
         self._windows = windows or WindowRules(max_model_len)
         self._max_resumptions = max_resumptions
         self._seen = RouterCounts()
-        self._conversations = Conversations(store or MemoryStore(SESSION_TTL_S), model_name)
+        self._store = store or MemoryStore(SESSION_TTL_S)
+        self._conversations = Conversations(self._store, model_name)
+        self._scopes = {"": self._conversations}
+
+    def scoped(
+        self,
+        owner: str,
+        targets: Callable[[Targets], Targets],
+        store: Callable[[SessionStore], SessionStore],
+    ) -> Gateway:
+        """This front end before what belongs to one owner: its share of the replicas and of the stored sessions."""
+        if owner not in self._scopes:
+            self._scopes[owner] = Conversations(store(self._store), self.model_name)
+        scope = copy.copy(self)
+        scope._targets = targets(self._targets)
+        scope._conversations = self._scopes[owner]
+        return scope
 
     async def prepare_chat(
         self,

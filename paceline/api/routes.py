@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from paceline.api.access import CALLER, Access, KeyCheck
 from paceline.api.answers import (
     Answer,
     ChatCompletion,
@@ -27,10 +28,12 @@ from paceline.api.answers import (
     SessionList,
     Status,
 )
+from paceline.api.body import CheckedRoute
 from paceline.api.failures import JSONBytes, install_error_handlers
 from paceline.api.gateway import Gateway, Prepared
 from paceline.api.metrics import CONTENT_TYPE, prometheus_text
-from paceline.api.middleware import BodyLimit, LastResort, RequestId
+from paceline.api.middleware import BodyLimit, HeadLimit, LastResort, RequestId
+from paceline.api.owned import seen_by
 from paceline.api.reply import Reply
 from paceline.api.schema import (
     DEFAULT_COMPLETION_TOKENS,
@@ -42,35 +45,41 @@ from paceline.api.schema_sessions import CreateSessionBody, ForkSessionBody, Mov
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.api.wording import ChatWording
 from paceline.api.wording_completion import CompletionWording
+from paceline.config import LimitSettings
 from paceline.errors import InvalidRequest, PacelineError
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 8 << 20
 SESSION_ID_HEADER = "x-session-id"
 EXPOSED_HEADERS = (SESSION_ID_HEADER, "x-request-id", "x-paceline-replica", "x-paceline-route", "retry-after")
 """What a page of another origin may read of an answer's headers."""
 
-router = APIRouter()
+router = APIRouter(route_class=CheckedRoute)
 
 
 def create_app(
     gateway: Gateway | Callable[[], Gateway],
     *,
-    max_body_bytes: int = MAX_BODY_BYTES,
+    limits: LimitSettings | None = None,
+    access: Access | None = None,
     request_ids: bool = True,
     cors_allow_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The HTTP application over a gateway, or over whatever `gateway()` returns when a request arrives.
 
-    The second form is for an application that is built in one process and served in another. `request_ids`
-    off leaves `x-request-id` to the server in front: Ray Serve's adds one of its own, and two would be sent.
+    The second form is for an application that is built in one process and served in another. `access` None lets
+    everybody do everything. `request_ids` off leaves `x-request-id` to the server in front: Ray Serve's adds one of
+    its own, and two would be sent.
     """
     app = FastAPI(title="Paceline", version=version("paceline"))
     app.state.gateway = gateway
     app.include_router(router)
     install_error_handlers(app)
-    app.add_middleware(BodyLimit, limit=max_body_bytes)
+    limits = limits or LimitSettings()
+    app.add_middleware(BodyLimit, limits=limits)
+    if access is not None:
+        app.add_middleware(KeyCheck, access=access)
+    app.add_middleware(HeadLimit, limits=limits)
     app.add_middleware(LastResort)
     if cors_allow_origins:
         app.add_middleware(
@@ -87,7 +96,8 @@ def create_app(
 
 async def _gateway(request: Request) -> Gateway:
     gateway: Gateway | Callable[[], Gateway] = request.app.state.gateway
-    return gateway if isinstance(gateway, Gateway) else gateway()
+    whole = gateway if isinstance(gateway, Gateway) else gateway()
+    return seen_by(whole, request.scope.get(CALLER))
 
 
 TheGateway = Annotated[Gateway, Depends(_gateway)]

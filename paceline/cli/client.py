@@ -6,7 +6,6 @@ that cannot be reached becomes `Unavailable` with the remedy.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,9 @@ from typing import Any, Self
 
 import httpx
 
+from paceline.config import API_KEY_VARIABLE, secret
 from paceline.errors import ConfigError, PacelineError, Unavailable, by_code
+from paceline.ports import is_loopback
 from paceline.types import Metrics, SourceMetrics
 
 CONNECT_TIMEOUT_S = 5.0
@@ -81,7 +82,7 @@ class ServerStatus:
 
 
 class Client:
-    """HTTP connection to one server. A context manager."""
+    """HTTP connection to one server, with the key in PACELINE_API_KEY if there is one. A context manager."""
 
     def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
         self.url = url.rstrip("/")
@@ -92,10 +93,12 @@ class Client:
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ConfigError(f"{url}: not a URL; it looks like http://127.0.0.1:8000", param="url")
         self._model: str | None = None
+        key = secret(API_KEY_VARIABLE)
         self._http = httpx.Client(
             base_url=self.url,
+            headers={} if key is None else {"authorization": f"Bearer {key}"},
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            trust_env=not _is_loopback(parsed.host),  # a proxy set for the internet does not know this machine's ports
+            trust_env=not is_loopback(parsed.host),  # a proxy set for the internet does not know this machine's ports
             transport=transport,
         )
 
@@ -273,12 +276,3 @@ def _error_from(error: Any, retry_after: float | None = None) -> PacelineError:
         return PacelineError(str(error))
     kind = by_code(str(error.get("code") or error.get("type")))
     return kind(str(error.get("message") or "unknown error"), param=error.get("param"), retry_after=retry_after)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -11,12 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
+from pydantic import SecretStr
 from ray import serve
 
 from paceline.config import AppSettings
 from paceline.errors import PacelineError, Unavailable
 from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
+from paceline.rpc.draft_credentials import DraftCredentials
 from paceline.rpc.frame_codec import Named
 from paceline.rpc.frame_feed import Feeds, start_feed_server
 from paceline.rpc.mailbox import Mailbox
@@ -48,15 +50,22 @@ logger = logging.getLogger(__name__)
 FEED_LOST = Unavailable("the way from the replica to the router was lost; send it again")
 MAX_ADVERTISED_SESSIONS = 512
 MAX_ADVERTISED_ENTRIES = 128
+MAX_QUEUED_PREFILL_S = 30.0
+"""What may wait, at the pace of this replica, where the settings leave it to it: about as long as a person would."""
 
 
 class Target:
     """Verifies, holds sessions, answers. Decorated and bound by `paceline.serving.app.build`."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: AppSettings, draft_deployment: str | None, router_deployment: str
+        self,
+        settings: AppSettings,
+        draft_deployment: str | None,
+        router_deployment: str,
+        token: SecretStr | None = None,
     ) -> None:
         self._settings = settings
+        self._token = token
         self._context = serve.get_replica_context()
         self.replica_id: str = self._context.replica_id.unique_id
         self._proposer: RemoteProposer | None = None
@@ -99,7 +108,8 @@ class Target:
             rejection=speculation.verification == "rejection",
         )
         hello = Hello(self.replica_id, self._settings.model, self._model.fingerprint)
-        self._pool = DraftPool(self._proposer, hello)
+        credentials = DraftCredentials.of(self._settings.draft.security, self._token)
+        self._pool = DraftPool(self._proposer, hello, credentials)
         self._watch = ReplicaWatch(self._context.app_name, deployment, "address", self._pool.set_members)
 
     async def generate(self, request: Request, route: Route | None = None, router: str = "") -> AsyncIterator[Frame]:
@@ -187,6 +197,7 @@ class Target:
             "pid": os.getpid(),
             "running": engine.num_running,
             "waiting": engine.num_waiting,
+            "queued_prefill_tokens": engine.queued_prefill_tokens,
             "kv_tokens_total": usage.total,
             "kv_tokens_in_use": usage.in_use,
             "kv_tokens_cached": usage.cached,
@@ -293,4 +304,7 @@ def _load(settings: AppSettings, ranks: Ranks | None) -> LoadedModel:
 def _start(model: LoadedModel, proposer: RemoteProposer | None, settings: AppSettings) -> EngineLoop:
     from paceline.engine.loop import EngineLoop
 
-    return EngineLoop(model.engine(proposer, settings.speculation, sessions=settings.sessions))
+    engine = model.engine(
+        proposer, settings.speculation, sessions=settings.sessions, max_queued_prefill_s=MAX_QUEUED_PREFILL_S
+    )
+    return EngineLoop(engine)

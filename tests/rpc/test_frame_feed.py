@@ -13,6 +13,7 @@ from paceline.rpc.frame_codec import Named
 from paceline.rpc.frame_feed import METHOD, SERVICE, FeedReader, Feeds, start_feed_server
 from paceline.rpc.mailbox import Mailbox
 from paceline.types import Delta, Failure, FeedAddress
+from tests.rpc.replicas import until
 
 
 @asynccontextmanager
@@ -29,9 +30,7 @@ async def reading(feeds: Feeds, address: FeedAddress) -> AsyncIterator[FeedReade
     """A router that has its feed."""
     reader = FeedReader()
     reader.offer(address)
-    async with asyncio.timeout(10):
-        while reader.name not in feeds.routers:
-            await asyncio.sleep(0)
+    await until(lambda: reader.name in feeds.routers)
     try:
         yield reader
     finally:
@@ -108,9 +107,7 @@ async def test_an_address_nobody_answers_at_is_not_tried_at_once_again() -> None
         pass
     router = FeedReader(clock=lambda: now)
     router.offer(address)
-    async with asyncio.timeout(10):
-        while router.subscribed:
-            await asyncio.sleep(0.01)
+    await until(lambda: not router.subscribed)
     router.offer(address)
     assert router.subscribed == []
     now += 6
