@@ -87,6 +87,10 @@ class OwnedTargets(Targets):
     ) -> Outcome | None:
         return await self._admin().hand_off(replica, sessions, count, to)
 
+    async def abort(self, request_id: str) -> bool:
+        """Whoever knows an id: nobody but the one who sent the request is told it."""
+        return await self._targets.abort(request_id)
+
     async def status(self) -> ClusterStatus:
         return await self._admin().status()
 

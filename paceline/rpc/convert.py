@@ -23,10 +23,10 @@ _REASONS = {
     DraftFailureReason.UNSUPPORTED: pb.DRAFT_FAILURE_REASON_UNSUPPORTED,
 }
 _REASONS_BACK = {wire: reason for reason, wire in _REASONS.items()}
-_KINDS: dict[GrammarKind, pb.GrammarKind] = {
-    "json_schema": pb.GRAMMAR_KIND_JSON_SCHEMA,
-    "regex": pb.GRAMMAR_KIND_REGEX,
-    "lark": pb.GRAMMAR_KIND_LARK,
+_KINDS: dict[GrammarKind, pb.DraftGrammarKind] = {
+    "json_schema": pb.DRAFT_GRAMMAR_KIND_JSON_SCHEMA,
+    "regex": pb.DRAFT_GRAMMAR_KIND_REGEX,
+    "lark": pb.DRAFT_GRAMMAR_KIND_LARK,
 }
 _KINDS_BACK = {wire: kind for kind, wire in _KINDS.items()}
 _SEED_MASK = 2**64 - 1
@@ -147,13 +147,13 @@ def _sampling_to_proto(params: SamplingParams) -> pb.DraftSampling:
     )
 
 
-def _grammar_to_proto(grammar: Grammar | None) -> pb.Grammar | None:
+def _grammar_to_proto(grammar: Grammar | None) -> pb.DraftGrammar | None:
     if grammar is None:
         return None
-    return pb.Grammar(kind=_KINDS[grammar.kind], source=grammar.source, ends=grammar.ends)
+    return pb.DraftGrammar(kind=_KINDS[grammar.kind], source=grammar.source, ends=grammar.ends)
 
 
-def _grammar_from_proto(message: pb.Grammar) -> Grammar:
+def _grammar_from_proto(message: pb.DraftGrammar) -> Grammar:
     """A kind that came after this version is one that cannot be compiled here: no text of Lark is empty."""
     kind = _KINDS_BACK.get(message.kind)
     return Grammar("lark", "") if kind is None else Grammar(kind, message.source, tuple(message.ends))

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-import grpc
-
 from paceline.api.gateway import Gateway
 from paceline.api.keys import Caller, KeyRing, presented_key
 from paceline.api.owned import seen_by
 from paceline.errors import PacelineError
-from paceline.rpc.inference_service import InferenceHandlers, RpcContext, RpcFailed
+from paceline.rpc.inference_service import InferenceHandlers, RpcContext
 
 
 class InferenceAccess:
@@ -34,7 +32,7 @@ class InferenceAccess:
 
     @contextmanager
     def admitted(self, grpc_context: RpcContext) -> Iterator[InferenceHandlers]:
-        """The handlers as the caller may use them. Ends the call with a code and public text if it may not."""
+        """The handlers as the caller may use them; if it may not at all, handlers that refuse whatever is asked."""
         if self._keys is None:
             yield self._open
             return
@@ -43,9 +41,8 @@ class InferenceAccess:
                 caller = self._keys.caller(presented_key(_texts(grpc_context)))
                 held.enter_context(caller.quota.request())
             except PacelineError as error:
-                grpc_context.set_code(grpc.StatusCode[error.grpc_code])
-                grpc_context.set_details(error.message)
-                raise RpcFailed(error.message) from None
+                yield InferenceHandlers(self._gateway, refusal=error)
+                return
             yield self._of(caller)
 
     def _of(self, caller: Caller) -> InferenceHandlers:

@@ -68,7 +68,7 @@ def _answers(empty: type[A]) -> Callable[[Callable[[Any, Any], Awaitable[A]]], H
         @wraps(method)
         async def handler(self: Any, request: Any, grpc_context: RpcContext) -> A:
             try:
-                return await method(self, _readable(request))
+                return await method(self, self.admitted(request))
             except Exception as error:
                 _report(error, grpc_context)
                 return empty()
@@ -79,10 +79,19 @@ def _answers(empty: type[A]) -> Callable[[Callable[[Any, Any], Awaitable[A]]], H
 
 
 class InferenceHandlers:
-    """The methods of `paceline.v1.Inference`."""
+    """The methods of `paceline.v1.Inference`. With a `refusal` each call ends with it."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, refusal: PacelineError | None = None) -> None:
         self._gateway = gateway
+        self._refusal = refusal
+
+    def admitted(self, request: Any) -> Any:
+        """The request, if it may be answered and is one. Raises the refusal, or InvalidRequest."""
+        if self._refusal is not None:
+            raise self._refusal
+        if isinstance(request, Unreadable):
+            raise InvalidRequest(request.why)
+        return request
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: RpcContext) -> Events:
         async with aclosing(self._streamed(self._prepare_chat, request, grpc_context)) as events:
@@ -163,7 +172,7 @@ class InferenceHandlers:
         self, prepare: Callable[[Any, RpcContext], Awaitable[Prepared]], request: Any, grpc_context: RpcContext
     ) -> Events:
         try:
-            prepared = await prepare(_readable(request), grpc_context)
+            prepared = await prepare(self.admitted(request), grpc_context)
             async with aclosing(self._events(prepared)) as events:
                 async for event in events:
                     yield event
@@ -222,13 +231,6 @@ def _report(error: Exception, grpc_context: RpcContext) -> PacelineError:
     grpc_context.set_details(details)
     grpc_context.set_trailing_metadata([(DETAILS_KEY, status)])
     return error
-
-
-def _readable(request: Any) -> Any:
-    """The request, or InvalidRequest if its bytes were none."""
-    if isinstance(request, Unreadable):
-        raise InvalidRequest(request.why)
-    return request
 
 
 def _required(name: str, value: str | None) -> str:

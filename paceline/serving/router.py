@@ -87,14 +87,16 @@ class Router:
                     yield event
 
     async def Abort(self, request: pb.AbortRequest, grpc_context: Any) -> pb.AbortResponse:
-        return await self._rpc.Abort(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Abort(request, grpc_context)
 
     async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: Any) -> pb.TokenizeResponse:
         with self._rpc.admitted(grpc_context) as handlers:
             return await handlers.Tokenize(request, grpc_context)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, grpc_context: Any) -> pb.DetokenizeResponse:
-        return await self._rpc.Detokenize(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Detokenize(request, grpc_context)
 
     async def ListModels(self, request: pb.ListModelsRequest, grpc_context: Any) -> pb.ListModelsResponse:
         with self._rpc.admitted(grpc_context) as handlers:
@@ -121,16 +123,20 @@ class Router:
             return await handlers.CloseSession(request, grpc_context)
 
     async def MoveSession(self, request: pb.MoveSessionRequest, grpc_context: Any) -> pb.Session:
-        return await self._rpc.MoveSession(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.MoveSession(request, grpc_context)
 
     async def Status(self, request: pb.StatusRequest, grpc_context: Any) -> pb.StatusResponse:
-        return await self._rpc.Status(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Status(request, grpc_context)
 
     async def Relieve(self, request: pb.RelieveRequest, grpc_context: Any) -> pb.RelieveResponse:
-        return await self._rpc.Relieve(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Relieve(request, grpc_context)
 
     async def Drain(self, request: pb.DrainRequest, grpc_context: Any) -> pb.DrainResponse:
-        return await self._rpc.Drain(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Drain(request, grpc_context)
 
     async def __del__(self) -> None:
         """Awaited by Serve on a graceful shutdown, also of a replica that is still loading."""

@@ -7,12 +7,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class GrammarKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class DraftGrammarKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    GRAMMAR_KIND_UNSPECIFIED: _ClassVar[GrammarKind]
-    GRAMMAR_KIND_JSON_SCHEMA: _ClassVar[GrammarKind]
-    GRAMMAR_KIND_REGEX: _ClassVar[GrammarKind]
-    GRAMMAR_KIND_LARK: _ClassVar[GrammarKind]
+    DRAFT_GRAMMAR_KIND_UNSPECIFIED: _ClassVar[DraftGrammarKind]
+    DRAFT_GRAMMAR_KIND_JSON_SCHEMA: _ClassVar[DraftGrammarKind]
+    DRAFT_GRAMMAR_KIND_REGEX: _ClassVar[DraftGrammarKind]
+    DRAFT_GRAMMAR_KIND_LARK: _ClassVar[DraftGrammarKind]
 
 class DraftFailureReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -22,10 +22,10 @@ class DraftFailureReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DRAFT_FAILURE_REASON_BUSY: _ClassVar[DraftFailureReason]
     DRAFT_FAILURE_REASON_INTERNAL: _ClassVar[DraftFailureReason]
     DRAFT_FAILURE_REASON_UNSUPPORTED: _ClassVar[DraftFailureReason]
-GRAMMAR_KIND_UNSPECIFIED: GrammarKind
-GRAMMAR_KIND_JSON_SCHEMA: GrammarKind
-GRAMMAR_KIND_REGEX: GrammarKind
-GRAMMAR_KIND_LARK: GrammarKind
+DRAFT_GRAMMAR_KIND_UNSPECIFIED: DraftGrammarKind
+DRAFT_GRAMMAR_KIND_JSON_SCHEMA: DraftGrammarKind
+DRAFT_GRAMMAR_KIND_REGEX: DraftGrammarKind
+DRAFT_GRAMMAR_KIND_LARK: DraftGrammarKind
 DRAFT_FAILURE_REASON_UNSPECIFIED: DraftFailureReason
 DRAFT_FAILURE_REASON_UNKNOWN_SEQUENCE: DraftFailureReason
 DRAFT_FAILURE_REASON_BASE_MISMATCH: DraftFailureReason
@@ -117,18 +117,18 @@ class DraftSampling(_message.Message):
     logit_bias: _containers.ScalarMap[int, float]
     min_tokens: int
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    grammar: Grammar
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ...) -> None: ...
+    grammar: DraftGrammar
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[_Union[DraftGrammar, _Mapping]] = ...) -> None: ...
 
-class Grammar(_message.Message):
+class DraftGrammar(_message.Message):
     __slots__ = ("kind", "source", "ends")
     KIND_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     ENDS_FIELD_NUMBER: _ClassVar[int]
-    kind: GrammarKind
+    kind: DraftGrammarKind
     source: str
     ends: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, kind: _Optional[_Union[GrammarKind, str]] = ..., source: _Optional[str] = ..., ends: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, kind: _Optional[_Union[DraftGrammarKind, str]] = ..., source: _Optional[str] = ..., ends: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Advance(_message.Message):
     __slots__ = ("sequence", "base", "tokens", "depth")

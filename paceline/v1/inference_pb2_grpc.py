@@ -218,8 +218,8 @@ class InferenceServicer:
 
     def Drain(self, request, context):
         """Hands all sessions of a target replica to the others, those that are being answered once their turn is over. The
-        replica stays in service and may be given new ones: to be rid of it, lower the number of replicas; it then drains by
-        itself.
+        replica stays in service and may be given new ones: to be rid of it, lower the number of replicas; it then drains
+        by itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
