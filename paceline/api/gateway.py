@@ -86,16 +86,13 @@ class Targets(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request ready to be opened, and the turn of a session that it is, if any.
-
-    `timeout_s` is the client's own limit; the server's holds in any case.
-    """
+    """A request ready to be opened, and the turn of a session that it is, if any."""
 
     request: Request
     turn: Turn | None = None
     tools: ToolUse = NO_TOOLS
     timeout_s: float | None = None
-    """The client's own deadline; never beyond the server's."""
+    """The client's own limit; the server's holds in any case."""
 
 
 class Gateway:
@@ -259,6 +256,10 @@ class Gateway:
         timeout_s = own if prepared.timeout_s is None else min(own, prepared.timeout_s)
         return await Stream.open(frames, timeout_s, request.params.n)
 
+    async def abort(self, request_id: str) -> bool:
+        """End a request, whichever router opened it; False if no replica computes it, or no longer."""
+        return await _bounded(self._targets.abort(request_id))
+
     def readers(self, tools: ToolUse) -> Readers | None:
         """What finds the calls in the answers to a request, if there are functions to call."""
         if not tools.callable:
@@ -268,10 +269,6 @@ class Gateway:
     def text_of(self, prompt: Prompt) -> str:
         """A prompt as text."""
         return prompt if isinstance(prompt, str) else self._prompts.text_of(prompt)
-
-    async def abort(self, request_id: str) -> bool:
-        """End a request, whichever router opened it; False if no replica computes it, or no longer."""
-        return await _bounded(self._targets.abort(request_id))
 
     async def tokenize(self, content: str | Sequence[ChatMessage], *, model: str | None = None) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation as `prepare_chat` renders it."""

@@ -88,7 +88,7 @@ class OwnedTargets(Targets):
         return await self._admin().hand_off(replica, sessions, count, to)
 
     async def abort(self, request_id: str) -> bool:
-        """Whose request it is does not matter: its id is known to nobody else."""
+        """Whoever knows an id: nobody but the one who sent the request is told it."""
         return await self._targets.abort(request_id)
 
     async def status(self) -> ClusterStatus:

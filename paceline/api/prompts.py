@@ -120,6 +120,11 @@ class PromptEncoder:
         check_unicode(param, text)
         return await _off_loop(lambda: tuple(self._tokenizer.encode(text)), len(text))
 
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        self.check_ids("token_ids", token_ids)
+        return await asyncio.to_thread(lambda: str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False)))
+
     def text_of(self, token_ids: Sequence[int]) -> str:
         """The text of some tokens, without the special ones."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -140,11 +145,6 @@ class PromptEncoder:
                 f"{param}: {size} characters are more than are taken here, {self._max_chars} (limits.max_prompt_chars)",
                 param=param,
             )
-
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens included."""
-        self.check_ids("token_ids", token_ids)
-        return await asyncio.to_thread(lambda: str(self._tokenizer.decode(list(token_ids))))
 
     def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
         """Raise InvalidRequest if an id is outside the vocabulary."""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, aclosing, contextmanager
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager
 
 from paceline.api.gateway import Gateway
 from paceline.api.keys import Caller, KeyRing, presented_key
 from paceline.api.owned import seen_by
 from paceline.errors import PacelineError
-from paceline.rpc.inference_service import Events, Handler, InferenceHandlers, Refused, RpcContext
-
-A = TypeVar("A")
-StreamHandler = Callable[[InferenceHandlers, Any, RpcContext], Events]
+from paceline.rpc.inference_service import InferenceHandlers, RpcContext
 
 
 class InferenceAccess:
-    """The only way to the handlers. Every caller has handlers of its own, over what it may see of the gateway."""
+    """The only way to the handlers: `with access.admitted(context) as handlers`, around a whole call.
+
+    Every caller has handlers of its own, over what it may see of the gateway.
+    """
 
     def __init__(
         self,
@@ -31,33 +30,20 @@ class InferenceAccess:
         self._open = handlers(gateway)
         self._by_name: dict[str, tuple[Caller, InferenceHandlers]] = {}
 
-    async def answer(self, method: Handler[A], request: Any, grpc_context: RpcContext) -> A:
-        """What a method of the handlers answers, or why the caller may not ask."""
-        with self._admitted(request, grpc_context) as (handlers, admitted):
-            return await method(handlers, admitted, grpc_context)
-
-    async def stream(self, method: StreamHandler, request: Any, grpc_context: RpcContext) -> Events:
-        """The same for one that streams."""
-        with self._admitted(request, grpc_context) as (handlers, admitted):
-            async with aclosing(method(handlers, admitted, grpc_context)) as events:
-                async for event in events:
-                    yield event
-
     @contextmanager
-    def _admitted(self, request: Any, grpc_context: RpcContext) -> Iterator[tuple[InferenceHandlers, Any]]:
-        """For the time of a call: handlers, and the request or, in its place, what refuses it."""
+    def admitted(self, grpc_context: RpcContext) -> Iterator[InferenceHandlers]:
+        """The handlers as the caller may use them; if it may not at all, handlers that refuse whatever is asked."""
         if self._keys is None:
-            yield self._open, request
+            yield self._open
             return
         with ExitStack() as held:
-            handlers, admitted = self._open, request
             try:
                 caller = self._keys.caller(presented_key(_texts(grpc_context)))
                 held.enter_context(caller.quota.request())
-                handlers = self._of(caller)
             except PacelineError as error:
-                admitted = Refused(error)
-            yield handlers, admitted
+                yield InferenceHandlers(self._gateway, refusal=error)
+                return
+            yield self._of(caller)
 
     def _of(self, caller: Caller) -> InferenceHandlers:
         known, handlers = self._by_name.get(caller.name, (None, self._open))

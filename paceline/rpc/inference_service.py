@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from typing import Any, Protocol, TypeVar
 
@@ -61,13 +61,6 @@ class RpcContext(Protocol):
 Handler = Callable[[Any, Any, RpcContext], Awaitable[A]]
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Stands for a request whose caller may not ask."""
-
-    error: PacelineError
-
-
 def _answers(empty: type[A]) -> Callable[[Callable[[Any, Any], Awaitable[A]]], Handler[A]]:
     """Makes a method a handler with one answer: `empty` if it fails, which nobody gets to see beside the status."""
 
@@ -75,7 +68,7 @@ def _answers(empty: type[A]) -> Callable[[Callable[[Any, Any], Awaitable[A]]], H
         @wraps(method)
         async def handler(self: Any, request: Any, grpc_context: RpcContext) -> A:
             try:
-                return await method(self, _readable(request))
+                return await method(self, self.admitted(request))
             except Exception as error:
                 _report(error, grpc_context)
                 return empty()
@@ -86,10 +79,19 @@ def _answers(empty: type[A]) -> Callable[[Callable[[Any, Any], Awaitable[A]]], H
 
 
 class InferenceHandlers:
-    """The methods of `paceline.v1.Inference`."""
+    """The methods of `paceline.v1.Inference`. With a `refusal` each call ends with it."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, refusal: PacelineError | None = None) -> None:
         self._gateway = gateway
+        self._refusal = refusal
+
+    def admitted(self, request: Any) -> Any:
+        """The request, if it may be answered and is one. Raises the refusal, or InvalidRequest."""
+        if self._refusal is not None:
+            raise self._refusal
+        if isinstance(request, Unreadable):
+            raise InvalidRequest(request.why)
+        return request
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: RpcContext) -> Events:
         async with aclosing(self._streamed(self._prepare_chat, request, grpc_context)) as events:
@@ -170,7 +172,7 @@ class InferenceHandlers:
         self, prepare: Callable[[Any, RpcContext], Awaitable[Prepared]], request: Any, grpc_context: RpcContext
     ) -> Events:
         try:
-            prepared = await prepare(_readable(request), grpc_context)
+            prepared = await prepare(self.admitted(request), grpc_context)
             async with aclosing(self._events(prepared)) as events:
                 async for event in events:
                     yield event
@@ -229,15 +231,6 @@ def _report(error: Exception, grpc_context: RpcContext) -> PacelineError:
     grpc_context.set_details(details)
     grpc_context.set_trailing_metadata([(DETAILS_KEY, status)])
     return error
-
-
-def _readable(request: Any) -> Any:
-    """The request; raises why it is refused, or InvalidRequest if its bytes were none."""
-    if isinstance(request, Refused):
-        raise request.error
-    if isinstance(request, Unreadable):
-        raise InvalidRequest(request.why)
-    return request
 
 
 def _required(name: str, value: str | None) -> str:

@@ -19,7 +19,6 @@ from paceline.config import AppSettings
 from paceline.models import load_config, load_tokenizer, resolve
 from paceline.models.positions import shift_refusal
 from paceline.rpc.inference_access import InferenceAccess
-from paceline.rpc.inference_service import InferenceHandlers
 from paceline.serving.handles import ServeTargets
 from paceline.sessions.handoff import Move
 from paceline.sessions.rules import WindowRules
@@ -78,53 +77,68 @@ class Router:
         await self._targets.moved(moves)
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: Any) -> AsyncIterator[pb.GenerateEvent]:
-        async with aclosing(self._rpc.stream(InferenceHandlers.Chat, request, grpc_context)) as events:
-            async for event in events:
-                yield event
+        with self._rpc.admitted(grpc_context) as handlers:
+            async with aclosing(handlers.Chat(request, grpc_context)) as events:
+                async for event in events:
+                    yield event
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: Any) -> AsyncIterator[pb.GenerateEvent]:
-        async with aclosing(self._rpc.stream(InferenceHandlers.Generate, request, grpc_context)) as events:
-            async for event in events:
-                yield event
+        with self._rpc.admitted(grpc_context) as handlers:
+            async with aclosing(handlers.Generate(request, grpc_context)) as events:
+                async for event in events:
+                    yield event
 
     async def Abort(self, request: pb.AbortRequest, grpc_context: Any) -> pb.AbortResponse:
-        return await self._rpc.answer(InferenceHandlers.Abort, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Abort(request, grpc_context)
 
     async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: Any) -> pb.TokenizeResponse:
-        return await self._rpc.answer(InferenceHandlers.Tokenize, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Tokenize(request, grpc_context)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, grpc_context: Any) -> pb.DetokenizeResponse:
-        return await self._rpc.answer(InferenceHandlers.Detokenize, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Detokenize(request, grpc_context)
 
     async def ListModels(self, request: pb.ListModelsRequest, grpc_context: Any) -> pb.ListModelsResponse:
-        return await self._rpc.answer(InferenceHandlers.ListModels, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.ListModels(request, grpc_context)
 
     async def CreateSession(self, request: pb.CreateSessionRequest, grpc_context: Any) -> pb.Session:
-        return await self._rpc.answer(InferenceHandlers.CreateSession, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.CreateSession(request, grpc_context)
 
     async def ForkSession(self, request: pb.ForkSessionRequest, grpc_context: Any) -> pb.Session:
-        return await self._rpc.answer(InferenceHandlers.ForkSession, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.ForkSession(request, grpc_context)
 
     async def ListSessions(self, request: pb.ListSessionsRequest, grpc_context: Any) -> pb.ListSessionsResponse:
-        return await self._rpc.answer(InferenceHandlers.ListSessions, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.ListSessions(request, grpc_context)
 
     async def GetSession(self, request: pb.GetSessionRequest, grpc_context: Any) -> pb.Session:
-        return await self._rpc.answer(InferenceHandlers.GetSession, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.GetSession(request, grpc_context)
 
     async def CloseSession(self, request: pb.CloseSessionRequest, grpc_context: Any) -> pb.CloseSessionResponse:
-        return await self._rpc.answer(InferenceHandlers.CloseSession, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.CloseSession(request, grpc_context)
 
     async def MoveSession(self, request: pb.MoveSessionRequest, grpc_context: Any) -> pb.Session:
-        return await self._rpc.answer(InferenceHandlers.MoveSession, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.MoveSession(request, grpc_context)
 
     async def Status(self, request: pb.StatusRequest, grpc_context: Any) -> pb.StatusResponse:
-        return await self._rpc.answer(InferenceHandlers.Status, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Status(request, grpc_context)
 
     async def Relieve(self, request: pb.RelieveRequest, grpc_context: Any) -> pb.RelieveResponse:
-        return await self._rpc.answer(InferenceHandlers.Relieve, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Relieve(request, grpc_context)
 
     async def Drain(self, request: pb.DrainRequest, grpc_context: Any) -> pb.DrainResponse:
-        return await self._rpc.answer(InferenceHandlers.Drain, request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Drain(request, grpc_context)
 
     async def __del__(self) -> None:
         """Awaited by Serve on a graceful shutdown, also of a replica that is still loading."""

@@ -88,6 +88,9 @@ class EngineTargets(Targets):
     ) -> Outcome | None:
         return None
 
+    async def abort(self, request_id: str) -> bool:
+        return await asyncio.wrap_future(self.loop.end(request_id))
+
     async def status(self) -> ClusterStatus:
         return ClusterStatus()
 
