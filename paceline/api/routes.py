@@ -30,6 +30,7 @@ from paceline.api.answers import (
     SessionMessages,
     Status,
 )
+from paceline.api.answers_responses import ResponseDeleted, ResponseObject
 from paceline.api.body import CheckedRoute
 from paceline.api.console import console_router
 from paceline.api.failures import JSONBytes, install_error_handlers
@@ -38,12 +39,14 @@ from paceline.api.metrics import CONTENT_TYPE, prometheus_text
 from paceline.api.middleware import BodyLimit, HeadLimit, LastResort, RequestId
 from paceline.api.owned import seen_by
 from paceline.api.reply import Reply
+from paceline.api.responses import Responses
 from paceline.api.schema import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationBody,
 )
+from paceline.api.schema_responses import ResponsesRequest
 from paceline.api.schema_sessions import CreateSessionBody, ForkSessionBody, MoveSessionBody, RelieveBody
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.api.wording import ChatWording
@@ -147,6 +150,27 @@ async def completions(body: CompletionRequest, request: Request, gateway: TheGat
         silent=body.max_tokens == 0,
     )
     return Reply(gateway, prepared, wording, stream=bool(body.stream))
+
+
+@router.post("/v1/responses", response_model=ResponseObject)
+async def create_response(body: ResponsesRequest, gateway: TheGateway) -> Response:
+    """One turn of a conversation that is stored here: `previous_response_id` goes on from an earlier one."""
+    prepared, wording = await Responses(gateway).prepare(body)
+    return Reply(gateway, [prepared], wording, stream=bool(body.stream))
+
+
+@router.get("/v1/responses/{response_id}", response_model=ResponseObject)
+async def get_response(response_id: str, gateway: TheGateway, stream: bool = False) -> Response:
+    if stream:
+        raise InvalidRequest("stream: a stored response is sent whole; leave it out", param="stream")
+    return JSONBytes(await Responses(gateway).get(response_id))
+
+
+@router.delete("/v1/responses/{response_id}", response_model=ResponseDeleted)
+async def delete_response(response_id: str, gateway: TheGateway) -> Response:
+    """Forget a response. Its session goes with the last one."""
+    await Responses(gateway).delete(response_id)
+    return _json(ResponseDeleted(id=response_id))
 
 
 @router.get("/v1/models", response_model=ModelList)

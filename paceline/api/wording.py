@@ -62,9 +62,6 @@ class Wording(ABC):
         """What ends every other."""
         return b"data: [DONE]\n\n"
 
-    async def settle(self, tally: Tally) -> None:  # noqa: B027 (most have nothing to do)
-        """What has to be done with the complete answer before the client has all of it."""
-
     def chunks(self, tally: Tally, delta: Delta) -> Sequence[Answer]:
         """One engine step of one choice; none if all of it is held back. The last one says what the answer cost, unless
         a closing chunk will."""
