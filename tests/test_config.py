@@ -14,6 +14,7 @@ from paceline.config import (
     IMPORT_PATH,
     AppSettings,
     EngineSettings,
+    api_key,
     ca_bundle,
     cache_dir,
     default_deployment,
@@ -209,3 +210,7 @@ def test_a_folder_for_kv_is_taken(path: str | None) -> None:
 def test_a_folder_for_kv_that_depends_on_where_a_replica_runs_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"sessions\.kv_disk_path: .*absolute path"):
         parse_settings({"sessions": {"kv_disk_path": "kv"}})
+
+
+def test_the_key_of_the_command_line_comes_from_the_environment() -> None:
+    assert (api_key({"PACELINE_API_KEY": "sk"}), api_key({"PACELINE_API_KEY": ""}), api_key({})) == ("sk", None, None)

@@ -47,6 +47,7 @@ def chat(
     from paceline.cli.client import ChatOptions, Client
     from paceline.cli.console import note, stdout
     from paceline.cli.conversation import Conversation, new_session_id
+    from paceline.cli.stats import several
 
     begun = new_session_id() if message is None else None
     chosen = ChatOptions(
@@ -67,7 +68,7 @@ def chat(
             return
         note(console, f"{client.model()} at {client.url}; /help lists commands, Ctrl-D leaves")
         if said:
-            note(console, f"session {session} goes on after {said} messages")
+            note(console, f"session {session} goes on after {several(said, 'message')}")
         talk.interact()
 
 
@@ -101,6 +102,8 @@ class Chat:
                 self.act(line)
             except Leave:
                 return
+            if self.console.is_terminal:
+                self.console.print()
 
     def act(self, line: str) -> None:
         """Do what one message says: a command, or a question. A failure does not end the chat."""

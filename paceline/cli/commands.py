@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.cli.console import note
-from paceline.cli.stats import source_table, summary_line, total
+from paceline.cli.stats import several, source_table, summary_line, total
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def session(chat: Chat, argument: str) -> None:
     talk = chat.conversation
     if argument:
         count = talk.resume(argument)
-        note(chat.console, f"session {talk.session_id}, {count} messages")
+        note(chat.console, f"session {talk.session_id}, {several(count, 'message')}")
         if count and talk.history[-1].role == "assistant":
             chat.recall(talk.history[-1].content)
         return
@@ -67,7 +67,7 @@ def session_line(card: Mapping[str, Any]) -> str:
     held = f"{card.get('cached_tokens', 0)} KV tokens on {card.get('kv_tier') or 'device'} of target {home}"
     parts = [held if home else "no replica holds its KV"]
     if card.get("turns") is not None:
-        parts.append(f"{card.get('history_tokens')} tokens in {card['turns']} turns")
+        parts.append(f"{card.get('history_tokens')} tokens in {several(card['turns'], 'turn')}")
     if card.get("parent"):
         parts.append(f"fork of {card['parent']}")
     return " · ".join(parts)
@@ -120,7 +120,7 @@ def save(chat: Chat, argument: str) -> None:
             file.write("\n".join(said))
     except OSError as error:
         raise ConfigError(f"/save: {path}: {error.strerror or error}") from None
-    note(chat.console, f"{len(said)} messages in {path}")
+    note(chat.console, f"{several(len(said), 'message')} in {path}")
 
 
 def leave(chat: Chat, argument: str) -> None:  # noqa: ARG001

@@ -18,8 +18,8 @@ def stdout() -> Console:
 
 
 def note(console: Console, text: str) -> None:
-    """A line beside the matter."""
-    console.print(text, style="dim", markup=False, soft_wrap=True)
+    """A line beside the matter; whole where no terminal reads."""
+    console.print(text, style="dim", markup=False, soft_wrap=not console.is_terminal)
 
 
 def printable(text: str) -> str:

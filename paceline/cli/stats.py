@@ -73,7 +73,7 @@ def summary_line(answers: Sequence[Answer]) -> str:
     rate = (metrics.completion_tokens - len(answers)) / decode_s if decode_s > 0 else 0.0
     return " · ".join(
         (
-            f"{len(answers)} answers by {replicas}",
+            f"{several(len(answers), 'answer')} by {replicas}",
             f"{metrics.completion_tokens} tokens",
             f"{rate:.1f} tok/s",
             f"first after {times[len(times) // 2]:.2f} s (median), {times[-1]:.2f} s at most",
@@ -90,7 +90,7 @@ def source_table(sources: Sequence[SourceMetrics]) -> Table | None:
 
     if not sources:
         return None
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("source")
     for heading in ("drafted", "accepted", "rolled back", "wasted", "acceptance", "by place in the run"):
         table.add_column(heading, justify="right", overflow="fold")
@@ -100,6 +100,11 @@ def source_table(sources: Sequence[SourceMetrics]) -> Table | None:
         counts = (str(drafted), str(accepted), str(each.rolled_back), str(each.wasted), percent(accepted, drafted))
         table.add_row(each.source.replace("_", " "), *counts, places)
     return table
+
+
+def several(number: int, thing: str) -> str:
+    """`3 turns`, `1 turn`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def percent(part: float, whole: float) -> str:

@@ -25,6 +25,10 @@ _ELSEWHERE = ("replica_id", "speculation", "handoff", "warnings", "tensor_parall
 """What a replica reports that is no row of its table."""
 
 
+_WORDS = ("model", "address", "target", "tier", "KV")
+"""Columns that are no numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """A server at one time, in seconds since 1970."""
@@ -223,10 +227,12 @@ def sums(replicas: Sequence[Replica], *names: str) -> int:
 
 
 def _table(first: str, others: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first)
+    """Words to the left, which give way where there is no room; numbers to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption_style="dim")
+    table.add_column(first, no_wrap=True)
     for name in others:
-        table.add_column(name, justify="right", overflow="fold")
+        words = name in _WORDS
+        table.add_column(name, justify="left" if words else "right", no_wrap=words, overflow="ellipsis")
     return table
 
 

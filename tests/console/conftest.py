@@ -21,11 +21,12 @@ addEventListener("securitypolicyviolation", ({ violatedDirective: rule, blockedU
 
 @dataclass
 class Watched:
-    """What a page did beside its work. `expected` are errors a test brings about."""
+    """What a page did beside its work. `asked` has path and headers of its requests, `expected` are errors that a test
+    brings about."""
 
     errors: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
+    asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     bodies: list[str] = field(default_factory=list)
     expected: tuple[str, ...] = ()
 
@@ -70,7 +71,7 @@ def open_page(browser: Any, watched: Watched) -> Iterator[Open]:
         def note(request: Any) -> None:
             if not request.url.startswith(url):
                 watched.elsewhere.append(request.url)
-            watched.headers.append(request.headers)
+            watched.asked.append((request.url.removeprefix(url), request.headers))
             watched.bodies.append(request.post_data or "")
 
         page.on("request", note)

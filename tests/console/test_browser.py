@@ -201,8 +201,18 @@ def test_a_seed_of_64_bits_goes_out_and_comes_back_whole(page: Any, watched: Wat
 def test_the_key_is_sent_and_kept_for_the_tab_alone(page: Any, watched: Watched) -> None:
     choose(page, key="sk-secret")
     ask(page)
-    assert watched.headers[-1].get("authorization") == "Bearer sk-secret"
+    assert [headers.get("authorization") for path, headers in watched.asked if "/v1/" in path][-1] == "Bearer sk-secret"
     assert "sk-secret" not in page.evaluate("JSON.stringify(localStorage)")
+
+
+def test_a_reloaded_page_has_the_key_from_its_first_request_on(page: Any, watched: Watched) -> None:
+    choose(page, key="sk-secret")
+    ask(page)
+    watched.asked.clear()
+    page.reload()
+    page.wait_for_selector("#health.well")
+    keys = {headers.get("authorization") for path, headers in watched.asked if path.startswith("/v1/")}
+    assert keys == {"Bearer sk-secret"}
 
 
 def test_a_refused_key_says_what_to_do(page: Any, watched: Watched) -> None:

@@ -36,9 +36,15 @@ export class Chat {
     this.onChange();
   }
 
+  /** Stop the answer that is coming, if any. */
+  stop() {
+    this.stopper?.abort();
+    this.stopper = null;
+  }
+
   /** Show a stored session, or say why not. */
   async resume(id) {
-    this.stopper?.abort();
+    this.stop();
     try {
       this.show(await Conversation.resumed(id));
       this.field.focus();
@@ -54,15 +60,16 @@ export class Chat {
     notify(null);
     this.field.value = "";
     this.#grow();
-    this.stopper = new AbortController();
+    const stopper = new AbortController();
+    this.stopper = stopper;
     this.#state();
     try {
-      await conversation.ask(question, this.stopper.signal, () => this.#draw(conversation, shown));
+      await conversation.ask(question, stopper.signal, () => this.#draw(conversation, shown));
     } catch (error) {
       notify(error.message);
-      if (conversation.messages.length === shown) this.field.value ||= question;
+      if (conversation === this.conversation && conversation.messages.length === shown) this.field.value ||= question;
     }
-    this.stopper = null;
+    if (this.stopper === stopper) this.stopper = null;
     this.#drawNow(conversation, shown);
     this.#state();
     this.onChange();

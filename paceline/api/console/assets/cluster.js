@@ -2,7 +2,7 @@
 
 import { api } from "./api.js";
 import { newName } from "./conversation.js";
-import { age, brief, byId, count, h, keyed, notify, percent, say, size } from "./dom.js";
+import { age, brief, byId, count, h, keyed, notify, percent, say, several, size } from "./dom.js";
 
 const NOWHERE = "no replica";
 
@@ -38,7 +38,7 @@ export class Cluster {
     const longest = Math.max(1, ...this.sessions.map(tokensOf));
     keyed(byId("map"), columns, (column) => column.name, makeColumn, (node, { name, sessions }) => {
       const kv = name === NOWHERE ? "history alone" : `${count(sum(sessions, (each) => each.cached_tokens))} tokens`;
-      say(node.querySelector("small"), `${sessions.length} session${sessions.length === 1 ? "" : "s"} · ${kv}`);
+      say(node.querySelector("small"), `${several(sessions.length, "session")} · ${kv}`);
       keyed(node.querySelector(".tiles"), sessions, (each) => each.session_id, (each) => this.#tile(each), (tile, each) => {
         tile.className = `tile ${each.kv_tier ?? (each.replica_id ? "device" : "none")} ${each.running ? "running" : ""}`;
         tile.style.width = `${Math.max(9, (100 * tokensOf(each)) / longest)}%`;
@@ -71,7 +71,7 @@ export class Cluster {
       ["KV at", session.replica_id ?? "no replica"],
       ["tier", session.running ? `${session.kv_tier}, running` : session.kv_tier ?? "–"],
       ["KV", `${count(session.cached_tokens)} tokens, ${size(session.kv_bytes)}`],
-      ["history", session.turns === undefined ? "not stored" : `${count(session.history_tokens)} tokens, ${session.turns} turns`],
+      ["history", session.turns === undefined ? "not stored" : `${count(session.history_tokens)} tokens, ${several(session.turns, "turn")}`],
       ["last used", age(session.updated)],
       ["fork of", session.parent ?? "–"],
     ];
@@ -157,7 +157,6 @@ const targetFacts = (each) => [
 ];
 
 const drafterFacts = (each) => [
-  ["model", each.model ?? "–"],
   ["streams", count(each.streams)],
   ["sequences", count(each.sequences)],
   ["drafted", count(each.drafted_tokens)],
@@ -167,7 +166,7 @@ const drafterFacts = (each) => [
 
 function drawCards(container, replicas, facts) {
   const make = ({ replica_id: name }) =>
-    h("article.card", {}, h("h3", {}, h("code", {}, name)), h("div.kv", { role: "img" }, h("i.used"), h("i.cached")), h("small.dim"), h("dl"));
+    h("article.card", {}, h("h3", {}, h("code", {}, name), h("small.model")), h("div.kv", { role: "img" }, h("i.used"), h("i.cached")), h("small.words"), h("dl"));
   keyed(container, replicas, (each) => each.replica_id, make, (node, each) => {
     const { kv_tokens_total: total = 0, kv_tokens_in_use: used = 0, kv_tokens_cached: cached = 0 } = each;
     const [usedBar, cachedBar] = node.querySelectorAll(".kv i");
@@ -175,7 +174,8 @@ function drawCards(container, replicas, facts) {
     cachedBar.style.width = `${total ? (100 * cached) / total : 0}%`;
     const words = `KV: ${count(used)} in use, ${count(cached)} cached, of ${count(total)} tokens`;
     node.querySelector(".kv").setAttribute("aria-label", words);
-    say(node.querySelector("small"), words);
+    say(node.querySelector(".words"), words);
+    say(node.querySelector(".model"), each.model ?? "");
     drawFacts(node.querySelector("dl"), facts(each));
     node.classList.toggle("warned", Boolean(each.warnings?.length));
   });

@@ -56,6 +56,9 @@ export function say(node, text) {
 
 export const count = (value) => Number(value ?? 0).toLocaleString("en-US").replaceAll(",", " ");
 
+/** `3 turns`, `1 turn`. */
+export const several = (number, thing) => `${count(number)} ${thing}${number === 1 ? "" : "s"}`;
+
 export const percent = (part, whole) => (whole ? `${Math.round((100 * part) / whole)}%` : "–");
 
 export function size(bytes) {

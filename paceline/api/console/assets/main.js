@@ -13,6 +13,12 @@ const PERIOD_MS = { cluster: 1000, chat: 3000 };
 let timer;
 let view = "chat";
 
+// The key first: whatever asks the server needs it.
+installSettings(() => {
+  greet();
+  poll();
+});
+
 const sessions = { list: null };
 const chat = new Chat(() => {
   sessions.list?.draw();
@@ -82,7 +88,7 @@ function toggleSessions(open) {
 }
 
 byId("new-chat").addEventListener("click", () => {
-  chat.stopper?.abort();
+  chat.stop();
   chat.show(new Conversation());
   toggleSessions(false);
   byId("message").focus();
@@ -93,12 +99,4 @@ byId("notice").querySelector("button").addEventListener("click", () => notify(nu
 document.addEventListener("visibilitychange", poll);
 addEventListener("hashchange", route);
 
-let key = null;
-installSettings(() => {
-  const given = byId("settings").elements.key.value;
-  if (given === key) return;
-  key = given;
-  greet();
-  poll();
-});
 route();

@@ -2,7 +2,7 @@
 
 import { api } from "./api.js";
 import { newName } from "./conversation.js";
-import { age, brief, byId, count, h, icon, keyed, notify, say } from "./dom.js";
+import { age, brief, byId, count, h, icon, keyed, notify, say, several } from "./dom.js";
 
 const SHOWN = 50;
 const FORK = "M4 2v12M4 8h4q4 0 4-4V2M10 4l2-2 2 2";
@@ -29,7 +29,7 @@ export class Sessions {
       else button.removeAttribute("aria-current");
       button.disabled = !card.turns;
       node.querySelector(".dot").className = `dot tier ${card.running ? "running" : ""} ${card.kv_tier ?? "none"}`;
-      const turns = card.turns ? `${card.turns} turn${card.turns > 1 ? "s" : ""}` : "no history";
+      const turns = card.turns ? several(card.turns, "turn") : "no history";
       const tokens = count(card.history_tokens ?? card.cached_tokens);
       say(node.querySelector("small"), [turns, `${tokens} tokens`, card.updated && age(card.updated)].filter(Boolean).join(" · "));
     });

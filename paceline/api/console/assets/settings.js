@@ -7,8 +7,8 @@ const KEY = "paceline-key";
 
 export const settings = { key: "", system: "", temperature: 0.7, seed: "", max_tokens: 512, speculation: true, colours: true, theme: "" };
 
-/** Read what was kept, fill the form, and keep what changes. `onChange` hears of every change, and of the start. */
-export function installSettings(onChange) {
+/** Read what was kept, fill the form, and keep what changes. `onKey` hears of the key: of the first, and when it changes. */
+export function installSettings(onKey) {
   const form = byId("settings");
   Object.assign(settings, JSON.parse(localStorage.getItem(KEPT) ?? "{}"), { key: sessionStorage.getItem(KEY) ?? "" });
   for (const field of form.elements) {
@@ -25,12 +25,12 @@ export function installSettings(onChange) {
     sessionStorage.setItem(KEY, key);
     localStorage.setItem(KEPT, JSON.stringify(kept));
     apply();
-    onChange();
   };
   form.addEventListener("input", take);
+  form.elements.key.addEventListener("change", onKey); // not with every letter of it
   form.addEventListener("submit", (event) => event.preventDefault());
   apply();
-  onChange();
+  onKey();
 }
 
 /** The fields of a request that follow from the settings, but for the seed. An empty one is the server's choice. */
