@@ -242,6 +242,25 @@ class ModelList(Answer):
     data: list[ModelCard]
 
 
+class Tokens(Answer):
+    """Answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(Answer):
+    """Answer of POST /detokenize."""
+
+    prompt: str
+
+
+class Version(Answer):
+    version: str
+
+
 class SessionCard(Answer):
     """A session: where its KV cache is and how large, and what is stored of its history (seconds since 1970).
 

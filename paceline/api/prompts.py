@@ -104,14 +104,14 @@ class PromptEncoder:
             return tuple(prompt)
         return await self.text("prompt", prompt)
 
-    async def text(self, param: str, text: str) -> tuple[int, ...]:
-        """Token ids of a text, with the special tokens this tokenizer adds."""
+    async def text(self, param: str, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Token ids of a text, with the `special` tokens this tokenizer adds."""
         check_unicode(param, text)
-        return await _off_loop(lambda: tuple(self._tokenizer.encode(text)), len(text))
+        return await _off_loop(lambda: tuple(self._tokenizer.encode(text, add_special_tokens=special)), len(text))
 
-    def text_of(self, token_ids: Sequence[int]) -> str:
-        """The text of some tokens, without the special ones."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def text_of(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of some tokens, and of the `special` ones among them."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=not special)
 
     def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
         """Raise InvalidRequest if an id is outside the vocabulary."""
