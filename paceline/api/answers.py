@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer
+from pydantic_core import CoreSchema
 
 from paceline.types import Metrics, SourceMetrics
 
@@ -146,6 +147,11 @@ class AnswerMessage(Answer):
     @model_serializer(mode="wrap")
     def _with_content(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {"role": self.role, "content": self.content, **handler(self)}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """That of the fields, of which the serializer says nothing."""
+        return handler({name: part for name, part in core_schema.items() if name != "serialization"})  # type: ignore[arg-type]
 
 
 class ChatChoice(Answer):

@@ -49,7 +49,7 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class CalledFunction(Body):
+class CalledFunctionParam(Body):
     name: FunctionName
     arguments: str
 
@@ -60,7 +60,7 @@ class ToolCallParam(Body):
     id: Annotated[str, Field(min_length=1, max_length=256)]
     type: Literal["function"] = "function"
     index: Ignored = None
-    function: CalledFunction
+    function: CalledFunctionParam
 
     def call(self) -> ToolCall:
         return ToolCall(self.id, self.function.name, self.function.arguments)
