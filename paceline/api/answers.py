@@ -151,7 +151,7 @@ class AnswerMessage(Answer):
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """That of the fields, of which the serializer says nothing."""
-        return handler({name: part for name, part in core_schema.items() if name != "serialization"})  # type: ignore[arg-type]
+        return handler({name: part for name, part in core_schema.items() if name != "serialization"})
 
 
 class ChatChoice(Answer):

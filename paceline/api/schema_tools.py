@@ -52,6 +52,7 @@ class NamedTool(Body):
 class CalledFunctionParam(Body):
     name: FunctionName
     arguments: str
+    parsed_arguments: Ignored = None
 
 
 class ToolCallParam(Body):
@@ -67,7 +68,8 @@ class ToolCallParam(Body):
 
 
 class MessageParam(Body):
-    """One message. A message this server sent can be sent back as it was."""
+    """One message. A message this server sent can be sent back as it was, or as OpenAI's client made it: with what it
+    parsed."""
 
     role: str
     name: str | None = None
@@ -79,6 +81,7 @@ class MessageParam(Body):
     audio: Annotated[Any, only()] = None
     function_call: Annotated[Any, only(instead="use tool_calls")] = None
     reasoning_content: Ignored = None
+    parsed: Ignored = None
 
     @field_validator("tool_calls")
     @classmethod
