@@ -139,15 +139,6 @@ def drain_timeout_from(message: pb.DrainRequest) -> float | None:
     return message.timeout_seconds
 
 
-def refuse_tools(message: pb.ChatRequest) -> None:
-    """Raises InvalidRequest if the request needs them."""
-    if message.tools:
-        raise InvalidRequest("tools: not yet supported over gRPC", param="tools")
-    mode = message.tool_choice.WhichOneof("choice")
-    if mode == "function" or message.tool_choice.mode == pb.ToolChoice.MODE_REQUIRED:
-        raise InvalidRequest("tool_choice: there are no tools to choose from", param="tool_choice")
-
-
 def bounded(param: str, items: Sized, limit: int) -> None:
     """Raise InvalidRequest if there are more."""
     if len(items) > limit:

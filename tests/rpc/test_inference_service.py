@@ -391,13 +391,6 @@ async def test_a_replica_of_another_version_is_told_of_as_far_as_it_goes() -> No
     assert (told.replica_id, told.running, told.sessions, list(told.warnings)) == ("", 0, 0, [])
 
 
-async def test_tools_are_refused_by_name() -> None:
-    async with stub_of() as stub:
-        tools = await refused(stub.Chat(pb.ChatRequest(messages=HI, tools=[pb.Tool(name="f")])))
-        choice = await refused(stub.Chat(pb.ChatRequest(messages=HI, tool_choice=pb.ToolChoice(function="f"))))
-    assert (tools.param, choice.param) == ("tools", "tool_choice")
-
-
 async def test_a_grammar_reaches_the_replica() -> None:
     targets = ScriptedTargets()
     async with stub_of(targets) as stub:
