@@ -344,11 +344,23 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
+class Verified:
+    """What became of the candidates of one step: `drafted` of `source` were verified, and the first `accepted` tokens
+    of the delta, with the first `chars` characters of its text, are those that stood."""
+
+    source: str
+    drafted: int
+    accepted: int
+    chars: int
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What one engine step adds to one output of a request: at least one token, or the end, or both.
 
     `index` says which output. `logprobs`, if asked for, has an entry for each of `token_ids`;
     `prompt_logprobs` comes once, with the first tokens, and has an entry for each prompt token but the first.
+    `verified` is None in a step without candidates.
     """
 
     token_ids: tuple[int, ...]
@@ -358,6 +370,7 @@ class Delta:
     index: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    verified: Verified | None = None
 
     @property
     def finished(self) -> bool:

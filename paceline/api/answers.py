@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from paceline.types import Metrics, SourceMetrics
+from paceline.types import Delta, Metrics, SourceMetrics
 
 
 class Answer(BaseModel):
@@ -30,8 +30,25 @@ class SourceInfo(Answer):
         return cls(drafted=list(source.drafted), accepted=list(source.accepted), wasted=source.wasted)
 
 
+class VerifiedInfo(Answer):
+    """What became of the candidates of one step: `text` is the part of the chunk's that was guessed, its beginning."""
+
+    source: str
+    drafted: int
+    accepted: int
+    text: str
+
+    @classmethod
+    def of(cls, delta: Delta) -> VerifiedInfo | None:
+        found = delta.verified
+        if found is None:
+            return None
+        text = delta.text[: found.chars]
+        return cls(source=found.source, drafted=found.drafted, accepted=found.accepted, text=text)
+
+
 class PacelineInfo(Answer):
-    """Who made the answer and what it cost. A chunk that is not the last has `token_ids` alone.
+    """Who made the answer and what it cost. A chunk that is not the last has `token_ids` and `verified` alone.
 
     Of an answer with several choices the numbers are sums, and `seeds` and `choice_token_ids` have an entry for each.
     `resumptions`, if any, counts the replicas that were lost on the way; `replica_id` is the first.
@@ -53,6 +70,7 @@ class PacelineInfo(Answer):
     total_s: float | None = None
     resumptions: int | None = None
     token_ids: list[int] | None = None
+    verified: VerifiedInfo | None = None
     seeds: list[int] | None = None
     choice_token_ids: list[list[int]] | None = None
 
@@ -267,6 +285,20 @@ class SessionCard(Answer):
 class SessionList(Answer):
     object: Literal["list"] = "list"
     data: list[SessionCard]
+
+
+class SessionMessage(Answer):
+    role: str
+    content: str
+    name: str | None = None
+
+
+class SessionMessages(Answer):
+    """What was said in a session, the oldest first; a session of plain completions has no messages."""
+
+    object: Literal["list"] = "list"
+    session_id: str
+    data: list[SessionMessage]
 
 
 class SessionDeleted(Answer):

@@ -31,18 +31,23 @@ RECOGNIZED = "conv-"
 
 T = TypeVar("T")
 
+Note = Callable[[ChatMessage, Delta, int], tuple[str, str]]
+"""From an answer, its last delta and the number of its tokens to an entry of `Session.responses`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One request's place in a session. `messages` are all that were said before its answer, none if it is a plain
     completion; `claimed` is the key the session was recognized by; one that `appends` has the session for itself.
-    A `reader` finds the calls in its answer; `tools`, `instructions` and `responses` are kept as `Session` says."""
+    A `reader` finds the calls in its answer; `tools`, `instructions` and `responses` are kept as `Session` says, with
+    one more response that `noting` makes."""
 
     session_id: str
     messages: tuple[ChatMessage, ...] = ()
     claimed: str | None = None
     appends: bool = False
     reader: ToolCallReader | None = None
+    noting: Note | None = None
     tools: str = ""
     instructions: str = ""
     responses: Mapping[str, str] = field(default_factory=dict)
@@ -110,6 +115,14 @@ class Conversations:
         name = fork_id or _new_name()
         return await self._add(replace(source, session_id=name, parent=session_id, created=now, updated=now))
 
+    async def put(self, session: Session) -> None:
+        """Keep a session in place of what was stored of it."""
+        await _bounded(self._store.put(session))
+
+    def busy(self, session_id: str) -> bool:
+        """Whether a turn is being appended to it from here."""
+        return session_id in self._busy
+
     async def delete(self, session_id: str) -> bool:
         return await _bounded(self._store.delete(session_id))
 
@@ -136,7 +149,7 @@ class Conversations:
                         text += frame.text
                         if frame.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
                             kept = True
-                            await self._kindly(self._keep(request, turn, output, text), "a turn is not kept")
+                            await self._kindly(self._keep(request, turn, output, text, frame), "a turn is not kept")
                     yield frame
         finally:
             if turn.appends:
@@ -147,10 +160,12 @@ class Conversations:
     async def close(self) -> None:
         await self._store.close()
 
-    async def _keep(self, request: Request, turn: Turn, output: Sequence[int], text: str) -> None:
+    async def _keep(self, request: Request, turn: Turn, output: Sequence[int], text: str, last: Delta) -> None:
         before, now = await self._store.summary(turn.session_id), self._clock()
         before = before or SessionSummary(turn.session_id, created=now)
-        messages = (*turn.messages, _answer(turn, text)) if turn.messages else ()
+        answer = _answer(turn, text)
+        messages = (*turn.messages, answer) if turn.messages else ()
+        noted = dict([turn.noting(answer, last, len(output))] if turn.noting is not None else ())
         await self._store.put(
             Session(
                 turn.session_id,
@@ -163,7 +178,7 @@ class Conversations:
                 updated=now,
                 tools=turn.tools,
                 instructions=turn.instructions,
-                responses=turn.responses,
+                responses={**turn.responses, **noted},
             )
         )
         if turn.recognizable:

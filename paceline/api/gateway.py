@@ -34,6 +34,7 @@ from paceline.api.tools import ToolUse, offered_json, tools_from_json
 from paceline.config import LimitSettings, SchedulingPolicy
 from paceline.errors import InvalidRequest, PacelineError, RequestTimeout, SessionConflict, Unavailable, UnknownModel
 from paceline.sessions.handoff import BUSY, Outcome
+from paceline.sessions.history import Session
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.store import MemoryStore, SessionStore
 from paceline.types import Frame, Grammar, Prompt, Request, SamplingParams
@@ -149,6 +150,11 @@ class Gateway:
         scope._conversations = self._scopes[owner]
         return scope
 
+    @property
+    def conversations(self) -> Conversations:
+        """The stored sessions."""
+        return self._conversations
+
     async def prepare_chat(
         self,
         messages: Sequence[ChatMessage],
@@ -190,34 +196,56 @@ class Gateway:
 
         Raises UnknownSession, and InvalidRequest naming the field.
         """
-        self.check_model(model)
-        self._check_priority(priority)
-        known = check_messages(messages)
         session = await self._conversations.history(check_session_id(session_id))
         if session.token_ids and not session.messages:
             raise InvalidRequest(
                 "session_id: a session of plain completions has no messages to go on from", param="session_id"
             )
-        use = ToolUse(tools_from_json(session.tools)) if tools is None else tools
-        check_tools(use.offered)
+        return await self.prepare_from(
+            session,
+            messages,
+            params,
+            tools=ToolUse(tools_from_json(session.tools)) if tools is None else tools,
+            instructions=session.instructions,
+            model=model,
+            speculate=speculate,
+            priority=priority,
+        )
+
+    async def prepare_from(
+        self,
+        session: Session,
+        messages: Sequence[ChatMessage],
+        params: SamplingParams,
+        *,
+        tools: ToolUse,
+        instructions: str = "",
+        source: str = "messages",
+        model: str | None = None,
+        speculate: bool = True,
+        priority: int = 0,
+    ) -> Prepared:
+        """The next turn of a session, stored or about to be; `source` is the field that new messages come from.
+
+        Raises InvalidRequest naming the field.
+        """
+        self.check_model(model)
+        self._check_priority(priority)
+        known = check_messages(messages, source)
+        check_tools(tools.offered)
+        check_unicode("instructions", instructions)
+        # Instructions and functions stand at the beginning: with others, all of it is rendered anew.
+        same = (offered_json(tools), instructions) == (session.tools, session.instructions)
         token_ids = await self._prompts.turn(
-            # Functions stand at the beginning: with others, all of it is rendered anew.
-            session.token_ids if offered_json(use) == session.tools else (),
-            instructed(session.instructions, session.messages),
-            known,
-            use.offered,
+            session.token_ids if same else (), instructed(instructions, session.messages), known, tools.offered
         )
         if params.seed is None:
             params = replace(params, seed=session.seed)
-        fitted = self._fit("messages", len(token_ids), await self._constrained(params, use))
-        turn = Turn(
-            session_id,
-            (*session.messages, *known),
-            appends=True,
-            instructions=session.instructions,
-            responses=session.responses,
-        )
-        return self._calling(self._chat_request(token_ids, fitted, session_id, speculate, priority), turn, use)
+        fitted = self._fit(source, len(token_ids), await self._constrained(params, tools))
+        said = (*session.messages, *known)
+        turn = Turn(session.session_id, said, appends=True, instructions=instructions, responses=session.responses)
+        request = self._chat_request(token_ids, fitted, session.session_id, speculate, priority)
+        return self._calling(request, turn, tools)
 
     async def prepare_completion(
         self,
@@ -311,6 +339,10 @@ class Gateway:
         if not found:
             raise unknown_session(session_id)
         return found[0]
+
+    async def messages(self, session_id: str) -> tuple[ChatMessage, ...]:
+        """What was said in a session, as far as it is stored. Raises UnknownSession."""
+        return (await self._conversations.history(session_id)).messages
 
     async def close_session(self, session_id: str) -> None:
         """Drop a session's KV cache and its history. Raises UnknownSession if there is neither."""

@@ -182,31 +182,35 @@ class PromptEncoder:
         return tuple(int(token) for token in ids)
 
 
-def check_messages(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+def check_messages(messages: Sequence[ChatMessage], source: str = "messages") -> list[ChatMessage]:
     """The messages with the template's role names. Raises InvalidRequest naming the one that is wrong."""
     if not messages:
-        raise InvalidRequest("messages: must hold at least one message", param="messages")
+        raise InvalidRequest(f"{source}: must hold at least one message", param=source)
     checked = []
     for index, message in enumerate(messages):
         role = ROLES.get(message.role)
         if role is None:
-            field = f"messages.{index}.role"
+            field = f"{source}.{index}.role"
             raise InvalidRequest(f"{field}: unknown role {shown(message.role)}; one of {', '.join(ROLES)}", param=field)
-        check_unicode(f"messages.{index}.content", message.content)
-        check_unicode(f"messages.{index}.name", message.name or "")
+        check_unicode(f"{source}.{index}.content", message.content)
+        check_unicode(f"{source}.{index}.name", message.name or "")
         for place, call in enumerate(message.tool_calls):
-            check_unicode(f"messages.{index}.tool_calls.{place}", f"{call.call_id}{call.name}{call.arguments}")
+            check_unicode(f"{source}.{index}.tool_calls.{place}", f"{call.call_id}{call.name}{call.arguments}")
         if role == "tool" and not message.tool_call_id:
-            field = f"messages.{index}.tool_call_id"
+            field = f"{source}.{index}.tool_call_id"
             raise InvalidRequest(f"{field}: required in a message of role tool", param=field)
-        check_unicode(f"messages.{index}.tool_call_id", message.tool_call_id or "")
+        check_unicode(f"{source}.{index}.tool_call_id", message.tool_call_id or "")
         checked.append(replace(message, role=role))
     return checked
 
 
 def instructed(instructions: str, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """The messages behind instructions of a request's own."""
-    return [ChatMessage("system", instructions), *messages] if instructions else list(messages)
+    """The messages behind instructions of a request's own, in one system message with those they begin with."""
+    if not instructions:
+        return list(messages)
+    own = messages[0].content if messages and messages[0].role == "system" else None
+    first = ChatMessage("system", instructions if own is None else f"{instructions}\n\n{own}")
+    return [first, *messages[own is not None :]]
 
 
 def check_tools(tools: Sequence[Tool]) -> None:

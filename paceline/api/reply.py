@@ -65,7 +65,6 @@ class Reply(Response):
                 return
             async for delta in stream:
                 tally.add(delta)
-        await self._wording.settle(tally)
         body = self._wording.whole(tally).json_bytes()
         headers = self._head(stream, "application/json")
         headers["content-length"] = str(len(body))
@@ -82,10 +81,10 @@ class Reply(Response):
                 tally.add(delta)
                 if chunks := wording.chunks(tally, delta):
                     await channel.put(b"".join(wording.event(tally, chunk) for chunk in chunks))
-            await wording.settle(tally)
             for closing in wording.closings(tally):
                 await channel.put(wording.event(tally, closing))
-            await channel.put(wording.done)
+            if wording.done:
+                await channel.put(wording.done)
         except ClientGone:
             raise
         except Exception as error:

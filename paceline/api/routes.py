@@ -26,21 +26,27 @@ from paceline.api.answers import (
     SessionCard,
     SessionDeleted,
     SessionList,
+    SessionMessage,
+    SessionMessages,
     Status,
 )
+from paceline.api.answers_responses import ResponseDeleted, ResponseObject
 from paceline.api.body import CheckedRoute
+from paceline.api.console import console_router
 from paceline.api.failures import JSONBytes, install_error_handlers
 from paceline.api.gateway import Gateway, Prepared
 from paceline.api.metrics import CONTENT_TYPE, prometheus_text
 from paceline.api.middleware import BodyLimit, HeadLimit, LastResort, RequestId
 from paceline.api.owned import seen_by
 from paceline.api.reply import Reply
+from paceline.api.responses import Responses
 from paceline.api.schema import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationBody,
 )
+from paceline.api.schema_responses import ResponsesRequest
 from paceline.api.schema_sessions import CreateSessionBody, ForkSessionBody, MoveSessionBody, RelieveBody
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.api.wording import ChatWording
@@ -74,6 +80,7 @@ def create_app(
     app = FastAPI(title="Paceline", version=version("paceline"))
     app.state.gateway = gateway
     app.include_router(router)
+    app.include_router(console_router)
     install_error_handlers(app)
     limits = limits or LimitSettings()
     app.add_middleware(BodyLimit, limits=limits)
@@ -145,6 +152,27 @@ async def completions(body: CompletionRequest, request: Request, gateway: TheGat
     return Reply(gateway, prepared, wording, stream=bool(body.stream))
 
 
+@router.post("/v1/responses", response_model=ResponseObject)
+async def create_response(body: ResponsesRequest, gateway: TheGateway) -> Response:
+    """One turn of a conversation that is stored here: `previous_response_id` goes on from an earlier one."""
+    prepared, wording = await Responses(gateway).prepare(body)
+    return Reply(gateway, [prepared], wording, stream=bool(body.stream))
+
+
+@router.get("/v1/responses/{response_id}", response_model=ResponseObject)
+async def get_response(response_id: str, gateway: TheGateway, stream: bool = False) -> Response:
+    if stream:
+        raise InvalidRequest("stream: a stored response is sent whole; leave it out", param="stream")
+    return JSONBytes(await Responses(gateway).get(response_id))
+
+
+@router.delete("/v1/responses/{response_id}", response_model=ResponseDeleted)
+async def delete_response(response_id: str, gateway: TheGateway) -> Response:
+    """Forget a response. Its session goes with the last one."""
+    await Responses(gateway).delete(response_id)
+    return _json(ResponseDeleted(id=response_id))
+
+
 @router.get("/v1/models", response_model=ModelList)
 async def list_models(gateway: TheGateway) -> Response:
     return _json(ModelList(data=[_model_card(gateway)]))
@@ -202,6 +230,14 @@ async def relieve(replica_id: str, body: RelieveBody, gateway: TheGateway) -> Re
 @router.get("/v1/sessions", response_model=SessionList)
 async def list_sessions(gateway: TheGateway) -> Response:
     return _json(SessionList(data=[_session_card(session) for session in await gateway.sessions()]))
+
+
+@router.get("/v1/sessions/{session_id:path}/messages", response_model=SessionMessages)
+async def get_messages(session_id: str, gateway: TheGateway) -> Response:
+    """What was said, for a client that takes a session up again."""
+    said = await gateway.messages(session_id)
+    found = [SessionMessage(role=each.role, content=each.content, name=each.name) for each in said]
+    return _json(SessionMessages(session_id=session_id, data=found))
 
 
 @router.get("/v1/sessions/{session_id:path}", response_model=SessionCard)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from paceline.api.fields import Body, Content, Ignored, only, refused
 from paceline.api.prompts import ChatMessage
-from paceline.api.tools import NO_PARAMETERS, Tool, ToolChoice, ToolUse
+from paceline.api.tools import NO_PARAMETERS, Tool, ToolChoice, ToolUse, as_json
 from paceline.errors import InvalidRequest
 from paceline.sessions.history import ToolCall
 from paceline.types import Grammar
@@ -28,7 +27,7 @@ class FunctionParam(Body):
     strict: bool | None = None
 
     def tool(self) -> Tool:
-        parameters = NO_PARAMETERS if self.parameters is None else _json(self.parameters)
+        parameters = NO_PARAMETERS if self.parameters is None else as_json(self.parameters)
         return Tool(self.name, self.description or "", parameters, self.strict is True)
 
 
@@ -133,7 +132,7 @@ class ResponseFormat(Body):
         if self.type == "text":
             return None
         schema = None if self.json_schema is None else self.json_schema.schema_
-        return ANY_OBJECT if schema is None else Grammar("json_schema", _json(schema))
+        return ANY_OBJECT if schema is None else Grammar("json_schema", as_json(schema))
 
 
 class StructuredOutputs(Body):
@@ -147,8 +146,8 @@ class StructuredOutputs(Body):
 
     def constraint(self) -> Grammar:
         """Raises InvalidRequest unless there is exactly one."""
-        choice = None if self.choice is None else "start: " + " | ".join(map(_json, self.choice))
-        schema = self.json_ if self.json_ is None or isinstance(self.json_, str) else _json(self.json_)
+        choice = None if self.choice is None else "start: " + " | ".join(map(as_json, self.choice))
+        schema = self.json_ if self.json_ is None or isinstance(self.json_, str) else as_json(self.json_)
         found = [Grammar("json_schema", schema)] if schema is not None else []
         found += [Grammar("regex", self.regex)] if self.regex is not None else []
         found += [Grammar("lark", source) for source in (choice, self.grammar) if source is not None]
@@ -176,7 +175,3 @@ def tool_use(tools: list[Tool], choice: ToolChoice | None, named: str | None, pa
     if named is not None:
         return ToolUse(tuple(tools), "required", named, parallel=False)
     return ToolUse(tuple(tools), choice or "auto", parallel=parallel is not False)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

@@ -79,8 +79,6 @@ class Tally:
                 (request, index) for request in requests for index in range(request.params.n)
             )
         ]
-        self.sent = 0
-        """Events, where they are numbered."""
 
     @property
     def request(self) -> Request:

@@ -68,6 +68,11 @@ def offered_json(use: ToolUse) -> str:
     return json.dumps([asdict(tool) for tool in use.offered]) if use.offered else ""
 
 
+def as_json(value: Any) -> str:
+    """As JSON text, for people and models to read."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def tools_from_json(text: str) -> tuple[Tool, ...]:
     return tuple(Tool(**fields) for fields in json.loads(text)) if text else ()
 
@@ -153,7 +158,7 @@ class ToolDialect:
         """Text, in which calls may stand; without a mark, either one or the other."""
         if not self.form.mark or self.form.name == "llama3_json":
             return self._lark(["start: TEXT | calls", "TEXT: /([^{\\[](.|\\n)*)?/"], tools, parallel)
-        lead = "lead: TEXT mark" if self._mark_id is not None else f"lead[lazy]: TEXT {_quoted(self.form.mark)}"
+        lead = "lead: TEXT mark" if self._mark_id is not None else f"lead[lazy]: TEXT {as_json(self.form.mark)}"
         rules = [f"start: (lead body){'*' if parallel else '?'} TEXT", "TEXT: /(.|\\n)*/", lead]
         return self._lark(rules, tools, parallel)
 
@@ -166,13 +171,13 @@ class ToolDialect:
             "json": "calls: body",
         }
         body = {
-            "hermes": f'body: "\\n" call "\\n" {_quoted(self.form.close)}',
+            "hermes": f'body: "\\n" call "\\n" {as_json(self.form.close)}',
             "mistral": f'body: "[" call (", " call){more} "]"' if parallel else 'body: "[" call "]"',
             "llama3_json": "body: call",
             "json": f'body: call | "[" call (", " call){more} "]"' if parallel else "body: call",
         }
         name = self.form.name
-        mark = f"<[{self._mark_id}]>" if self._mark_id is not None else _quoted(self.form.mark)
+        mark = f"<[{self._mark_id}]>" if self._mark_id is not None else as_json(self.form.mark)
         lines = ["%llguidance {}", *rules]
         if not any(rule.startswith("lead") for rule in rules):
             lines.append(repeated[name])
@@ -181,7 +186,7 @@ class ToolDialect:
         lines += [body[name], "call: " + " | ".join(f"call_{n}" for n in range(len(tools)))]
         for n, tool in enumerate(tools):
             opening = f'{{"name": {json.dumps(tool.name)}, "{self.form.arguments}": '
-            lines += [f'call_{n}: {_quoted(opening)} arguments_{n} "}}"', f"arguments_{n}: %json {tool.parameters}"]
+            lines += [f'call_{n}: {as_json(opening)} arguments_{n} "}}"', f"arguments_{n}: %json {tool.parameters}"]
         return Grammar("lark", "\n".join(lines) + "\n")
 
 
@@ -241,7 +246,3 @@ def _call_in_words(call: ToolCall) -> str:
 
 def _object(call: ToolCall) -> Any:
     return json.loads(call.arguments) if is_object(call.arguments) else call.arguments
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

@@ -20,6 +20,7 @@ from paceline.api.answers import (
     PacelineInfo,
     ToolCallDelta,
     Usage,
+    VerifiedInfo,
 )
 from paceline.api.failures import envelope_of
 from paceline.api.logprobs import TokenTexts, chat_logprobs
@@ -61,16 +62,16 @@ class Wording(ABC):
         """What ends every other."""
         return b"data: [DONE]\n\n"
 
-    async def settle(self, tally: Tally) -> None:  # noqa: B027 (most have nothing to do)
-        """What has to be done with the complete answer before the client has all of it."""
-
     def chunks(self, tally: Tally, delta: Delta) -> Sequence[Answer]:
         """One engine step of one choice; none if all of it is held back. The last one says what the answer cost, unless
         a closing chunk will."""
-        token_ids = list(delta.token_ids) if self.return_token_ids else None
+        step = None
+        if self.return_token_ids:
+            step = PacelineInfo(token_ids=list(delta.token_ids), verified=VerifiedInfo.of(delta))
         if tally.finished and not self.include_usage:
-            return self._chunks(tally, delta, self._marked(tally.info(token_ids)))
-        return self._chunks(tally, delta, None if token_ids is None else PacelineInfo(token_ids=token_ids))
+            told = {} if step is None else {"token_ids": step.token_ids, "verified": step.verified}
+            step = self._marked(tally.info().model_copy(update=told))
+        return self._chunks(tally, delta, step)
 
     @abstractmethod
     def openings(self, tally: Tally) -> Sequence[Answer]:

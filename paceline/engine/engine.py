@@ -271,6 +271,8 @@ class Engine:
         kept = min(draws.accepted, taken)
         if kept < len(part.candidates):
             self.kv.truncate(sequence.kv, base + kept)
+        if part.proposal is not None and part.candidates:
+            sequence.note_verified(part.proposal.source, len(part.candidates), kept)
         for tally in (sequence.tally, self.tally):
             if part.proposal is not None:
                 tally.waste(part.proposal.source, part.unused)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import astuple
 from typing import Any
 
 import msgpack
 
-from paceline.types import Delta, Failure, FinishReason, Metrics, SourceMetrics, TokenLogprobs
+from paceline.types import Delta, Failure, FinishReason, Metrics, SourceMetrics, TokenLogprobs, Verified
 
 Named = tuple[str, Delta | Failure]
 """A request's id, and what happens to it."""
@@ -25,7 +26,7 @@ def unpack(data: bytes) -> list[Named]:
 def _delta(name: str, delta: Any) -> list[Any]:
     """Most have tokens and a text and nothing else."""
     entry: list[Any] = [name, delta.index, delta.token_ids, delta.text]
-    if delta.finish_reason is None and not delta.logprobs and not delta.prompt_logprobs:
+    if delta.finish_reason is None and not delta.logprobs and not delta.prompt_logprobs and delta.verified is None:
         return entry
     reason, metrics = delta.finish_reason, delta.metrics
     entry += [
@@ -33,6 +34,7 @@ def _delta(name: str, delta: Any) -> list[Any]:
         None if metrics is None else _metrics(metrics),
         [_logprobs(each) for each in delta.logprobs],
         [_logprobs(each) for each in delta.prompt_logprobs],
+        None if delta.verified is None else astuple(delta.verified),
     ]
     return entry
 
@@ -60,7 +62,7 @@ def _frame(entry: tuple[Any, ...]) -> Delta | Failure:
         return Failure(*entry[2:])
     if len(entry) == 4:
         return Delta(entry[2], entry[3], index=entry[1])
-    _, index, token_ids, text, reason, metrics, logprobs, prompt = entry
+    _, index, token_ids, text, reason, metrics, logprobs, prompt, verified = entry
     return Delta(
         token_ids,
         text,
@@ -69,6 +71,7 @@ def _frame(entry: tuple[Any, ...]) -> Delta | Failure:
         index,
         tuple(TokenLogprobs(*each) for each in logprobs),
         tuple(TokenLogprobs(*each) for each in prompt),
+        None if verified is None else Verified(*verified),
     )
 
 

@@ -42,6 +42,7 @@ def delta_events(delta: Delta, counted: Metrics) -> list[pb.GenerateEvent]:
             index=delta.index,
             logprobs=[_logprobs_message(entry) for entry in delta.logprobs],
             prompt_logprobs=[_logprobs_message(entry) for entry in delta.prompt_logprobs],
+            verified=None if delta.verified is None else pb.Verified(**asdict(delta.verified)),
         )
         events.append(pb.GenerateEvent(tokens=tokens))
     if delta.finish_reason is not None:

@@ -74,8 +74,8 @@ class Session:
     `token_ids` are prompt and output as the target computed them: the text does not always give the same ones again.
     `messages` say the same in words, for the chat template; a session of plain completions has none. `tools`, as JSON,
     and `instructions` are what `token_ids` begin with beside them. `responses` are those of /v1/responses that can be
-    asked for again, as JSON by id. `seed`, with the positions that follow from `token_ids`, is all the state of sampling. `window` is what a streaming window has
-    moved, by name; empty if nothing was.
+    asked for again, as JSON by id. `seed`, with the positions that follow from `token_ids`, is all the state of
+    sampling. `window` is what a streaming window has moved, by name; empty if nothing was.
     """
 
     session_id: str

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from pydantic import SecretStr
 from typer.testing import CliRunner

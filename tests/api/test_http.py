@@ -13,8 +13,20 @@ import pytest
 from paceline.api import create_app
 from paceline.config import LimitSettings
 from paceline.errors import EngineError, Overloaded, PacelineError, RequestTimeout, Unavailable
-from paceline.types import Delta, Failure, FinishReason
-from tests.api.scripted import ACCEPTED, CHAT, COMPLETION, HELLO, MODEL, Hang, ScriptedTargets, events, gateway, http
+from paceline.types import Delta, Failure, FinishReason, Verified
+from tests.api.scripted import (
+    ACCEPTED,
+    CHAT,
+    COMPLETION,
+    HELLO,
+    METRICS,
+    MODEL,
+    Hang,
+    ScriptedTargets,
+    events,
+    gateway,
+    http,
+)
 
 BOTH = pytest.mark.parametrize(
     ("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)], ids=["chat", "completions"]
@@ -404,6 +416,7 @@ async def test_the_openapi_description_has_every_route() -> None:
         "/v1/sessions",
         "/v1/sessions/{session_id}",
         "/v1/sessions/{session_id}/fork",
+        "/v1/sessions/{session_id}/messages",
         "/v1/sessions/{session_id}/move",
         "/v1/sessions/{session_id}/turns",
     ]
@@ -466,6 +479,14 @@ async def test_chunks_have_their_token_ids_and_the_closing_one_all(path: str, bo
     chunks = await stream_of(path, body, stream_options={"include_usage": True}, return_token_ids=True)
     told = [chunk["paceline"]["token_ids"] for chunk in chunks[:-1] if "paceline" in chunk]
     assert told == [[10, 11], [12], [10, 11, 12]]
+
+
+async def test_a_chunk_tells_which_of_its_text_was_guessed() -> None:
+    script = [ACCEPTED, Delta((10, 11, 12), "Hello", FinishReason.STOP, METRICS, verified=Verified("remote", 3, 2, 4))]
+    for usage in ({}, {"stream_options": {"include_usage": True}}):
+        chunks = await stream_of("/v1/chat/completions", CHAT, ScriptedTargets(script), return_token_ids=True, **usage)
+        guessed = [chunk["paceline"]["verified"] for chunk in chunks[:-1] if "verified" in chunk.get("paceline", {})]
+        assert guessed == [{"source": "remote", "drafted": 3, "accepted": 2, "text": "Hell"}]
 
 
 @BOTH

@@ -62,6 +62,23 @@ async def test_a_fork_is_a_session_of_its_own() -> None:
     assert {card["session_id"] for card in listed} == {"s", "t", unnamed["session_id"], "s/1", "s2"}
 
 
+async def test_what_was_said_in_a_session_can_be_read() -> None:
+    async with http() as client:
+        await made(client, session_id="a/b", messages=[{"role": "system", "content": "be brief"}])
+        await client.post("/v1/sessions/a/b/turns", json={"messages": HI})
+        said = (await client.get("/v1/sessions/a/b/messages")).json()["data"]
+    assert [(message["role"], message["content"]) for message in said] == [
+        ("system", "be brief"),
+        ("user", "hi"),
+        ("assistant", "Hello"),
+    ]
+
+
+async def test_nothing_was_said_in_a_session_nobody_knows() -> None:
+    async with http() as client:
+        assert (await client.get("/v1/sessions/nobody/messages")).json()["error"]["code"] == "session_not_found"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "code"),
     [

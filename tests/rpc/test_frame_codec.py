@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.rpc.frame_codec import pack, unpack
-from paceline.types import Delta, Failure, FinishReason, Metrics, SourceMetrics, TokenLogprobs
+from paceline.types import Delta, Failure, FinishReason, Metrics, SourceMetrics, TokenLogprobs, Verified
 
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=9).map(tuple)
 COUNTS = st.integers(0, 2**40)
@@ -25,6 +25,7 @@ LOGPROBS = st.lists(
     ),
     max_size=3,
 ).map(tuple)
+VERIFIED = st.builds(Verified, st.sampled_from(["remote", "prompt_lookup"]), COUNTS, COUNTS, COUNTS)
 DELTAS = st.builds(
     Delta,
     TOKENS,
@@ -34,6 +35,7 @@ DELTAS = st.builds(
     st.integers(0, 127),
     LOGPROBS,
     LOGPROBS,
+    st.none() | VERIFIED,
 )
 FAILURES = st.builds(
     Failure, st.text(), st.text(), st.none() | st.text(), st.none() | st.floats(0, 100), st.none() | st.text()

@@ -218,7 +218,7 @@ def test_what_is_no_grammar_is_refused_at_the_edge(grammar: Grammar, why: str) -
     ids=["one large number", "many patterns", "a product of choices"],
 )
 def test_what_takes_too_much_is_refused_at_the_edge(schema: schemas.Schema) -> None:
-    with pytest.raises(InvalidRequest, match="tools: .*(too much time or memory|too large)"):
+    with pytest.raises(InvalidRequest, match=r"tools: .*(too much time or memory|too large)"):
         check_grammar(Grammar("json_schema", json.dumps(schema)), param="tools")
 
 
