@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from paceline.errors import Unavailable
 from paceline.seeds import choice_seed
 from paceline.sessions.history import ChatMessage, ToolCall
-from paceline.types import CompletionOutput, Delta, FinishReason, Metrics, SourceMetrics, TokenLogprobs
+from paceline.types import CompletionOutput, Delta, FinishReason, Metrics, SourceMetrics, TokenLogprobs, Verified
 from paceline.v1 import inference_pb2 as pb
 
 
@@ -174,6 +174,7 @@ class Collected:
             index=tokens.index,
             logprobs=_logprobs(tokens.logprobs),
             prompt_logprobs=_logprobs(tokens.prompt_logprobs),
+            verified=_verified(tokens),
         )
         output.token_ids += delta.token_ids
         output.text.append(delta.text)
@@ -247,6 +248,13 @@ def _reason(reason: int) -> FinishReason:
         return FinishReason[pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_")]
     except (KeyError, ValueError):
         return FinishReason.STOP
+
+
+def _verified(tokens: pb.Tokens) -> Verified | None:
+    if not tokens.HasField("verified"):
+        return None
+    told = tokens.verified
+    return Verified(told.source, told.drafted, told.accepted, told.chars)
 
 
 def _logprobs(entries: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:

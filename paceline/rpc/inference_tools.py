@@ -74,7 +74,9 @@ def _with_calls(delta: Delta, counted: Metrics, reader: ToolCallReader) -> list[
         found += reader.finish()
     text = "".join(each.text for each in found if isinstance(each, Content))
     calls = [_piece(delta.index, each) for each in found if not isinstance(each, Content)]
-    events = delta_events(replace(delta, text=text), counted)
+    # Which of the characters were candidates cannot be said of a text without its calls.
+    verified = delta.verified if text == delta.text else None
+    events = delta_events(replace(delta, text=text, verified=verified), counted)
     if delta.finish_reason is FinishReason.STOP and reader.count:
         events[-1].finished.reason = pb.FINISH_REASON_TOOL_CALLS
     at = len(events) - delta.finished
