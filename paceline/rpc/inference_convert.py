@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence, Sized
 from typing import Any, Literal
 
-from paceline.errors import InvalidRequest
+from paceline.errors import InvalidRequest, PacelineError
 from paceline.sessions.history import ChatMessage, ToolCall
 from paceline.types import Grammar, SamplingParams
 from paceline.v1 import inference_pb2 as pb
@@ -16,6 +16,8 @@ MAX_MESSAGES = 4096
 MAX_TOKEN_IDS = 1 << 20
 """In one list. The model's context is a closer bound, for who gets so far."""
 
+FIELDS = {"response_format": "grammar", "replica": "replica_id"}
+"""Names that the gateway has from HTTP, and the proto's."""
 TIMEOUT_KEY = "x-request-timeout"
 """Invocation metadata that stands in for the field `timeout_seconds`."""
 MAX_DRAIN_S = 600.0
@@ -137,6 +139,15 @@ def drain_timeout_from(message: pb.DrainRequest) -> float | None:
     if not 0 <= message.timeout_seconds <= MAX_DRAIN_S:
         raise InvalidRequest(f"timeout_seconds: must be from 0 to {MAX_DRAIN_S:g}", param="timeout_seconds")
     return message.timeout_seconds
+
+
+def in_own_words(error: PacelineError) -> PacelineError:
+    """The error with the field's name as the proto has it."""
+    named = FIELDS.get(error.param or "")
+    if named is None:
+        return error
+    message = f"{named}{error.message.removeprefix(error.param or '')}"
+    return type(error)(message, param=named, retry_after=error.retry_after)
 
 
 def bounded(param: str, items: Sized, limit: int) -> None:

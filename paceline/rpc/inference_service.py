@@ -23,6 +23,7 @@ from paceline.rpc.inference_convert import (
     TIMEOUT_KEY,
     drain_timeout_from,
     ids_from,
+    in_own_words,
     input_from,
     messages_from,
     params_from,
@@ -226,6 +227,7 @@ def _report(error: Exception, grpc_context: RpcContext) -> PacelineError:
     if not isinstance(error, PacelineError):
         logger.error("unexpected error in a gRPC call", exc_info=error)
         error = EngineError("internal error")
+    error = in_own_words(error)
     code, details, status = status_of(error)
     grpc_context.set_code(code)
     grpc_context.set_details(details)

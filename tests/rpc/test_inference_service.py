@@ -345,7 +345,8 @@ async def test_a_replica_is_relieved_of_sessions() -> None:
         none = await refused(stub.Relieve(pb.RelieveRequest(replica_id="target-2")))
         unknown = await refused(stub.Relieve(pb.RelieveRequest(replica_id="x", sessions=1)))
     assert dict(relief.moved) == {"s2": "target-9"}
-    assert (none.param, unknown.param) == ("sessions", "replica")
+    assert (none.param, unknown.param) == ("sessions", "replica_id")
+    assert unknown.message == "replica_id: no target replica 'x' here"
 
 
 async def test_a_replica_is_drained_of_what_is_idle_at_the_deadline() -> None:
