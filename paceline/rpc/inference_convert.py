@@ -143,10 +143,10 @@ def drain_timeout_from(message: pb.DrainRequest) -> float | None:
 
 def in_own_words(error: PacelineError) -> PacelineError:
     """The error with the field's name as the proto has it."""
-    named = FIELDS.get(error.param or "")
-    if named is None:
+    if error.param not in FIELDS:
         return error
-    message = f"{named}{error.message.removeprefix(error.param or '')}"
+    named, rest = FIELDS[error.param], error.message.removeprefix(error.param)
+    message = f"{named}{rest}" if rest != error.message else rest
     return type(error)(message, param=named, retry_after=error.retry_after)
 
 
