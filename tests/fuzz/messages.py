@@ -53,7 +53,7 @@ TAME: dict[str, tuple[Any, ...]] = {
     "timeout_seconds": (0.2, 5.0),
     "append": (False,),
     "repetition_penalty": (1.0, 1.1),
-    "name": ("", "f", "weather"),
+    "name": ("f", "weather"),
     "parameters_json_schema": ("", '{"type": "object"}'),
     "function": ("f",),
     "tool_call_id": ("",),
@@ -65,7 +65,9 @@ TAME: dict[str, tuple[Any, ...]] = {
 """By a field's name: values that are good as such."""
 USUAL = frozenset({"messages", "role", "text"})
 """Fields without which a request is refused before anything else is looked at."""
-RISKY = frozenset({"tool_calls", "tool_call_id", "tool_choice", "stop_token_ids", "min_tokens", "append", "ctx_size"})
+RISKY = frozenset(
+    {"tool_calls", "tool_call_id", "tool_choice", "stop_token_ids", "min_tokens", "append", "ctx_size", "grammar"}
+)
 """Fields that are refused beside most others."""
 NOT_UTF8 = (b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80", b"\xe2\x82")
 DEEPEST = 4
@@ -107,7 +109,7 @@ def message(kind: Descriptor, draw: random.Random, depth: int = 0, wild: float |
     filled = draw.choice((0.15, 0.5, 0.9))
     for field in kind.fields:
         usual = 1.0 - wild if field.name in USUAL else filled
-        if draw.random() < (0.05 if wild == 0.0 and field.name in RISKY else usual):
+        if draw.random() < (0.03 if wild < 0.1 and field.name in RISKY else usual):
             fill(made, field, draw, depth, wild)
     return made
 
