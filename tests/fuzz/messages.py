@@ -63,7 +63,7 @@ TAME: dict[str, tuple[Any, ...]] = {
     "lark": ('start: "a"',),
 }
 """By a field's name: values that are good as such."""
-USUAL = frozenset({"messages", "role", "text"})
+USUAL = frozenset({"messages", "role", "text", "name"})
 """Fields without which a request is refused before anything else is looked at."""
 RISKY = frozenset(
     {"tool_calls", "tool_call_id", "tool_choice", "stop_token_ids", "min_tokens", "append", "ctx_size", "grammar"}
