@@ -55,7 +55,7 @@ async def test_a_conversation_with_an_engine_is_not_logged(caplog: pytest.LogCap
             for body in (TALK, {**TALK, "stream": True}, {**TALK, "session_id": "s"}):
                 assert (await talk(port, post("/v1/chat/completions", body)))[0] == 200
             assert (await talk(port, post("/v1/completions", {"prompt": MARK})))[0] == 200
-            for wrong in ({"prompt": MARK, "nonsense": 1}, {"prompt": [MARK]}, {"prompt": MARK * 200}):
+            for wrong in ({"prompt": MARK, "nonsense": 1}, {"prompt": {"text": MARK}}, {"prompt": MARK * 200}):
                 assert (await talk(port, post("/v1/completions", wrong)))[0] == 400
             assert (await talk(port, post("/v1/completions", f'{{"prompt": "{MARK}" "'.encode())))[0] == 400
             for path in ("/v1/models/x", f"/{MARK}"):

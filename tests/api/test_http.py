@@ -413,6 +413,8 @@ async def test_the_openapi_description_has_every_route() -> None:
         "/v1/models",
         "/v1/models/{name}",
         "/v1/replicas/{replica_id}/relieve",
+        "/v1/responses",
+        "/v1/responses/{response_id}",
         "/v1/sessions",
         "/v1/sessions/{session_id}",
         "/v1/sessions/{session_id}/fork",
