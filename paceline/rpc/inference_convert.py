@@ -11,8 +11,9 @@ from paceline.sessions.history import ChatMessage, ToolCall
 from paceline.types import Grammar, SamplingParams
 from paceline.v1 import inference_pb2 as pb
 
-MAX_MESSAGES = 4096
-"""In one request. Far more fit into a request of the largest size, and would take seconds to look at."""
+MAX_MESSAGES = 1 << 16
+"""In one request. Far more fit into one of the largest size, and would take seconds to look at; the gateway's own bound
+(`limits.max_messages`) is lower."""
 MAX_TOKEN_IDS = 1 << 20
 """In one list. The model's context is a closer bound, for who gets so far."""
 
