@@ -10,16 +10,17 @@ import yaml
 from pydantic import ValidationError
 
 from paceline.config import (
+    API_KEY_VARIABLE,
     APP_NAME,
     IMPORT_PATH,
     AppSettings,
     EngineSettings,
-    api_key,
     ca_bundle,
     cache_dir,
     default_deployment,
     load_deployment,
     parse_settings,
+    secret,
 )
 from paceline.errors import ConfigError
 
@@ -213,4 +214,7 @@ def test_a_folder_for_kv_that_depends_on_where_a_replica_runs_is_refused() -> No
 
 
 def test_the_key_of_the_command_line_comes_from_the_environment() -> None:
-    assert (api_key({"PACELINE_API_KEY": "sk"}), api_key({"PACELINE_API_KEY": ""}), api_key({})) == ("sk", None, None)
+    found = [
+        secret(API_KEY_VARIABLE, environment) for environment in ({API_KEY_VARIABLE: "sk"}, {API_KEY_VARIABLE: ""}, {})
+    ]
+    assert found == ["sk", None, None]

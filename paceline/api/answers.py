@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from paceline.types import Delta, Metrics, SourceMetrics
 
@@ -125,11 +125,11 @@ class ChatLogprobs(Answer):
 
 
 class CompletionLogprobs(Answer):
-    """The older form, of text completions: lists with an entry for each token."""
+    """The older form, of text completions: lists with an entry for each token. Null is known of no first token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -139,9 +139,31 @@ class PromptLogprob(Answer):
     decoded_token: str
 
 
+class CalledFunction(Answer):
+    """`arguments` is JSON text as the model wrote it, which may not keep to the schema unless that is strict."""
+
+    name: str
+    arguments: str
+
+
+class ChatToolCall(Answer):
+    """A call of one of the client's functions."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AnswerMessage(Answer):
+    """`content` is null if there are only calls."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    tool_calls: list[ChatToolCall] | None = None
+
+    @model_serializer(mode="wrap")
+    def _with_content(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {"role": self.role, "content": self.content, **handler(self)}
 
 
 class ChatChoice(Answer):
@@ -164,9 +186,24 @@ class ChatCompletion(Answer):
     paceline: PacelineInfo
 
 
+class FunctionDelta(Answer):
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(Answer):
+    """The first of a call has its id and name, the others more of its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class ChatDelta(Answer):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(Answer):

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 from uuid import uuid4
 
 from paceline.api.deadline import bounded
 from paceline.api.prompts import shown
+from paceline.api.tool_parsing import ToolCallReader, read_whole
 from paceline.errors import SessionConflict, Unavailable, UnknownSession
 from paceline.sessions.history import ChatMessage, Session, SessionSummary, answered, turn_key
 from paceline.sessions.store import SessionStore
@@ -30,16 +31,26 @@ RECOGNIZED = "conv-"
 
 T = TypeVar("T")
 
+Note = Callable[[ChatMessage, Delta, int], tuple[str, str]]
+"""From an answer, its last delta and the number of its tokens to an entry of `Session.responses`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One request's place in a session. `messages` are all that were said before its answer, none if it is a plain
-    completion; `claimed` is the key the session was recognized by; one that `appends` has the session for itself."""
+    completion; `claimed` is the key the session was recognized by; one that `appends` has the session for itself.
+    A `reader` finds the calls in its answer; `tools`, `instructions` and `responses` are kept as `Session` says, with
+    one more response that `noting` makes."""
 
     session_id: str
     messages: tuple[ChatMessage, ...] = ()
     claimed: str | None = None
     appends: bool = False
+    reader: ToolCallReader | None = None
+    noting: Note | None = None
+    tools: str = ""
+    instructions: str = ""
+    responses: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def recognizable(self) -> bool:
@@ -104,6 +115,14 @@ class Conversations:
         name = fork_id or _new_name()
         return await self._add(replace(source, session_id=name, parent=session_id, created=now, updated=now))
 
+    async def put(self, session: Session) -> None:
+        """Keep a session in place of what was stored of it."""
+        await _bounded(self._store.put(session))
+
+    def busy(self, session_id: str) -> bool:
+        """Whether a turn is being appended to it from here."""
+        return session_id in self._busy
+
     async def delete(self, session_id: str) -> bool:
         return await _bounded(self._store.delete(session_id))
 
@@ -130,7 +149,7 @@ class Conversations:
                         text += frame.text
                         if frame.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
                             kept = True
-                            await self._kindly(self._keep(request, turn, output, text), "a turn is not kept")
+                            await self._kindly(self._keep(request, turn, output, text, frame), "a turn is not kept")
                     yield frame
         finally:
             if turn.appends:
@@ -141,10 +160,12 @@ class Conversations:
     async def close(self) -> None:
         await self._store.close()
 
-    async def _keep(self, request: Request, turn: Turn, output: Sequence[int], text: str) -> None:
+    async def _keep(self, request: Request, turn: Turn, output: Sequence[int], text: str, last: Delta) -> None:
         before, now = await self._store.summary(turn.session_id), self._clock()
         before = before or SessionSummary(turn.session_id, created=now)
-        messages = (*turn.messages, ChatMessage("assistant", text)) if turn.messages else ()
+        answer = _answer(turn, text)
+        messages = (*turn.messages, answer) if turn.messages else ()
+        noted = dict([turn.noting(answer, last, len(output))] if turn.noting is not None else ())
         await self._store.put(
             Session(
                 turn.session_id,
@@ -155,6 +176,9 @@ class Conversations:
                 parent=before.parent,
                 created=before.created,
                 updated=now,
+                tools=turn.tools,
+                instructions=turn.instructions,
+                responses={**turn.responses, **noted},
             )
         )
         if turn.recognizable:
@@ -175,6 +199,12 @@ class Conversations:
         except Unavailable as error:
             logger.warning("%s: %s", otherwise, error.message)
             return None
+
+
+def _answer(turn: Turn, text: str) -> ChatMessage:
+    """As clients send it back: with calls for calls."""
+    content, calls = (text, ()) if turn.reader is None else read_whole(turn.reader, text)
+    return ChatMessage("assistant", content, tool_calls=calls)
 
 
 async def _bounded(answer: Awaitable[T]) -> T:

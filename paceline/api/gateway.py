@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 from uuid import uuid4
 
 from paceline.api.conversations import Conversations, Turn, unknown_session
@@ -19,23 +20,38 @@ from paceline.api.prompts import (
     Tokenizer,
     check_messages,
     check_session_id,
+    check_tools,
+    check_unicode,
+    instructed,
     shown,
 )
 from paceline.api.resume import RouterCounts, resuming
 from paceline.api.state import ClusterStatus, SessionInfo, with_histories
 from paceline.api.stream import Stream
-from paceline.config import SchedulingPolicy
+from paceline.api.tally import Readers
+from paceline.api.tool_forms import ParserName
+from paceline.api.tools import ToolUse, offered_json, tools_from_json
+from paceline.config import LimitSettings, SchedulingPolicy
 from paceline.errors import InvalidRequest, PacelineError, RequestTimeout, SessionConflict, Unavailable, UnknownModel
 from paceline.sessions.handoff import BUSY, Outcome
+from paceline.sessions.history import Session
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.store import MemoryStore, SessionStore
-from paceline.types import Frame, Prompt, Request, SamplingParams
+from paceline.types import Frame, Grammar, Prompt, Request, SamplingParams
 
 CONTROL_TIMEOUT_S = 10.0
 """How long a question about sessions or status may take."""
+DRAIN_TIMEOUT_S = 30.0
+DRAIN_POLL_S = 0.1
 SESSION_TTL_S = 3600.0
+CHARS_PER_TOKEN = 64
+"""More than texts have, but for pages of spaces: a longer prompt cannot fit, and is not worth tokenizing."""
 
 T = TypeVar("T")
+
+GrammarCheck = Callable[[Grammar], None]
+"""Raises InvalidRequest for a grammar that the replicas could not hold an output to."""
+NO_TOOLS = ToolUse()
 
 
 class Targets(Protocol):
@@ -61,6 +77,10 @@ class Targets(Protocol):
         None if there is no such replica."""
 
     @abstractmethod
+    async def abort(self, request_id: str) -> bool:
+        """End a request, whoever opened it, with FinishReason.ABORT; False if no replica computes it."""
+
+    @abstractmethod
     async def status(self) -> ClusterStatus:
         """What the replicas report about themselves."""
 
@@ -71,6 +91,9 @@ class Prepared:
 
     request: Request
     turn: Turn | None = None
+    tools: ToolUse = NO_TOOLS
+    timeout_s: float | None = None
+    """The client's own limit; the server's holds in any case."""
 
 
 class Gateway:
@@ -89,6 +112,9 @@ class Gateway:
         *,
         max_resumptions: int = 0,
         store: SessionStore | None = None,
+        tool_call_parser: ParserName | Literal["auto"] = "auto",
+        check_grammar: GrammarCheck | None = None,
+        limits: LimitSettings | None = None,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
         """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
@@ -97,13 +123,37 @@ class Gateway:
         self.created = int(time.time())
         self.token_texts = TokenTexts(tokenizer)
         self._targets = targets
-        self._prompts = PromptEncoder(tokenizer)
+        limits = limits or LimitSettings()
+        chars = CHARS_PER_TOKEN * max_model_len if limits.max_prompt_chars == "auto" else limits.max_prompt_chars
+        self._prompts = PromptEncoder(tokenizer, tool_call_parser, chars, limits.max_messages)
+        self._check_grammar = check_grammar
         self._request_timeout_s = request_timeout_s
         self._scheduling_policy = scheduling_policy
         self._windows = windows or WindowRules(max_model_len)
         self._max_resumptions = max_resumptions
         self._seen = RouterCounts()
-        self._conversations = Conversations(store or MemoryStore(SESSION_TTL_S), model_name)
+        self._store = store or MemoryStore(SESSION_TTL_S)
+        self._conversations = Conversations(self._store, model_name)
+        self._scopes = {"": self._conversations}
+
+    def scoped(
+        self,
+        owner: str,
+        targets: Callable[[Targets], Targets],
+        store: Callable[[SessionStore], SessionStore],
+    ) -> Gateway:
+        """This front end before what belongs to one owner: its share of the replicas and of the stored sessions."""
+        if owner not in self._scopes:
+            self._scopes[owner] = Conversations(store(self._store), self.model_name)
+        scope = copy.copy(self)
+        scope._targets = targets(self._targets)
+        scope._conversations = self._scopes[owner]
+        return scope
+
+    @property
+    def conversations(self) -> Conversations:
+        """The stored sessions."""
+        return self._conversations
 
     async def prepare_chat(
         self,
@@ -114,6 +164,7 @@ class Gateway:
         session_id: str | None = None,
         speculate: bool = True,
         priority: int = 0,
+        tools: ToolUse = NO_TOOLS,
     ) -> Prepared:
         """One turn of a conversation, all of whose messages are given. Raises InvalidRequest naming the field."""
         self.check_model(model)
@@ -121,11 +172,13 @@ class Gateway:
         known = check_messages(messages)
         if session_id is not None:
             check_session_id(session_id)
-        token_ids = await self._prompts.chat(known)
-        fitted = self._fit("messages", len(token_ids), params)
+        check_tools(tools.offered)
+        token_ids = await self._prompts.chat(known, tools.offered)
+        fitted = self._fit("messages", len(token_ids), await self._constrained(params, tools))
         names = self._conversations
         turn = await (names.recognize(known) if session_id is None else names.named(session_id, known))
-        return Prepared(self._chat_request(token_ids, fitted, turn, speculate, priority), turn)
+        request = self._chat_request(token_ids, fitted, turn.session_id, speculate, priority)
+        return self._calling(request, turn, tools)
 
     async def prepare_turn(
         self,
@@ -136,25 +189,63 @@ class Gateway:
         model: str | None = None,
         speculate: bool = True,
         priority: int = 0,
+        tools: ToolUse | None = None,
     ) -> Prepared:
-        """The next turn of a stored session: `messages` are only what is new. Without a seed it has the session's.
+        """The next turn of a stored session: `messages` are only what is new. Without a seed it has the session's, and
+        with None for `tools` those of its last turn.
 
         Raises UnknownSession, and InvalidRequest naming the field.
         """
-        self.check_model(model)
-        self._check_priority(priority)
-        known = check_messages(messages)
         session = await self._conversations.history(check_session_id(session_id))
         if session.token_ids and not session.messages:
             raise InvalidRequest(
                 "session_id: a session of plain completions has no messages to go on from", param="session_id"
             )
-        token_ids = await self._prompts.turn(session.token_ids, session.messages, known)
+        return await self.prepare_from(
+            session,
+            messages,
+            params,
+            tools=ToolUse(tools_from_json(session.tools)) if tools is None else tools,
+            instructions=session.instructions,
+            model=model,
+            speculate=speculate,
+            priority=priority,
+        )
+
+    async def prepare_from(
+        self,
+        session: Session,
+        messages: Sequence[ChatMessage],
+        params: SamplingParams,
+        *,
+        tools: ToolUse,
+        instructions: str = "",
+        source: str = "messages",
+        model: str | None = None,
+        speculate: bool = True,
+        priority: int = 0,
+    ) -> Prepared:
+        """The next turn of a session, stored or about to be; `source` is the field that new messages come from.
+
+        Raises InvalidRequest naming the field.
+        """
+        self.check_model(model)
+        self._check_priority(priority)
+        known = check_messages(messages, source)
+        check_tools(tools.offered)
+        check_unicode("instructions", instructions)
+        # Instructions and functions stand at the beginning: with others, all of it is rendered anew.
+        same = (offered_json(tools), instructions) == (session.tools, session.instructions)
+        token_ids = await self._prompts.turn(
+            session.token_ids if same else (), instructed(instructions, session.messages), known, tools.offered
+        )
         if params.seed is None:
             params = replace(params, seed=session.seed)
-        fitted = self._fit("messages", len(token_ids), params)
-        turn = Turn(session_id, (*session.messages, *known), appends=True)
-        return Prepared(self._chat_request(token_ids, fitted, turn, speculate, priority), turn)
+        fitted = self._fit(source, len(token_ids), await self._constrained(params, tools))
+        said = (*session.messages, *known)
+        turn = Turn(session.session_id, said, appends=True, instructions=instructions, responses=session.responses)
+        request = self._chat_request(token_ids, fitted, session.session_id, speculate, priority)
+        return self._calling(request, turn, tools)
 
     async def prepare_completion(
         self,
@@ -175,7 +266,7 @@ class Gateway:
         self._check_priority(priority)
         session = None if session_id is None else check_session_id(session_id)
         token_ids = await self._prompts.prompt(prompt)
-        params = self._windows.resolve(params)
+        params = self._windows.resolve(await self._constrained(params, NO_TOOLS))
         if params.max_tokens is None and default_max_tokens is not None:
             room = max(1, self._windows.longest(params) - len(token_ids))
             params = replace(params, max_tokens=min(default_max_tokens, room))
@@ -189,7 +280,23 @@ class Gateway:
         frames = resuming(self._targets.generate, request, self._max_resumptions, seen=self._seen)
         if turn is not None:
             frames = self._conversations.recorded(frames, request, turn)
-        return await Stream.open(frames, self._request_timeout_s, request.params.n)
+        own = self._request_timeout_s
+        timeout_s = own if prepared.timeout_s is None else min(own, prepared.timeout_s)
+        return await Stream.open(frames, timeout_s, request.params.n)
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request, whichever router opened it; False if no replica computes it, or no longer."""
+        return await _bounded(self._targets.abort(request_id))
+
+    def readers(self, tools: ToolUse) -> Readers | None:
+        """What finds the calls in the answers to a request, if there are functions to call."""
+        if not tools.callable:
+            return None
+        return lambda request, index: self._prompts.tools.reader(tools, f"{request.request_id}/{index}")
+
+    def text_of(self, prompt: Prompt) -> str:
+        """A prompt as text."""
+        return prompt if isinstance(prompt, str) else self._prompts.text_of(prompt)
 
     async def tokenize(self, content: str | Sequence[ChatMessage], *, model: str | None = None) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation as `prepare_chat` renders it."""
@@ -197,6 +304,11 @@ class Gateway:
         if isinstance(content, str):
             return await self._prompts.text("text", content)
         return await self._prompts.chat(check_messages(content))
+
+    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
+        """The text of token ids, special tokens included."""
+        self.check_model(model)
+        return await self._prompts.detokenize(token_ids)
 
     async def create_session(
         self, session_id: str | None = None, messages: Sequence[ChatMessage] = (), seed: int | None = None
@@ -261,6 +373,25 @@ class Gateway:
             raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
         return outcome
 
+    async def drain(self, replica: str, timeout_s: float = DRAIN_TIMEOUT_S) -> Outcome:
+        """Hand the KV of all sessions of a replica to others, of those being answered once their turn is over, or give
+        up on them when the time is. Raises InvalidRequest if there is no such replica."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        drained, refused = Outcome(), dict[str, str]()
+        while True:
+            held = [info.session_id for info in await _bounded(self._targets.sessions()) if info.replica_id == replica]
+            wanted = [name for name in held if name not in refused]
+            outcome = await _bounded(self._targets.hand_off(replica, wanted, len(wanted)))
+            if outcome is None:
+                raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
+            drained.arrived |= outcome.arrived
+            refused |= {name: why for name, why in outcome.left.items() if why != BUSY}
+            busy = {name: why for name, why in outcome.left.items() if why == BUSY}
+            if not busy or asyncio.get_running_loop().time() >= deadline:
+                drained.left = refused | busy
+                return drained
+            await asyncio.sleep(DRAIN_POLL_S)
+
     async def close(self) -> None:
         """Release the session store."""
         await self._conversations.close()
@@ -276,10 +407,34 @@ class Gateway:
             raise UnknownModel(f"model: no model {shown(name)} here; {self.model_name!r} is served", param="model")
 
     def _chat_request(
-        self, token_ids: tuple[int, ...], params: SamplingParams, turn: Turn, speculate: bool, priority: int
+        self,
+        token_ids: tuple[int, ...],
+        params: SamplingParams,
+        session_id: str | None,
+        speculate: bool,
+        priority: int,
     ) -> Request:
         name = f"chatcmpl-{uuid4().hex}"
-        return Request(name, token_ids, params, turn.session_id, speculate, priority=priority)
+        return Request(name, token_ids, params, session_id, speculate, priority=priority)
+
+    def _calling(self, request: Request, turn: Turn, tools: ToolUse) -> Prepared:
+        """With what the session keeps of the functions, and of the answer's calls."""
+        readers = self.readers(tools)
+        kept = replace(turn, tools=offered_json(tools), reader=readers and readers(request, 0))
+        return Prepared(request, kept, tools)
+
+    async def _constrained(self, params: SamplingParams, tools: ToolUse) -> SamplingParams:
+        """The parameters that hold the model to the functions it may or must call. Raises InvalidRequest for a grammar
+        that cannot be held to."""
+        dialect = self._prompts.tools
+        if tools.callable:
+            grammar = dialect.grammar(tools, params.grammar)
+            params = replace(params, grammar=grammar, shown_token_ids=dialect.shown_ids)
+        if params.grammar is not None:
+            check_unicode("response_format", params.grammar.source)
+            if self._check_grammar is not None:
+                await asyncio.to_thread(self._check_grammar, params.grammar)
+        return params
 
     def _check_priority(self, priority: int) -> None:
         if priority and self._scheduling_policy == "fcfs":

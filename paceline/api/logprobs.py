@@ -99,16 +99,20 @@ def chat_logprobs(entries: Iterable[TokenLogprobs], texts: TokenTexts) -> ChatLo
     )
 
 
-def completion_logprobs(entries: Sequence[TokenLogprobs], texts: TokenTexts, offsets: Offsets) -> CompletionLogprobs:
-    """OpenAI's older form. Offsets count from the beginning of the answer's text; the top holds the token itself."""
+def completion_logprobs(
+    entries: Sequence[TokenLogprobs], texts: TokenTexts, offsets: Offsets, first: int | None = None
+) -> CompletionLogprobs:
+    """OpenAI's older form. Offsets count from the beginning of the choice's text; the top holds the token itself.
+
+    `first` is a token in front that nothing predicts: its probabilities are null.
+    """
+    tokens = [*([] if first is None else [first]), *(entry.token_id for entry in entries)]
+    unknown: list[None] = [] if first is None else [None]
     return CompletionLogprobs(
-        tokens=[texts.text_of(entry.token_id) for entry in entries],
-        token_logprobs=[_finite(entry.logprob) for entry in entries],
-        top_logprobs=[_by_text(entry, texts) for entry in entries],
-        text_offset=[
-            offsets.step(b"" if entry.token_id in texts.special else texts.bytes_of(entry.token_id))
-            for entry in entries
-        ],
+        tokens=[texts.text_of(token) for token in tokens],
+        token_logprobs=[*unknown, *(_finite(entry.logprob) for entry in entries)],
+        top_logprobs=[*unknown, *(_by_text(entry, texts) for entry in entries)],
+        text_offset=[offsets.step(b"" if token in texts.special else texts.bytes_of(token)) for token in tokens],
     )
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from jinja2 import TemplateError
 
+from paceline.api.tool_forms import ParserName
+from paceline.api.tools import Tool, ToolDialect
 from paceline.errors import InvalidRequest
 from paceline.sessions.history import ChatMessage as ChatMessage
 from paceline.types import Prompt
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """Roles a client may use, and the one the chat template sees. `developer` is OpenAI's later word for system."""
 
 INLINE_CHARS = 8192
@@ -30,7 +33,11 @@ class Tokenizer(Protocol):
 
     chat_template: Any
 
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+    def apply_chat_template(
+        self, conversation: Any, *, tools: Any = ..., tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = ...) -> str: ...
 
     def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
 
@@ -47,24 +54,40 @@ class Tokenizer(Protocol):
 
 
 class PromptEncoder:
-    """Renders and tokenizes what clients send. Every refusal names the field."""
+    """Renders and tokenizes what clients send, up to so many characters and messages. Every refusal names the field."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        tool_call_parser: ParserName | Literal["auto"] = "auto",
+        max_chars: int = sys.maxsize,
+        max_messages: int = sys.maxsize,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._max_chars = max_chars
+        self._max_messages = max_messages
+        self.tools = ToolDialect(
+            tokenizer.chat_template, tokenizer.get_vocab(), tokenizer.all_special_ids, tool_call_parser
+        )
+        """How this model is told of functions and calls them."""
         self._vocabulary = 1 + max(tokenizer.get_vocab().values())
         # A tokenizer applies its truncation and padding settings on first use. Done here, it is never written
         # to again, and threads may share it.
         tokenizer.encode("a")
 
-    async def chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    async def chat(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> tuple[int, ...]:
         """Token ids of a conversation, ending where the assistant's answer begins."""
         if not self._tokenizer.chat_template:
             raise InvalidRequest("messages: this model has no chat template; send a prompt instead", param="messages")
-        size = sum(len(message.content) for message in messages)
-        return await _off_loop(lambda: self._render(messages), size)
+        size = self._checked_size(messages, tools)
+        return await _off_loop(lambda: self._render(messages, tools), size)
 
     async def turn(
-        self, history: Sequence[int], before: Sequence[ChatMessage], new: Sequence[ChatMessage]
+        self,
+        history: Sequence[int],
+        before: Sequence[ChatMessage],
+        new: Sequence[ChatMessage],
+        tools: Sequence[Tool] = (),
     ) -> tuple[int, ...]:
         """Token ids of a conversation that goes on: `history` as it was computed, and what the template puts behind
         its last answer. `before` says the same in words; without an answer at its end all of it is rendered anew.
@@ -72,12 +95,12 @@ class PromptEncoder:
         An answer's text, tokenized, is not always the tokens it came from: then a KV cache of it would be useless.
         """
         if not history or not before or before[-1].role != "assistant":
-            return await self.chat([*before, *new])
-        marked = [*before[:-1], replace(before[-1], content=ANSWER_MARK), *new]
-        size = sum(len(message.content) for message in marked)
-        behind = await _off_loop(lambda: self._behind_answer(marked), size)
+            return await self.chat([*before, *new], tools)
+        self._checked_size(new)
+        marked = [*before[:-1], replace(before[-1], content=ANSWER_MARK, tool_calls=()), *new]
+        behind = await _off_loop(lambda: self._behind_answer(marked, tools), _size(marked))
         if not behind:
-            return await self.chat([*before, *new])
+            return await self.chat([*before, *new], tools)
         # The model ended its answer itself, with the token that the template puts there.
         ended = behind[0] == history[-1] and behind[0] in self._tokenizer.all_special_ids
         return (*history, *behind[ended:])
@@ -93,8 +116,35 @@ class PromptEncoder:
 
     async def text(self, param: str, text: str) -> tuple[int, ...]:
         """Token ids of a text, with the special tokens this tokenizer adds."""
-        _check_unicode(param, text)
+        self._check_chars(param, len(text))
+        check_unicode(param, text)
         return await _off_loop(lambda: tuple(self._tokenizer.encode(text)), len(text))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        self.check_ids("token_ids", token_ids)
+        return await asyncio.to_thread(lambda: str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False)))
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of some tokens, without the special ones."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def _checked_size(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> int:
+        """Characters of the messages and the functions. Raises InvalidRequest if they are too many."""
+        if len(messages) > self._max_messages:
+            raise InvalidRequest(
+                f"messages: at most {self._max_messages} in one request, got {len(messages)}", param="messages"
+            )
+        size = _size(messages) + sum(len(tool.parameters) for tool in tools)
+        self._check_chars("messages", size)
+        return size
+
+    def _check_chars(self, param: str, size: int) -> None:
+        if size > self._max_chars:
+            raise InvalidRequest(
+                f"{param}: {size} characters are more than are taken here, {self._max_chars} (limits.max_prompt_chars)",
+                param=param,
+            )
 
     def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
         """Raise InvalidRequest if an id is outside the vocabulary."""
@@ -104,41 +154,69 @@ class PromptEncoder:
                     f"{param}: token id {token} is not in the vocabulary of {self._vocabulary}", param=param
                 )
 
-    def _behind_answer(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Token ids of what is rendered behind the marked answer; none if the template moved or changed the mark."""
-        text = self._apply(messages, tokenize=False)
+    def _behind_answer(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> tuple[int, ...]:
+        """Token ids of what is rendered behind the marked answer; none if the template moved or changed the mark, or
+        does not take a result without its call."""
+        try:
+            text = self._apply(messages, tools, tokenize=False)
+        except InvalidRequest:
+            return ()
         if text.count(ANSWER_MARK) != 1:
             return ()
         return tuple(self._tokenizer.encode(text.partition(ANSWER_MARK)[2], add_special_tokens=False))
 
-    def _apply(self, messages: Sequence[ChatMessage], *, tokenize: bool) -> Any:
-        conversation = [_template_message(message) for message in messages]
+    def _apply(self, messages: Sequence[ChatMessage], tools: Sequence[Tool], *, tokenize: bool) -> Any:
+        conversation = self.tools.conversation(messages, tools)
+        told = {"tools": [tool.described() for tool in tools]} if tools and self.tools.native else {}
         try:
-            return self._tokenizer.apply_chat_template(conversation, tokenize=tokenize, add_generation_prompt=True)
-        except TemplateError as error:
+            return self._tokenizer.apply_chat_template(
+                conversation, tokenize=tokenize, add_generation_prompt=True, **told
+            )
+        except (TemplateError, TypeError) as error:
             # Raised by the model's template for a conversation it does not know, such as two user turns in a row.
             raise InvalidRequest(f"messages: refused by the chat template: {error}", param="messages") from None
 
-    def _render(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        encoded = self._apply(messages, tokenize=True)
+    def _render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> tuple[int, ...]:
+        encoded = self._apply(messages, tools, tokenize=True)
         ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
         return tuple(int(token) for token in ids)
 
 
-def check_messages(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+def check_messages(messages: Sequence[ChatMessage], source: str = "messages") -> list[ChatMessage]:
     """The messages with the template's role names. Raises InvalidRequest naming the one that is wrong."""
     if not messages:
-        raise InvalidRequest("messages: must hold at least one message", param="messages")
+        raise InvalidRequest(f"{source}: must hold at least one message", param=source)
     checked = []
     for index, message in enumerate(messages):
         role = ROLES.get(message.role)
         if role is None:
-            field = f"messages.{index}.role"
+            field = f"{source}.{index}.role"
             raise InvalidRequest(f"{field}: unknown role {shown(message.role)}; one of {', '.join(ROLES)}", param=field)
-        _check_unicode(f"messages.{index}.content", message.content)
-        _check_unicode(f"messages.{index}.name", message.name or "")
+        check_unicode(f"{source}.{index}.content", message.content)
+        check_unicode(f"{source}.{index}.name", message.name or "")
+        for place, call in enumerate(message.tool_calls):
+            check_unicode(f"{source}.{index}.tool_calls.{place}", f"{call.call_id}{call.name}{call.arguments}")
+        if role == "tool" and not message.tool_call_id:
+            field = f"{source}.{index}.tool_call_id"
+            raise InvalidRequest(f"{field}: required in a message of role tool", param=field)
+        check_unicode(f"{source}.{index}.tool_call_id", message.tool_call_id or "")
         checked.append(replace(message, role=role))
     return checked
+
+
+def instructed(instructions: str, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """The messages behind instructions of a request's own, in one system message with those they begin with."""
+    if not instructions:
+        return list(messages)
+    own = messages[0].content if messages and messages[0].role == "system" else None
+    first = ChatMessage("system", instructions if own is None else f"{instructions}\n\n{own}")
+    return [first, *messages[own is not None :]]
+
+
+def check_tools(tools: Sequence[Tool]) -> None:
+    """Raise InvalidRequest for a function that cannot be written down."""
+    for index, tool in enumerate(tools):
+        check_unicode(f"tools.{index}", tool.description + tool.parameters)
 
 
 def check_session_id(session_id: str) -> str:
@@ -157,12 +235,12 @@ def shown(text: str, limit: int = 100) -> str:
     return repr(text if len(text) <= limit else text[:limit] + "…")
 
 
-def _template_message(message: ChatMessage) -> dict[str, str]:
-    fields = {"role": message.role, "content": message.content}
-    return fields if message.name is None else {**fields, "name": message.name}
+def _size(messages: Sequence[ChatMessage]) -> int:
+    """Characters to tokenize, about."""
+    return sum(len(message.content) + sum(len(call.arguments) for call in message.tool_calls) for message in messages)
 
 
-def _check_unicode(param: str, text: str) -> None:
+def check_unicode(param: str, text: str) -> None:
     """JSON can spell half a surrogate pair (\\ud800), which no tokenizer takes."""
     try:
         text.encode()

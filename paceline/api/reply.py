@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import math
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from paceline.api.failures import envelope_of, public_error
+from paceline.api.batch import Batch, open_all
+from paceline.api.failures import public_error
 from paceline.api.gateway import Gateway, Prepared
+from paceline.api.middleware import limits_of
 from paceline.api.stream import Stream
-from paceline.api.wording import Tally, Wording
+from paceline.api.tally import Tally
+from paceline.api.wording import Wording
+from paceline.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
+TIMEOUT_HEADER = "x-request-timeout"
+"""Seconds; a request has no more time than the server gives it anyway."""
 SEND_GRACE_S = 5.0
 """How long past the request's deadline a client may take to read what is being sent."""
 
@@ -32,24 +40,25 @@ class ClientGone(Exception):
 class Reply(Response):
     """Runs a request when it is sent. An error before the first frame is raised, so that it gets a status."""
 
-    def __init__(self, gateway: Gateway, prepared: Prepared, wording: Wording, *, stream: bool) -> None:
+    def __init__(self, gateway: Gateway, prepared: Sequence[Prepared], wording: Wording, *, stream: bool) -> None:
         super().__init__()
         self._gateway = gateway
         self._prepared = prepared
-        self._generation = prepared.request
+        self._generation = prepared[0].request
         self._wording = wording
         self._streaming = stream
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._run(send))
+            await while_connected(receive, self._run(scope, send))
         except ClientGone:
             logger.info("%s: the client went away", self._generation.request_id)
 
-    async def _run(self, send: Send) -> None:
-        async with await self._gateway.open(self._prepared) as stream:
-            tally = Tally(self._generation, stream.accepted)
-            channel = _Channel(send, stream.deadline + SEND_GRACE_S)
+    async def _run(self, scope: Scope, send: Send) -> None:
+        prepared = [replace(each, timeout_s=_timeout_s(scope)) for each in self._prepared]
+        async with await open_all(self._gateway, prepared) as stream:
+            tally = self._wording.tally([each.request for each in prepared], stream.accepted)
+            channel = _Channel(send, stream.deadline + SEND_GRACE_S, limits_of(scope).slow_client_timeout_s)
             if self._streaming:
                 await channel.start(self._head(stream, "text/event-stream; charset=utf-8"))
                 await self._events(channel, stream, tally)
@@ -62,25 +71,27 @@ class Reply(Response):
         await channel.start(headers)
         await channel.put(body, more=False)
 
-    async def _events(self, channel: _Channel, stream: Stream, tally: Tally) -> None:
+    async def _events(self, channel: _Channel, stream: Stream | Batch, tally: Tally) -> None:
         """Server-Sent Events: one a delta. An error on the way is an event too, and the last one."""
         wording = self._wording
         try:
             for opening in wording.openings(tally):
-                await channel.event(opening.json_bytes())
+                await channel.put(wording.event(tally, opening))
             async for delta in stream:
                 tally.add(delta)
-                await channel.event(wording.chunk(tally, delta).json_bytes())
-            if wording.include_usage:
-                await channel.event(wording.closing(tally).json_bytes())
-            await channel.event(b"[DONE]")
+                if chunks := wording.chunks(tally, delta):
+                    await channel.put(b"".join(wording.event(tally, chunk) for chunk in chunks))
+            for closing in wording.closings(tally):
+                await channel.put(wording.event(tally, closing))
+            if wording.done:
+                await channel.put(wording.done)
         except ClientGone:
             raise
         except Exception as error:
-            await channel.event(envelope_of(public_error(error)))
+            await channel.put(wording.failure(tally, public_error(error)))
         await channel.put(b"", more=False)
 
-    def _head(self, stream: Stream, media_type: str) -> MutableHeaders:
+    def _head(self, stream: Stream | Batch, media_type: str) -> MutableHeaders:
         headers = MutableHeaders({"content-type": media_type, "x-paceline-replica": stream.accepted.replica_id})
         if stream.accepted.route:
             headers["x-paceline-route"] = stream.accepted.route
@@ -96,27 +107,44 @@ class Reply(Response):
 
 
 class _Channel:
-    """ASGI's `send`, with a deadline; a client that is gone or does not read raises ClientGone."""
+    """ASGI's `send`, with a deadline, and one for each message: a client that is gone or does not read raises
+    ClientGone.
 
-    def __init__(self, send: Send, deadline: float) -> None:
+    What is sent waits here while the connection is full, and nothing is taken from the replica meanwhile.
+    """
+
+    def __init__(self, send: Send, deadline: float, within_s: float) -> None:
         self._send = send
         self._deadline = deadline
+        self._within_s = within_s
 
     async def start(self, headers: MutableHeaders) -> None:
         await self._put({"type": "http.response.start", "status": 200, "headers": headers.raw})
-
-    async def event(self, data: bytes) -> None:
-        await self.put(b"data: " + data + b"\n\n")
 
     async def put(self, body: bytes, *, more: bool = True) -> None:
         await self._put({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _put(self, message: Message) -> None:
         try:
-            async with asyncio.timeout_at(self._deadline):
+            now = asyncio.get_running_loop().time()
+            async with asyncio.timeout_at(min(self._deadline, now + self._within_s)):
                 await self._send(message)
         except (OSError, TimeoutError) as error:
             raise ClientGone from error
+
+
+def _timeout_s(scope: Scope) -> float | None:
+    """The client's own deadline. Raises InvalidRequest."""
+    given = Headers(scope=scope).get(TIMEOUT_HEADER)
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(f"{TIMEOUT_HEADER}: must be seconds, more than 0", param=TIMEOUT_HEADER)
+    return seconds
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from paceline.api.access import CALLER, Access, KeyCheck
 from paceline.api.answers import (
     Answer,
     ChatCompletion,
@@ -28,49 +30,72 @@ from paceline.api.answers import (
     SessionMessages,
     Status,
 )
+from paceline.api.answers_responses import ResponseDeleted, ResponseObject
+from paceline.api.body import CheckedRoute
 from paceline.api.console import console_router
 from paceline.api.failures import JSONBytes, install_error_handlers
-from paceline.api.gateway import Gateway
+from paceline.api.gateway import Gateway, Prepared
 from paceline.api.metrics import CONTENT_TYPE, prometheus_text
-from paceline.api.middleware import BodyLimit, LastResort, RequestId
+from paceline.api.middleware import BodyLimit, HeadLimit, LastResort, RequestId
+from paceline.api.owned import seen_by
 from paceline.api.reply import Reply
+from paceline.api.responses import Responses
 from paceline.api.schema import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
     CompletionRequest,
-    CreateSessionBody,
-    ForkSessionBody,
     GenerationBody,
-    MoveSessionBody,
-    RelieveBody,
 )
+from paceline.api.schema_responses import ResponsesRequest
+from paceline.api.schema_sessions import CreateSessionBody, ForkSessionBody, MoveSessionBody, RelieveBody
 from paceline.api.state import ClusterStatus, SessionInfo
-from paceline.api.wording import ChatWording, CompletionWording
+from paceline.api.wording import ChatWording
+from paceline.api.wording_completion import CompletionWording
+from paceline.config import LimitSettings
 from paceline.errors import InvalidRequest, PacelineError
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 8 << 20
 SESSION_ID_HEADER = "x-session-id"
+EXPOSED_HEADERS = (SESSION_ID_HEADER, "x-request-id", "x-paceline-replica", "x-paceline-route", "retry-after")
+"""What a page of another origin may read of an answer's headers."""
 
-router = APIRouter()
+router = APIRouter(route_class=CheckedRoute)
 
 
 def create_app(
-    gateway: Gateway | Callable[[], Gateway], *, max_body_bytes: int = MAX_BODY_BYTES, request_ids: bool = True
+    gateway: Gateway | Callable[[], Gateway],
+    *,
+    limits: LimitSettings | None = None,
+    access: Access | None = None,
+    request_ids: bool = True,
+    cors_allow_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The HTTP application over a gateway, or over whatever `gateway()` returns when a request arrives.
 
-    The second form is for an application that is built in one process and served in another. `request_ids`
-    off leaves `x-request-id` to the server in front: Ray Serve's adds one of its own, and two would be sent.
+    The second form is for an application that is built in one process and served in another. `access` None lets
+    everybody do everything. `request_ids` off leaves `x-request-id` to the server in front: Ray Serve's adds one of
+    its own, and two would be sent.
     """
     app = FastAPI(title="Paceline", version=version("paceline"))
     app.state.gateway = gateway
     app.include_router(router)
     app.include_router(console_router)
     install_error_handlers(app)
-    app.add_middleware(BodyLimit, limit=max_body_bytes)
+    limits = limits or LimitSettings()
+    app.add_middleware(BodyLimit, limits=limits)
+    if access is not None:
+        app.add_middleware(KeyCheck, access=access)
+    app.add_middleware(HeadLimit, limits=limits)
     app.add_middleware(LastResort)
+    if cors_allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_allow_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
     if request_ids:
         app.add_middleware(RequestId)  # added last, so it is the outermost
     return app
@@ -78,7 +103,8 @@ def create_app(
 
 async def _gateway(request: Request) -> Gateway:
     gateway: Gateway | Callable[[], Gateway] = request.app.state.gateway
-    return gateway if isinstance(gateway, Gateway) else gateway()
+    whole = gateway if isinstance(gateway, Gateway) else gateway()
+    return seen_by(whole, request.scope.get(CALLER))
 
 
 TheGateway = Annotated[Gateway, Depends(_gateway)]
@@ -93,24 +119,58 @@ async def chat_completions(body: ChatCompletionRequest, request: Request, gatewa
         session_id=_session_id(request, body),
         speculate=body.speculation is not False,
         priority=body.priority or 0,
+        tools=body.tool_use(),
     )
-    wording = ChatWording(prepared.request.request_id, **_form(gateway, body))
-    return Reply(gateway, prepared, wording, stream=bool(body.stream))
+    return _chat_reply(gateway, prepared, body)
 
 
 @router.post("/v1/completions", response_model=Completion)
 async def completions(body: CompletionRequest, request: Request, gateway: TheGateway) -> Response:
-    prepared = await gateway.prepare_completion(
-        body.prompt,
-        body.params(),
-        model=body.model,
-        session_id=_session_id(request, body),
-        speculate=body.speculation is not False,
-        priority=body.priority or 0,
-        default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+    session_id = _session_id(request, body)
+    if session_id is not None and len(body.prompt) > 1:
+        raise InvalidRequest("session_id: only with one prompt", param="session_id")
+    params = body.params().with_seed()  # every prompt of a list has the same
+    prepared = [
+        await gateway.prepare_completion(
+            prompt,
+            params,
+            model=body.model,
+            session_id=session_id,
+            speculate=body.speculation is not False,
+            priority=body.priority or 0,
+            default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+        )
+        for prompt in body.prompt
+    ]
+    wording = CompletionWording(
+        prepared[0].request.request_id,
+        **_form(gateway, body),
+        echo=tuple(gateway.text_of(prompt) for prompt in body.prompt) if body.echo else None,
+        told_prompt=body.prompt_logprobs,
+        silent=body.max_tokens == 0,
     )
-    wording = CompletionWording(prepared.request.request_id, **_form(gateway, body))
     return Reply(gateway, prepared, wording, stream=bool(body.stream))
+
+
+@router.post("/v1/responses", response_model=ResponseObject)
+async def create_response(body: ResponsesRequest, gateway: TheGateway) -> Response:
+    """One turn of a conversation that is stored here: `previous_response_id` goes on from an earlier one."""
+    prepared, wording = await Responses(gateway).prepare(body)
+    return Reply(gateway, [prepared], wording, stream=bool(body.stream))
+
+
+@router.get("/v1/responses/{response_id}", response_model=ResponseObject)
+async def get_response(response_id: str, gateway: TheGateway, stream: bool = False) -> Response:
+    if stream:
+        raise InvalidRequest("stream: a stored response is sent whole; leave it out", param="stream")
+    return JSONBytes(await Responses(gateway).get(response_id))
+
+
+@router.delete("/v1/responses/{response_id}", response_model=ResponseDeleted)
+async def delete_response(response_id: str, gateway: TheGateway) -> Response:
+    """Forget a response. Its session goes with the last one."""
+    await Responses(gateway).delete(response_id)
+    return _json(ResponseDeleted(id=response_id))
 
 
 @router.get("/v1/models", response_model=ModelList)
@@ -143,9 +203,9 @@ async def append_turn(session_id: str, body: ChatCompletionRequest, request: Req
         model=body.model,
         speculate=body.speculation is not False,
         priority=body.priority or 0,
+        tools=None if body.tools is None and body.tool_choice is None else body.tool_use(),
     )
-    wording = ChatWording(prepared.request.request_id, **_form(gateway, body))
-    return Reply(gateway, prepared, wording, stream=bool(body.stream))
+    return _chat_reply(gateway, prepared, body)
 
 
 @router.post("/v1/sessions/{session_id:path}/fork", response_model=SessionCard)
@@ -224,6 +284,12 @@ async def metrics(gateway: TheGateway) -> Response:
 
 def _json(answer: Answer) -> Response:
     return JSONBytes(answer.json_bytes())
+
+
+def _chat_reply(gateway: Gateway, prepared: Prepared, body: ChatCompletionRequest) -> Reply:
+    readers = gateway.readers(prepared.tools)
+    wording = ChatWording(prepared.request.request_id, **_form(gateway, body), readers=readers)
+    return Reply(gateway, [prepared], wording, stream=bool(body.stream))
 
 
 def _form(gateway: Gateway, body: GenerationBody) -> dict[str, Any]:

@@ -6,23 +6,22 @@ refused by its name unless it has the value that means "off". An unknown field i
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationInfo,
-    field_validator,
+from pydantic import Field, ValidationInfo, field_validator
+
+from paceline.api.fields import Body, Ignored, LogitBias, Logprobs, Priority, Prompts, Stop, only, refused
+from paceline.api.schema_tools import (
+    MessageParam,
+    NamedTool,
+    ResponseFormat,
+    StructuredOutputs,
+    ToolParam,
+    tool_use,
 )
-from pydantic_core import PydanticCustomError
-
-from paceline.api.prompts import ChatMessage
-from paceline.types import MAX_LOGPROBS, MAX_PRIORITY, SamplingParams
+from paceline.api.tools import ToolUse
+from paceline.errors import InvalidRequest
+from paceline.types import Grammar, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` for /v1/completions."""
@@ -50,104 +49,9 @@ _SAMPLING = (
 """Fields of the body that are sampling parameters by the same name and meaning."""
 
 
-def _refused(reason: str) -> PydanticCustomError:
-    return PydanticCustomError("refused", "{reason}", {"reason": reason})
-
-
-def _only(*neutral: Any) -> AfterValidator:
-    """The field has no effect with these values (and null), and is refused with any other."""
-
-    def check(value: Any) -> Any:
-        if value is None or any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in neutral):
-            return value
-        raise _refused(
-            f"not supported; leave it out or send {' or '.join(json.dumps(off) for off in (*neutral, None))}"
-        )
-
-    return AfterValidator(check)
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _text(content: Any) -> str:
-    """A message's content; parts of type text are joined by line breaks, as other servers do."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise _refused("must be a string or a list of text parts")
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise _refused(f'part {index} is not {{"type": "text", "text": …}}; only text is supported')
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _prompt(value: Any) -> str | list[int]:
-    """A text or token ids."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise _refused("must be a string or a list of token ids")
-    if any(isinstance(item, str | list) for item in value):
-        raise _refused("a list of prompts is not supported; send one prompt a request")
-    for index, item in enumerate(value):
-        if isinstance(item, bool) or not isinstance(item, int):
-            raise _refused(f"token ids must be integers; entry {index} is not")
-    return value
-
-
-def _bias(value: Any) -> dict[int, float]:
-    """Token id to bias; JSON's keys are strings."""
-    if not isinstance(value, dict):
-        raise _refused("must be an object of token ids to numbers")
-    found = {}
-    for token, bias in value.items():
-        if not str(token).isdecimal():
-            raise _refused(f"{token!r} is not a token id")
-        found[int(token)] = bias
-    return found
-
-
-Ignored = Annotated[Any, Field(description="Accepted; it cannot change the result.")]
-Content = Annotated[str, PlainValidator(_text, json_schema_input_type=str | list[dict[str, str]])]
-PromptField = Annotated[str | list[int], PlainValidator(_prompt, json_schema_input_type=str | list[int])]
-Stop = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
-
-LogitBias = Annotated[dict[int, float], PlainValidator(_bias, json_schema_input_type=dict[str, float])]
-Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
-
-
-class Body(BaseModel):
-    """Base: no coercion, no unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-
 class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: Ignored = None
-
-
-class MessageParam(Body):
-    """One message. A message this server sent can be sent back as it was."""
-
-    role: str
-    content: Content
-    name: str | None = None
-    refusal: Annotated[Any, _only("")] = None
-    annotations: Annotated[Any, _only([])] = None
-    audio: Annotated[Any, _only()] = None
-    tool_calls: Annotated[Any, _only([])] = None
-    tool_call_id: Annotated[Any, _only()] = None
-    function_call: Annotated[Any, _only()] = None
-
-    def message(self) -> ChatMessage:
-        return ChatMessage(self.role, self.content, self.name)
 
 
 class GenerationBody(Body):
@@ -165,8 +69,10 @@ class GenerationBody(Body):
     logit_bias: LogitBias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = Field(None, description="What the output must be a text of.")
 
     # Extensions.
+    structured_outputs: StructuredOutputs | None = Field(None, description="The same in vLLM's words.")
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = Field(None, description="Over prompt and output; 1 is off.")
@@ -184,6 +90,21 @@ class GenerationBody(Body):
         None, description="Report token ids in the `paceline` object, and which of a chunk's text was guessed."
     )
 
+    # vLLM's, and only with the values that say what is done anyway.
+    skip_special_tokens: Annotated[Any, only(True)] = None
+    spaces_between_special_tokens: Ignored = None
+    detokenize: Annotated[Any, only(True)] = None
+    use_beam_search: Annotated[Any, only(False)] = None
+    length_penalty: Annotated[Any, only(1, 1.0)] = None
+    allowed_token_ids: Annotated[Any, only([], instead="use structured_outputs")] = None
+    bad_words: Annotated[Any, only([])] = None
+    truncate_prompt_tokens: Annotated[Any, only(instead="use ctx_size")] = None
+    add_special_tokens: Annotated[Any, only()] = None
+    guided_json: Annotated[Any, only(instead="use structured_outputs.json")] = None
+    guided_regex: Annotated[Any, only(instead="use structured_outputs.regex")] = None
+    guided_choice: Annotated[Any, only(instead="use structured_outputs.choice")] = None
+    guided_grammar: Annotated[Any, only(instead="use structured_outputs.grammar")] = None
+
     # OpenAI's, and without effect on the result.
     user: Ignored = None
     metadata: Ignored = None
@@ -198,7 +119,7 @@ class GenerationBody(Body):
     @classmethod
     def _only_with_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
         if value is not None and not info.data.get("stream"):
-            raise _refused("only together with stream: true")
+            raise refused("only together with stream: true")
         return value
 
     @property
@@ -217,7 +138,16 @@ class GenerationBody(Body):
         """
         given = {name: getattr(self, name) for name in _SAMPLING} | self.reported()
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return SamplingParams(max_tokens=self.output_tokens, **chosen)
+        return SamplingParams(max_tokens=self.output_tokens, grammar=self.grammar(), **chosen)
+
+    def grammar(self) -> Grammar | None:
+        """What the output must be a text of, if anything."""
+        wanted = None if self.response_format is None else self.response_format.grammar()
+        if self.structured_outputs is None:
+            return wanted
+        if wanted is not None:
+            raise InvalidRequest("structured_outputs: contradicts response_format", param="structured_outputs")
+        return self.structured_outputs.constraint()
 
     def reported(self) -> dict[str, int | None]:
         """`logprobs` and `prompt_logprobs`, as the engine means them."""
@@ -233,18 +163,22 @@ class ChatCompletionRequest(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
 
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    tools: Annotated[Any, _only([])] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
-    functions: Annotated[Any, _only([])] = None
-    function_call: Annotated[Any, _only("none", "auto")] = None
-    modalities: Annotated[Any, _only(["text"])] = None
-    audio: Annotated[Any, _only()] = None
-    moderation: Annotated[Any, _only()] = None
-    reasoning_effort: Annotated[Any, _only("none")] = None
-    verbosity: Annotated[Any, _only()] = None
-    web_search_options: Annotated[Any, _only()] = None
-    parallel_tool_calls: Ignored = None
+    tools: list[ToolParam] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
+    functions: Annotated[Any, only([], instead="use tools")] = None
+    function_call: Annotated[Any, only("none", "auto", instead="use tool_choice")] = None
+    add_generation_prompt: Annotated[Any, only(True)] = None
+    continue_final_message: Annotated[Any, only(False)] = None
+    chat_template: Annotated[Any, only()] = None
+    chat_template_kwargs: Annotated[Any, only({})] = None
+    documents: Annotated[Any, only([])] = None
+    modalities: Annotated[Any, only(["text"])] = None
+    audio: Annotated[Any, only()] = None
+    moderation: Annotated[Any, only()] = None
+    reasoning_effort: Annotated[Any, only("none")] = None
+    verbosity: Annotated[Any, only()] = None
+    web_search_options: Annotated[Any, only()] = None
     prediction: Ignored = None
 
     @field_validator("max_completion_tokens")
@@ -252,14 +186,14 @@ class ChatCompletionRequest(GenerationBody):
     def _one_bound(cls, value: int | None, info: ValidationInfo) -> int | None:
         other = info.data.get("max_tokens")
         if value is not None and other is not None and value != other:
-            raise _refused(f"contradicts max_tokens, which is {other}")
+            raise refused(f"contradicts max_tokens, which is {other}")
         return value
 
     @field_validator("top_logprobs")
     @classmethod
     def _only_with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and not info.data.get("logprobs"):
-            raise _refused("only together with logprobs: true")
+            raise refused("only together with logprobs: true")
         return value
 
     @property
@@ -269,44 +203,46 @@ class ChatCompletionRequest(GenerationBody):
     def reported(self) -> dict[str, int | None]:
         return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
+    def tool_use(self) -> ToolUse:
+        """The functions that may be called. Raises InvalidRequest."""
+        tools = [each.function.tool() for each in self.tools or ()]
+        if tools and self.structured_outputs is not None:
+            raise InvalidRequest(
+                "structured_outputs: not together with tools; use response_format", param="structured_outputs"
+            )
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        choice = None if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+        return tool_use(tools, choice, named, self.parallel_tool_calls)
+
 
 class CompletionRequest(GenerationBody):
     """Body of POST /v1/completions."""
 
-    prompt: PromptField
+    prompt: Prompts = Field(description="One or several; the choices of the first come first.")
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="0 only with echo.")
 
     logprobs: Logprobs | None = Field(None, description="Likeliest tokens told beside each token of the output.")
     prompt_logprobs: Logprobs | None = Field(None, description="The same for the prompt. An extension.")
+    echo: bool | None = Field(None, description="Begin each choice with its prompt, in logprobs too.")
 
-    echo: Annotated[Any, _only(False)] = None
-    best_of: Annotated[Any, _only(1)] = None
-    suffix: Annotated[Any, _only("")] = None
+    best_of: int | None = Field(None, description="Only if it is n: nothing is generated to be thrown away.")
+    suffix: Annotated[Any, only("")] = None
+
+    @field_validator("best_of")
+    @classmethod
+    def _as_many(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value not in (None, info.data.get("n") or 1):
+            raise refused("not supported; leave it out or send n")
+        return value
+
+    @property
+    def output_tokens(self) -> int | None:
+        """The engine generates at least one token, which the answer then leaves out."""
+        return 1 if self.max_tokens == 0 and self.echo else self.max_tokens
 
     def reported(self) -> dict[str, int | None]:
-        return {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}
-
-
-class CreateSessionBody(Body):
-    """Body of POST /v1/sessions."""
-
-    session_id: str | None = Field(None, description="Its name; one is made up if there is none.")
-    messages: list[MessageParam] | None = Field(None, description="What was said already.")
-    seed: int | None = Field(None, description="Of every appended turn that has none of its own.")
-
-
-class ForkSessionBody(Body):
-    """Body of POST /v1/sessions/{id}/fork."""
-
-    session_id: str | None = Field(None, description="The fork's name; one is made up if there is none.")
-
-
-class MoveSessionBody(Body):
-    """Body of POST /v1/sessions/{id}/move."""
-
-    replica: str | None = Field(None, description="The target replica to take its KV; one is chosen if there is none.")
-
-
-class RelieveBody(Body):
-    """Body of POST /v1/replicas/{id}/relieve."""
-
-    sessions: Annotated[int, Field(ge=1)] = Field(description="How many to hand to other replicas, at most.")
+        """With echo the prompt's tokens are told as the output's are."""
+        told = self.prompt_logprobs
+        if self.echo and self.logprobs is not None:
+            told = max(self.logprobs, told or 0)
+        return {"logprobs": self.logprobs, "prompt_logprobs": told}

@@ -1,110 +1,33 @@
-"""How one answer is put into OpenAI's words: a chat completion or a text completion, whole or in chunks."""
+"""How an answer is put into OpenAI's words, whole or in chunks; and a chat completion, in particular."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from paceline.api.answers import (
     Answer,
     AnswerMessage,
+    CalledFunction,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
     ChatDelta,
-    Completion,
-    CompletionChoice,
+    ChatToolCall,
+    FunctionDelta,
     PacelineInfo,
-    SourceInfo,
+    ToolCallDelta,
     Usage,
     VerifiedInfo,
 )
-from paceline.api.logprobs import Offsets, TokenTexts, chat_logprobs, completion_logprobs, prompt_logprobs
-from paceline.seeds import choice_seed
-from paceline.speculation.telemetry import merged
-from paceline.types import Accepted, Delta, Metrics, Request, TokenLogprobs
-
-
-@dataclass
-class ChoiceTally:
-    """What one choice has grown to so far, and in the end what it cost. `offsets` follow its chunks."""
-
-    index: int
-    texts: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    offsets: Offsets = field(default_factory=Offsets)
-    finish_reason: str = ""
-    metrics: Metrics = field(default_factory=Metrics)
-
-    def add(self, delta: Delta, prompt_tokens: int) -> None:
-        self.texts.append(delta.text)
-        self.token_ids.extend(delta.token_ids)
-        self.logprobs.extend(delta.logprobs)
-        if delta.finish_reason is not None:
-            counted = Metrics(prompt_tokens=prompt_tokens, completion_tokens=len(self.token_ids))
-            self.finish_reason = delta.finish_reason.value
-            self.metrics = delta.metrics or counted
-
-
-class Tally:
-    """What has been generated so far of every choice of a request."""
-
-    def __init__(self, request: Request, accepted: Accepted) -> None:
-        self.request = request
-        self.accepted = accepted
-        self.choices = [ChoiceTally(index) for index in range(request.params.n)]
-        self.prompt_logprobs: list[TokenLogprobs] = []
-
-    @property
-    def finished(self) -> bool:
-        return all(choice.finish_reason for choice in self.choices)
-
-    def add(self, delta: Delta) -> None:
-        self.choices[delta.index].add(delta, len(self.request.token_ids))
-        self.prompt_logprobs.extend(delta.prompt_logprobs)
-
-    @property
-    def metrics(self) -> Metrics:
-        """Of all choices. The prompt is one, and what of it was cached is what its first reader found."""
-        each = [choice.metrics for choice in self.choices]
-        return Metrics(
-            prompt_tokens=each[0].prompt_tokens,
-            cached_tokens=each[0].cached_tokens,
-            completion_tokens=sum(m.completion_tokens for m in each),
-            drafted=sum(m.drafted for m in each),
-            accepted=sum(m.accepted for m in each),
-            late=sum(m.late for m in each),
-            steps=sum(m.steps for m in each),
-            queue_s=each[0].queue_s,
-            ttft_s=min(m.ttft_s for m in each),
-            total_s=max(m.total_s for m in each),
-            wasted=sum(m.wasted for m in each),
-            sources=merged(m.sources for m in each),
-            resumptions=max(m.resumptions for m in each),
-        )
-
-    def info(self, token_ids: list[int] | None = None, choices: list[list[int]] | None = None) -> PacelineInfo:
-        metrics, seed, n = self.metrics, self.accepted.seed, len(self.choices)
-        return PacelineInfo(
-            replica_id=self.accepted.replica_id,
-            session_id=self.request.session_id,
-            seed=seed,
-            seeds=[choice_seed(seed, index) for index in range(n)] if n > 1 else None,
-            drafted_tokens=metrics.drafted,
-            accepted_tokens=metrics.accepted,
-            late_drafts=metrics.late,
-            wasted_drafts=metrics.wasted,
-            sources={source.source: SourceInfo.of(source) for source in metrics.sources} or None,
-            steps=metrics.steps,
-            cached_tokens=metrics.cached_tokens,
-            ttft_s=metrics.ttft_s,
-            total_s=metrics.total_s,
-            resumptions=metrics.resumptions or None,
-            token_ids=token_ids,
-            choice_token_ids=choices,
-        )
+from paceline.api.failures import envelope_of
+from paceline.api.logprobs import TokenTexts, chat_logprobs
+from paceline.api.tally import ChoiceTally, Readers, Tally
+from paceline.api.tool_parsing import Arguments, CallBegins, Content, Event
+from paceline.errors import PacelineError
+from paceline.types import Accepted, Delta, Request
 
 
 @dataclass(frozen=True)
@@ -119,31 +42,52 @@ class Wording(ABC):
     return_token_ids: bool = False
     synthetic_acceptance: float | None = None
     """Set if candidates are accepted by chance: every answer says so."""
+    readers: Readers | None = None
+    """Find the calls in the choices, if there are functions to call."""
 
-    def chunk(self, tally: Tally, delta: Delta) -> Answer:
-        """One engine step of one choice. The last one says what the answer cost, unless a closing chunk will."""
+    def tally(self, requests: Sequence[Request], accepted: Accepted) -> Tally:
+        """An empty one."""
+        return Tally(requests, accepted, self.readers)
+
+    def event(self, tally: Tally, answer: Answer) -> bytes:  # noqa: ARG002
+        """One chunk as a Server-Sent Event."""
+        return b"data: " + answer.json_bytes() + b"\n\n"
+
+    def failure(self, tally: Tally, error: PacelineError) -> bytes:  # noqa: ARG002
+        """What ends a stream that cannot go on."""
+        return b"data: " + envelope_of(error) + b"\n\n"
+
+    @property
+    def done(self) -> bytes:
+        """What ends every other."""
+        return b"data: [DONE]\n\n"
+
+    def chunks(self, tally: Tally, delta: Delta) -> Sequence[Answer]:
+        """One engine step of one choice; none if all of it is held back. The last one says what the answer cost, unless
+        a closing chunk will."""
         step = None
         if self.return_token_ids:
             step = PacelineInfo(token_ids=list(delta.token_ids), verified=VerifiedInfo.of(delta))
         if tally.finished and not self.include_usage:
             told = {} if step is None else {"token_ids": step.token_ids, "verified": step.verified}
             step = self._marked(tally.info().model_copy(update=told))
-        return self._chunk(tally, delta, step)
+        return self._chunks(tally, delta, step)
 
     @abstractmethod
-    def openings(self, tally: Tally) -> list[Answer]:
+    def openings(self, tally: Tally) -> Sequence[Answer]:
         """The chunks before the first token."""
 
     @abstractmethod
-    def closing(self, tally: Tally) -> Answer:
-        """The last chunk, without choices, when usage was asked for. Its token ids are all of the answer's."""
+    def closings(self, tally: Tally) -> Sequence[Answer]:
+        """The chunks behind the last token. One without choices, if usage was asked for: its token ids are all of the
+        answer's."""
 
     @abstractmethod
     def whole(self, tally: Tally) -> Answer:
         """The answer in one piece."""
 
     @abstractmethod
-    def _chunk(self, tally: Tally, delta: Delta, info: PacelineInfo | None) -> Answer: ...
+    def _chunks(self, tally: Tally, delta: Delta, info: PacelineInfo | None) -> Sequence[Answer]: ...
 
     def _info(self, tally: Tally) -> PacelineInfo:
         ids = [choice.token_ids for choice in tally.choices]
@@ -170,15 +114,15 @@ class ChatWording(Wording):
         delta = ChatDelta(role="assistant", content="")
         return [self._of([ChatChunkChoice(index=choice.index, delta=delta)]) for choice in tally.choices]
 
-    def closing(self, tally: Tally) -> ChatCompletionChunk:
-        return self._of([], self._info(tally), Usage.of(tally.metrics))
+    def closings(self, tally: Tally) -> list[Answer]:
+        return [self._of([], self._info(tally), Usage.of(tally.metrics))] if self.include_usage else []
 
     def whole(self, tally: Tally) -> ChatCompletion:
         told = tally.request.params.logprobs is not None
         choices = [
             ChatChoice(
                 index=choice.index,
-                message=AnswerMessage(content="".join(choice.texts)),
+                message=_message(choice),
                 logprobs=chat_logprobs(choice.logprobs, self.texts) if told else None,
                 finish_reason=choice.finish_reason,
             )
@@ -194,15 +138,28 @@ class ChatWording(Wording):
             paceline=self._info(tally),
         )
 
-    def _chunk(self, tally: Tally, delta: Delta, info: PacelineInfo | None) -> ChatCompletionChunk:
-        told = tally.request.params.logprobs is not None
-        choice = ChatChunkChoice(
-            index=delta.index,
-            delta=ChatDelta(content=delta.text),
-            logprobs=chat_logprobs(delta.logprobs, self.texts) if told else None,
-            finish_reason=delta.finish_reason,
-        )
-        return self._of([choice], info)
+    def _chunks(self, tally: Tally, delta: Delta, info: PacelineInfo | None) -> list[Answer]:
+        """One for each part: a name and its arguments come in two. Log probabilities are in the first, the end and the
+        cost in the last."""
+        told, choice = tally.request.params.logprobs is not None, tally.choices[delta.index]
+        parts = [ChatDelta(content=delta.text)] if choice.reader is None else [_delta(event) for event in choice.fresh]
+        if not parts and (told or delta.finished or info is not None):
+            parts = [ChatDelta()]
+        last = len(parts) - 1
+        return [
+            self._of(
+                [
+                    ChatChunkChoice(
+                        index=delta.index,
+                        delta=part,
+                        logprobs=chat_logprobs(delta.logprobs, self.texts) if told and n == 0 else None,
+                        finish_reason=(choice.finish_reason or None) if n == last else None,
+                    )
+                ],
+                info if n == last else None,
+            )
+            for n, part in enumerate(parts)
+        ]
 
     def _of(
         self, choices: list[ChatChunkChoice], info: PacelineInfo | None = None, usage: Usage | None = None
@@ -218,54 +175,23 @@ class ChatWording(Wording):
         )
 
 
-class CompletionWording(Wording):
-    """text_completion, whole and in chunks alike."""
+def _message(choice: ChoiceTally) -> AnswerMessage:
+    content, calls = choice.said()
+    if not calls:
+        return AnswerMessage(content=content)
+    called = [
+        ChatToolCall(id=call.call_id, function=CalledFunction(name=call.name, arguments=call.arguments))
+        for call in calls
+    ]
+    return AnswerMessage(content=content or None, tool_calls=called)
 
-    def openings(self, tally: Tally) -> list[Answer]:  # noqa: ARG002
-        return []
 
-    def closing(self, tally: Tally) -> Completion:
-        return self._of([], self._info(tally), Usage.of(tally.metrics))
-
-    def whole(self, tally: Tally) -> Completion:
-        params = tally.request.params
-        told = params.logprobs is not None
-        prompt = None if params.prompt_logprobs is None else prompt_logprobs(tally.prompt_logprobs, self.texts)
-        choices = [
-            CompletionChoice(
-                index=choice.index,
-                text="".join(choice.texts),
-                logprobs=completion_logprobs(choice.logprobs, self.texts, Offsets()) if told else None,
-                prompt_logprobs=prompt,
-                finish_reason=choice.finish_reason,
-            )
-            for choice in tally.choices
-        ]
-        return self._of(choices, self._info(tally), Usage.of(tally.metrics))
-
-    def _chunk(self, tally: Tally, delta: Delta, info: PacelineInfo | None) -> Completion:
-        params, grown = tally.request.params, tally.choices[delta.index]
-        told = params.logprobs is not None
-        # The first step's tokens bring the prompt's along; a prompt of one token has nothing to bring but null.
-        prompt = params.prompt_logprobs is not None and delta.index == 0 and len(grown.texts) == 1
-        choice = CompletionChoice(
-            index=delta.index,
-            text=delta.text,
-            logprobs=completion_logprobs(delta.logprobs, self.texts, grown.offsets) if told else None,
-            prompt_logprobs=prompt_logprobs(delta.prompt_logprobs, self.texts) if prompt else None,
-            finish_reason=delta.finish_reason,
-        )
-        return self._of([choice], info)
-
-    def _of(
-        self, choices: list[CompletionChoice], info: PacelineInfo | None = None, usage: Usage | None = None
-    ) -> Completion:
-        return Completion(
-            id=self.id,
-            created=self.created,
-            model=self.model,
-            choices=choices,
-            system_fingerprint=self._fingerprint,
-            usage=usage,
-            paceline=info,
-        )
+def _delta(event: Event) -> ChatDelta:
+    match event:
+        case Content(text):
+            return ChatDelta(content=text)
+        case CallBegins(index, call_id, name):
+            begun = FunctionDelta(name=name, arguments="")
+            return ChatDelta(tool_calls=[ToolCallDelta(index=index, id=call_id, type="function", function=begun)])
+        case Arguments(index, text):
+            return ChatDelta(tool_calls=[ToolCallDelta(index=index, function=FunctionDelta(arguments=text))])

@@ -6,7 +6,6 @@ that cannot be reached becomes `Unavailable` with the remedy.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from urllib.parse import quote
 
 import httpx
 
-from paceline.config import api_key as environment_key
+from paceline.config import API_KEY_VARIABLE, secret
 from paceline.errors import ConfigError, PacelineError, Unavailable, by_code
+from paceline.ports import is_loopback
 from paceline.types import Metrics, SourceMetrics
 
 CONNECT_TIMEOUT_S = 5.0
@@ -117,8 +117,8 @@ class Client:
         self._http = httpx.Client(
             base_url=self.url,
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            trust_env=not _is_loopback(parsed.host),  # a proxy set for the internet does not know this machine's ports
-            headers=_authorization(environment_key() if api_key is None else api_key),
+            trust_env=not is_loopback(parsed.host),  # a proxy set for the internet does not know this machine's ports
+            headers=_authorization(secret(API_KEY_VARIABLE) if api_key is None else api_key),
             transport=transport,
         )
 
@@ -365,12 +365,3 @@ def _authorization(key: str | None) -> dict[str, str]:
     if not (key.isascii() and key.isprintable()):
         raise ConfigError("--api-key: not printable ASCII; check it, and PACELINE_API_KEY", param="api_key")
     return {"authorization": f"Bearer {key}"}
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

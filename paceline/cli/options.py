@@ -111,6 +111,14 @@ GrpcPort = Annotated[
     ),
 ]
 
+TlsCert = Annotated[
+    Path | None,
+    typer.Option("--tls-cert", metavar="PATH", help="Certificate of the HTTP port, PEM.", show_default=False),
+]
+TlsKey = Annotated[
+    Path | None, typer.Option("--tls-key", metavar="PATH", help="Its private key, PEM.", show_default=False)
+]
+
 # demo
 
 FreePort = Annotated[

@@ -38,16 +38,23 @@ class Detokenizer:
     `push` returns the text that is final; text that could still turn out to begin a stop string is held
     back until it is decided, `finish` returns what is left. Once `stopped`, the text ends before the stop
     string that was complete first, wherever tokens begin and end; or after it, with `include_stop`. Stop
-    strings complete within the first `min_tokens` do not count.
+    strings complete within the first `min_tokens` do not count. Of the special tokens only those `shown` are text.
     """
 
     def __init__(
-        self, decoder: Decoder, stop: tuple[str, ...] = (), *, include_stop: bool = False, min_tokens: int = 0
+        self,
+        decoder: Decoder,
+        stop: tuple[str, ...] = (),
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        shown: tuple[int, ...] = (),
     ) -> None:
         self._decoder = decoder
         self._stop = stop
         self._include_stop = include_stop
         self._min_tokens = min_tokens
+        self._shown = frozenset(shown)
         self._ids: list[int] = []
         self._tail_start = 0
         self._read = 0
@@ -105,6 +112,11 @@ class Detokenizer:
         return [(at + len(stop), at) for stop in self._stop if (at := text.find(stop, first[stop])) >= 0]
 
     def _decode(self, ids: list[int]) -> str:
+        """The text of these ids. A shown token stands between two texts, as between two words of the model's."""
+        if not self._shown.isdisjoint(ids):
+            at = next(place for place, token in enumerate(ids) if token in self._shown)
+            shown = self._decoder.decode([ids[at]], skip_special_tokens=False)
+            return self._decode(ids[:at]) + shown + self._decode(ids[at + 1 :])
         return self._decoder.decode(ids, skip_special_tokens=True) if ids else ""
 
 

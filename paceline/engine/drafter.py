@@ -12,9 +12,11 @@ from paceline.engine.attention import Window
 from paceline.engine.kv_cache import KVCache, KVEntry
 from paceline.engine.runner import Runner
 from paceline.engine.scheduler import GROWTH
+from paceline.errors import InvalidRequest
 from paceline.sessions.window import StreamingWindow
 from paceline.speculation import rejection, sampling
 from paceline.speculation.frames import MAX_AHEAD, MAX_DEPTH, DraftFailureReason, SparseRow
+from paceline.speculation.grammar import Grammars, Matcher
 from paceline.speculation.run import common_prefix
 from paceline.speculation.sampling import Rows
 from paceline.types import SamplingParams
@@ -64,6 +66,7 @@ class _Draft:
     allowance: int = 0
     rejection: bool = False
     streaming: bool = False
+    matcher: Matcher | None = None
     entry: KVEntry | None = None
     drafted: list[int] = field(default_factory=list)
     probs: list[SparseRow] = field(default_factory=list)
@@ -96,7 +99,7 @@ class _Draft:
 
     def rows(self) -> Rows:
         """The row that draws its next token, with the history the target will have there."""
-        return Rows(self.params, self.prompt_length, self.agreed, self.drafted)
+        return Rows(self.params, self.prompt_length, self.agreed, self.drafted, matcher=self.matcher)
 
     def tokens_from(self, start: int, limit: int) -> list[int]:
         """Up to `limit` tokens from position `start` on, agreed ones and drafted ones."""
@@ -118,6 +121,9 @@ class _Draft:
         del self.drafted[:keep], self.probs[:keep]
         self.sent = max(0, self.sent - same) if self.streaming and self.drafted else 0
         self.agreed += tokens
+        if self.matcher is not None:
+            for token in tokens:
+                self.matcher.push(token)
         return same
 
 
@@ -139,8 +145,10 @@ class Drafter:
         max_model_len: int,
         max_prefill_while_drafting: int | None = None,
         max_sequences: int = MAX_SEQUENCES,
+        grammars: Grammars | None = None,
     ) -> None:
         self.kv = kv
+        self.grammars = grammars
         self._runner = runner
         self._budget = max_batched_tokens
         self._prefill = max_prefill_while_drafting or max_batched_tokens
@@ -187,8 +195,13 @@ class Drafter:
         Others get `depth` candidates for each advance.
         """
         self.close(key)
-        failure = None
+        failure, matcher = None, None
         window = params.window
+        prompt = len(tokens) if prompt_length is None else prompt_length
+        try:
+            matcher = self._matcher(params, tokens[prompt:])
+        except InvalidRequest:
+            failure = DraftFailureReason.UNSUPPORTED
         if not tokens or not self._known(tokens) or (window is not None and self.kv.shift_refusal is not None):
             failure = DraftFailureReason.UNSUPPORTED
         elif len(self._drafts) >= self._max_sequences:
@@ -204,13 +217,14 @@ class Drafter:
             list(tokens),
             params,
             min(depth, MAX_DEPTH),
-            len(tokens) if prompt_length is None else prompt_length,
+            prompt,
             self._max_model_len,
             window,
             ahead=credit,
             allowance=credit,
             rejection=rejection,
             streaming=streaming,
+            matcher=matcher,
         )
 
     def advance(self, key: Hashable, base: int, tokens: Sequence[int], depth: int) -> None:
@@ -241,6 +255,14 @@ class Drafter:
         draft = self._drafts.pop(key, None)
         if draft is not None:
             self._give_up_room(draft)
+
+    def _matcher(self, params: SamplingParams, output: Sequence[int]) -> Matcher | None:
+        """Raises InvalidRequest for a grammar that cannot be followed here."""
+        if params.grammar is None:
+            return None
+        if self.grammars is None:
+            raise InvalidRequest("grammar: this draft came without its target's tokenizer", param="grammar")
+        return self.grammars.matcher(params.grammar, output)
 
     def step(self) -> list[Drafted]:
         """One forward pass over every sequence with work. Returns what became ready."""
@@ -286,7 +308,7 @@ class Drafter:
         """If the model runs where its tokens are drawn: all that every member owes, each token from the one before,
         before any of them is looked at. Whether that was done."""
         drafts = [draft for draft, _ in batch]
-        if any(draft.rejection or not window.sample for draft, window in batch):
+        if any(draft.rejection or draft.matcher or not window.sample for draft, window in batch):
             return False
         length = max(1, min(self._owed(draft, window) for draft, window in batch))
         launched = []

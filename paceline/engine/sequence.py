@@ -10,6 +10,7 @@ from paceline.engine.detokenizer import Detokenizer
 from paceline.engine.kv_cache import KVEntry
 from paceline.errors import EngineError
 from paceline.sessions.window import StreamingWindow
+from paceline.speculation.grammar import Matcher
 from paceline.speculation.telemetry import SpeculationTally
 from paceline.types import Delta, FinishReason, Metrics, Request, TokenLogprobs, Verified
 
@@ -20,12 +21,13 @@ class Sequence:
 
     `tokens` is the truth: prompt and output. Keys and values of a prefix of it are in `entry`; what they
     miss is `pending`, one token while decoding, more while (re)computing a prompt. `leader` is the sequence
-    that computes the same prompt, while it does.
+    that computes the same prompt, while it does. `matcher` follows the output, if a grammar binds it.
     """
 
     sequence_id: int
     request: Request
     detokenizer: Detokenizer | None
+    matcher: Matcher | None = None
     clock: Callable[[], float] = time.monotonic
     leader: Sequence | None = None
     tokens: list[int] = field(default_factory=list)
@@ -117,9 +119,12 @@ class Sequence:
         if self.detokenizer is not None:
             self._texts.append(self.detokenizer.push(token))
         stopped = (token in eos and not params.ignore_eos) or token in params.stop_token_ids
+        if self.matcher is not None:
+            self.matcher.push(token)
+            stopped = stopped or self.matcher.complete
         if stopped or (self.detokenizer is not None and self.detokenizer.stopped):
             self.finish_reason = FinishReason.STOP
-        elif len(self.tokens) >= self.room:
+        elif len(self.tokens) >= self.room or (self.matcher is not None and self.matcher.failed):
             self.finish_reason = FinishReason.LENGTH
         return self.finished
 

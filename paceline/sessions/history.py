@@ -72,9 +72,10 @@ class Session:
     """A session as it is stored.
 
     `token_ids` are prompt and output as the target computed them: the text does not always give the same ones again.
-    `messages` say the same in words, for the chat template; a session of plain completions has none. `seed`, with
-    the positions that follow from `token_ids`, is all the state of sampling. `window` is what a streaming window has
-    moved, by name; empty if nothing was.
+    `messages` say the same in words, for the chat template; a session of plain completions has none. `tools`, as JSON,
+    and `instructions` are what `token_ids` begin with beside them. `responses` are those of /v1/responses that can be
+    asked for again, as JSON by id. `seed`, with the positions that follow from `token_ids`, is all the state of
+    sampling. `window` is what a streaming window has moved, by name; empty if nothing was.
     """
 
     session_id: str
@@ -86,6 +87,9 @@ class Session:
     window: Mapping[str, int] = field(default_factory=dict)
     created: float = 0.0
     updated: float = 0.0
+    tools: str = ""
+    instructions: str = ""
+    responses: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def summary(self) -> SessionSummary:
@@ -110,8 +114,9 @@ class Session:
         return cls(token_ids=tuple(ids), messages=messages, **fields)
 
     def _plain(self) -> dict[str, Any]:
-        names = ("session_id", "turns", "seed", "parent", "created", "updated")
-        return {name: getattr(self, name) for name in names} | {"window": dict(self.window)}
+        names = ("session_id", "turns", "seed", "parent", "created", "updated", "tools", "instructions")
+        mappings = {"window": dict(self.window), "responses": dict(self.responses)}
+        return {name: getattr(self, name) for name in names} | mappings
 
 
 def _message(
@@ -127,7 +132,19 @@ def answered(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
 
 
 def turn_key(model: str, messages: Sequence[ChatMessage]) -> str:
-    """What a conversation that ends with these messages is found by. Space around a message does not count: clients
-    strip it."""
-    said = [astuple(replace(message, content=message.content.strip())) for message in messages]
+    """What a conversation that ends with these messages is found by. What clients change does not count: space around
+    a message, how the arguments of a call are spaced, and the ids of calls."""
+    said = [astuple(_normal(message)) for message in messages]
     return hashlib.sha256(json.dumps([model, said]).encode()).hexdigest()[:40]
+
+
+def _normal(message: ChatMessage) -> ChatMessage:
+    calls = tuple(ToolCall("", call.name, _respaced(call.arguments)) for call in message.tool_calls)
+    return replace(message, content=message.content.strip(), tool_calls=calls, tool_call_id=None)
+
+
+def _respaced(text: str) -> str:
+    try:
+        return json.dumps(json.loads(text), sort_keys=True)
+    except (ValueError, RecursionError):
+        return text

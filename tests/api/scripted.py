@@ -117,6 +117,10 @@ class ScriptedTargets(Targets):
                 self.held[n] = replace(session, replica_id="target-9")
         return outcome
 
+    async def abort(self, request_id: str) -> bool:
+        """Of every request it ever got."""
+        return any(request.request_id == request_id for request in self.requests)
+
     async def status(self) -> ClusterStatus:
         return self.cluster
 
@@ -147,9 +151,13 @@ def gateway(
     scheduling_policy: SchedulingPolicy = "fcfs",
     synthetic_acceptance: float | None = None,
     windows: WindowRules | None = None,
+    context: int = CONTEXT,
+    **options: Any,
 ) -> Gateway:
-    targets = targets or ScriptedTargets()
-    return Gateway(targets, tokenizer(), MODEL, CONTEXT, timeout_s, scheduling_policy, synthetic_acceptance, windows)
+    targets, words = targets or ScriptedTargets(), options.pop("tokenizer", None) or tokenizer()
+    return Gateway(
+        targets, words, MODEL, context, timeout_s, scheduling_policy, synthetic_acceptance, windows, **options
+    )
 
 
 def http(targets: Targets | None = None, **options: Any) -> httpx.AsyncClient:

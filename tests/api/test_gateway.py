@@ -46,6 +46,7 @@ async def test_token_ids_pass_as_they_are() -> None:
 async def test_a_list_from_an_older_apply_chat_template_is_taken_too() -> None:
     class Older:
         chat_template = "…"
+        all_special_ids = (1,)
 
         def apply_chat_template(self, conversation: object, *, tokenize: bool, add_generation_prompt: bool) -> object:
             return [1, 2, 3]
@@ -61,6 +62,7 @@ async def test_a_list_from_an_older_apply_chat_template_is_taken_too() -> None:
 
 async def test_a_model_without_a_chat_template_says_so() -> None:
     class Bare:
+        all_special_ids = ()
         chat_template = None
 
         def apply_chat_template(self, conversation: object, *, tokenize: bool, add_generation_prompt: bool) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from paceline.types import SamplingParams
 from tests.api.scripted import CHAT, COMPLETION, ScriptedTargets, http
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
+SURROGATE = {"name": "f", "arguments": "\ud800"}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 WRONG_IN_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"model": 3}, "model"),
@@ -78,6 +82,23 @@ WRONG_IN_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"min_tokens": -1}, "min_tokens"),
     ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
     ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": {"type": "text", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 1}}},
+        "response_format.json_schema.schema",
+    ),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "json_object": True}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+    ({"guided_json": {}}, "guided_json"),
+    ({"bad_words": ["a"]}, "bad_words"),
+    ({"skip_special_tokens": False}, "skip_special_tokens"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"length_penalty": 2}, "length_penalty"),
+    ({"allowed_token_ids": [1]}, "allowed_token_ids"),
     ({"colour": "red"}, "colour"),
 ]
 WRONG_IN_CHAT: list[tuple[dict[str, Any], str]] = [
@@ -85,12 +106,20 @@ WRONG_IN_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": "hi"}, "messages"),
     ({"messages": []}, "messages"),
     ({"messages": [{"content": "hi"}]}, "messages.0.role"),
-    ({"messages": [*MESSAGES, {"role": "tool", "content": "hi"}]}, "messages.1.role"),
+    ({"messages": [*MESSAGES, {"role": "function", "content": "hi"}]}, "messages.1.role"),
+    ({"messages": [*MESSAGES, {"role": "tool", "content": "hi"}]}, "messages.1.tool_call_id"),
+    ({"messages": [{"role": "user", "content": "hi", "tool_call_id": "c"}]}, "messages.0.tool_call_id"),
+    ({"messages": [{"role": "user", "content": "hi", "tool_calls": [CALL]}]}, "messages.0.tool_calls"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}]},
+        "messages.0.tool_calls.0.type",
+    ),
+    ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content"),
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": "hi", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+    ({"messages": [{"role": "user", "content": "hi", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.id"),
     ({"messages": [{"role": "user", "content": "hi", "colour": "red"}]}, "messages.0.colour"),
     ({"messages": [{"role": "user", "content": "FORBIDDEN"}]}, "messages"),
     ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
@@ -102,9 +131,15 @@ WRONG_IN_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
     ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": "{}"}}]}, "tools.0.function.parameters"),
+    ({"tools": [TOOL, TOOL]}, "tools"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    ({"tools": [TOOL], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
     ({"functions": [{}]}, "functions"),
     ({"function_call": {"name": "f"}}, "function_call"),
     ({"modalities": ["text", "audio"]}, "modalities"),
@@ -121,8 +156,11 @@ WRONG_IN_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
     ({"prompt": {}}, "prompt"),
-    ({"prompt": ["a", "b"]}, "prompt"),
-    ({"prompt": [[1], [2]]}, "prompt"),
+    ({"prompt": ["a", ""]}, "prompt"),
+    ({"prompt": ["a", 3]}, "prompt"),
+    ({"prompt": [[1], []]}, "prompt"),
+    ({"prompt": ["a"] * 257}, "prompt"),
+    ({"prompt": ["a", "b"], "session_id": "s"}, "session_id"),
     ({"prompt": [1, True]}, "prompt"),
     ({"prompt": [1, 1.5]}, "prompt"),
     ({"prompt": [1, 262]}, "prompt"),
@@ -131,8 +169,10 @@ WRONG_IN_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": True}, "logprobs"),
     ({"logprobs": 21}, "logprobs"),
     ({"prompt_logprobs": -1}, "prompt_logprobs"),
-    ({"echo": True}, "echo"),
+    ({"echo": 1}, "echo"),
     ({"best_of": 2}, "best_of"),
+    ({"best_of": 1, "n": 2}, "best_of"),
+    ({"tools": [TOOL]}, "tools"),
     ({"suffix": "end"}, "suffix"),
     ({"max_completion_tokens": 5}, "max_completion_tokens"),
     ({"messages": MESSAGES}, "messages"),
@@ -152,6 +192,11 @@ NEUTRAL: dict[str, Any] = {
     "logit_bias": {},
     "priority": 0,
     "ctx_size": 0,
+    "skip_special_tokens": True,
+    "response_format": {"type": "text"},
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "bad_words": [],
 }
 NEUTRAL_IN_CHAT: dict[str, Any] = {
     "logprobs": False,
@@ -159,6 +204,7 @@ NEUTRAL_IN_CHAT: dict[str, Any] = {
     "response_format": {"type": "text"},
     "tools": [],
     "tool_choice": "auto",
+    "chat_template_kwargs": {},
     "functions": [],
     "function_call": "none",
     "modalities": ["text"],
@@ -186,6 +232,26 @@ async def test_bad_input_is_refused_with_the_name_of_its_field(path: str, body: 
 
 
 @pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": SURROGATE}]}]},
+            "messages.0.tool_calls.0",
+        ),
+        ({"messages": [{"role": "tool", "content": "a", "tool_call_id": "\ud800"}]}, "messages.0.tool_call_id"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": "\ud800"}}]}, "tools.0"),
+        ({"structured_outputs": {"regex": "\ud800"}}, "response_format"),
+    ],
+)
+async def test_half_a_surrogate_pair_is_refused(body: dict[str, Any], field: str) -> None:
+    async with http() as client:
+        response = await client.post(
+            "/v1/chat/completions", content=json.dumps({**CHAT, **body}), headers={"content-type": "application/json"}
+        )
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+
+
+@pytest.mark.parametrize(
     ("path", "body"),
     [("/v1/chat/completions", {**CHAT, name: off}) for name, off in {**NEUTRAL, **NEUTRAL_IN_CHAT}.items()]
     + [("/v1/completions", {**COMPLETION, name: off}) for name, off in {**NEUTRAL, **NEUTRAL_IN_COMPLETIONS}.items()],
@@ -207,7 +273,7 @@ def test_all_wrong_fields_are_named_at_once() -> None:
         ChatCompletionRequest.model_validate({"messages": [{}], **{f"f{i}": 1 for i in range(9)}})
     found = [{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()]
     assert invalid_request(found).message == (
-        "messages.0.role: required; messages.0.content: required; "
+        "messages.0.role: required; messages.0.content: required, unless the message has tool_calls; "
         "f0: unknown field; f1: unknown field; f2: unknown field; and 6 more"
     )
 

@@ -242,3 +242,12 @@ def test_a_stop_string_completed_by_the_first_token_that_counts_does() -> None:
 
 def test_what_was_complete_too_early_does_not_count_later() -> None:
     assert pushed("abcdx", "bc", "abcde", min_tokens=3) == ("abcdx", False)
+
+
+def test_a_special_token_is_text_if_it_is_to_be_shown() -> None:
+    words = tokenizer()
+    special = words.eos_token_id
+    ids = [*words.encode("ab"), special, *words.encode("cé"), special]
+    hidden, shown = Detokenizer(words), Detokenizer(words, shown=(special,))
+    assert "".join([*map(hidden.push, ids), hidden.finish()]) == "abcé"
+    assert "".join([*map(shown.push, ids), shown.finish()]) == f"ab{words.eos_token}cé{words.eos_token}"

@@ -6,15 +6,8 @@ import pytest
 
 from paceline.api.state import SessionInfo
 from paceline.errors import InvalidRequest
-from paceline.rpc.inference_convert import (
-    delta_events,
-    input_from,
-    params_from,
-    prompt_from,
-    session_message,
-    speculation_from,
-    started_event,
-)
+from paceline.rpc.inference_convert import input_from, params_from, prompt_from, speculation_from
+from paceline.rpc.inference_events import delta_events, session_message, started_event
 from paceline.types import Accepted, Delta, FinishReason, Metrics, Request, SamplingParams, TokenLogprobs, Verified
 from paceline.v1 import inference_pb2 as pb
 
