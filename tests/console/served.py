@@ -76,6 +76,10 @@ class EngineTargets(Targets):
     ) -> Outcome | None:
         return None
 
+    async def abort(self, request_id: str) -> bool:
+        found = [await asyncio.wrap_future(loop.end(request_id)) for loop in self._loops.values()]
+        return any(found)
+
     def stop(self) -> None:
         for loop in self._loops.values():
             loop.stop()
