@@ -9,6 +9,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Coroutine, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from paceline.api.batch import Batch, open_all
+from paceline.api.deadline import Patience
 from paceline.api.failures import public_error
 from paceline.api.gateway import Gateway, Prepared
 from paceline.api.middleware import limits_of
@@ -60,16 +62,18 @@ class Reply(Response):
             tally = self._wording.tally([each.request for each in prepared], stream.accepted)
             channel = _Channel(send, stream.deadline + SEND_GRACE_S, limits_of(scope).slow_client_timeout_s)
             if self._streaming:
-                await channel.start(self._head(stream, "text/event-stream; charset=utf-8"))
-                await self._events(channel, stream, tally)
+                with closing(channel):
+                    await channel.start(self._head(stream, "text/event-stream; charset=utf-8"))
+                    await self._events(channel, stream, tally)
                 return
             async for delta in stream:
                 tally.add(delta)
         body = self._wording.whole(tally).json_bytes()
         headers = self._head(stream, "application/json")
         headers["content-length"] = str(len(body))
-        await channel.start(headers)
-        await channel.put(body, more=False)
+        with closing(channel):
+            await channel.start(headers)
+            await channel.put(body, more=False)
 
     async def _events(self, channel: _Channel, stream: Stream | Batch, tally: Tally) -> None:
         """Server-Sent Events: one a delta. An error on the way is an event too, and the last one."""
@@ -79,8 +83,11 @@ class Reply(Response):
                 await channel.put(wording.event(tally, opening))
             async for delta in stream:
                 tally.add(delta)
-                if chunks := wording.chunks(tally, delta):
-                    await channel.put(b"".join(wording.event(tally, chunk) for chunk in chunks))
+                event = wording.text_event(tally, delta)
+                if event is None:
+                    event = b"".join(wording.event(tally, chunk) for chunk in wording.chunks(tally, delta))
+                if event:
+                    await channel.put(event)
             for closing in wording.closings(tally):
                 await channel.put(wording.event(tally, closing))
             if wording.done:
@@ -117,6 +124,8 @@ class _Channel:
         self._send = send
         self._deadline = deadline
         self._within_s = within_s
+        self._time = asyncio.get_running_loop().time
+        self._patience = Patience()
 
     async def start(self, headers: MutableHeaders) -> None:
         await self._put({"type": "http.response.start", "status": 200, "headers": headers.raw})
@@ -124,12 +133,14 @@ class _Channel:
     async def put(self, body: bytes, *, more: bool = True) -> None:
         await self._put({"type": "http.response.body", "body": body, "more_body": more})
 
+    def close(self) -> None:
+        self._patience.close()
+
     async def _put(self, message: Message) -> None:
+        due = min(self._deadline, self._time() + self._within_s)
         try:
-            now = asyncio.get_running_loop().time()
-            async with asyncio.timeout_at(min(self._deadline, now + self._within_s)):
-                await self._send(message)
-        except (OSError, TimeoutError) as error:
+            await self._patience.wait(self._send(message), due, ClientGone)
+        except OSError as error:
             raise ClientGone from error
 
 
