@@ -14,7 +14,7 @@ from paceline.errors import Forbidden, PacelineError
 
 CALLER = "paceline.caller"
 """In an ASGI scope: who asks, or None where nobody needs a key."""
-OPEN_PATHS = frozenset({"/", "/health", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"})
+OPEN_PATHS = frozenset({"/", "/console", "/health", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"})
 OPEN_FOLDERS = ("/console/",)
 """What they hold is the same for everybody; what they show, they ask for with a key."""
 METRICS_PATH = "/metrics"

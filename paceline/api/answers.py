@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer
 from pydantic_core import CoreSchema
 
+from paceline.sessions.history import ChatMessage
 from paceline.types import Delta, Metrics, SourceMetrics
 
 
@@ -313,9 +314,27 @@ class SessionList(Answer):
 
 
 class SessionMessage(Answer):
+    """One of the messages of a session, as it can be sent again."""
+
     role: str
     content: str
     name: str | None = None
+    tool_calls: list[ChatToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @classmethod
+    def of(cls, message: ChatMessage) -> SessionMessage:
+        calls = [
+            ChatToolCall(id=each.call_id, function=CalledFunction(name=each.name, arguments=each.arguments))
+            for each in message.tool_calls
+        ]
+        return cls(
+            role=message.role,
+            content=message.content,
+            name=message.name,
+            tool_calls=calls or None,
+            tool_call_id=message.tool_call_id,
+        )
 
 
 class SessionMessages(Answer):

@@ -270,9 +270,8 @@ async def list_sessions(gateway: TheGateway) -> Response:
 @router.get("/v1/sessions/{session_id:path}/messages", response_model=SessionMessages)
 async def get_messages(session_id: str, gateway: TheGateway) -> Response:
     """What was said, for a client that takes a session up again."""
-    said = await gateway.messages(session_id)
-    found = [SessionMessage(role=each.role, content=each.content, name=each.name) for each in said]
-    return _json(SessionMessages(session_id=session_id, data=found))
+    said = [SessionMessage.of(message) for message in await gateway.messages(session_id)]
+    return _json(SessionMessages(session_id=session_id, data=said))
 
 
 @router.get("/v1/sessions/{session_id:path}", response_model=SessionCard)

@@ -45,7 +45,6 @@ Addresses and ports belong to Ray Serve: `http_options` and `grpc_options` in th
 | --- | --- |
 | `PACELINE_API_KEY` | The key that `paceline chat`, `status` and the other clients send; see [security](security.md). |
 | `PACELINE_CACHE` | Folder of downloaded and converted models; default `paceline` in `XDG_CACHE_HOME` or `~/.cache`. |
-| `PACELINE_API_KEY` | The key that `paceline chat` and `paceline status` send. |
 """
 
 GRPC = f"""{GENERATED}

@@ -94,6 +94,20 @@ async def test_every_route_but_the_open_ones_asks_for_a_key() -> None:
     assert {path for path, answer in answers.items() if answer.status_code != 401} == {"/health"}
 
 
+@pytest.mark.parametrize("path", ["/", "/console", "/console/main.js"])
+async def test_the_console_s_files_need_no_key(path: str) -> None:
+    async with House().client(None) as client:
+        assert (await client.get(path, headers={"accept": "text/html"})).status_code in (200, 307)
+
+
+async def test_nobody_reads_what_was_said_under_another_key() -> None:
+    house = House()
+    async with house.client(ALICE) as alice, house.client(BOB) as bob:
+        await alice.post("/v1/chat/completions", json={**CHAT, "session_id": "diary"})
+        read = [(await client.get("/v1/sessions/diary/messages")).status_code for client in (alice, bob)]
+    assert read == [200, 404]
+
+
 @pytest.mark.parametrize(
     ("setting", "statuses"), [("open", [200, 200, 200]), ("key", [401, 200, 200]), ("admin", [401, 403, 200])]
 )

@@ -74,6 +74,18 @@ async def test_what_was_said_in_a_session_can_be_read() -> None:
     ]
 
 
+async def test_calls_of_tools_are_read_as_they_are_sent() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    said = [
+        {"role": "user", "content": "the time?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "noon", "tool_call_id": "c1"},
+    ]
+    async with http() as client:
+        await made(client, session_id="s", messages=said)
+        assert (await client.get("/v1/sessions/s/messages")).json()["data"] == said
+
+
 async def test_nothing_was_said_in_a_session_nobody_knows() -> None:
     async with http() as client:
         assert (await client.get("/v1/sessions/nobody/messages")).json()["error"]["code"] == "session_not_found"

@@ -187,7 +187,7 @@ def test_a_key_is_sent_as_a_bearer_token(server: FakeServer) -> None:
 
 
 def test_the_key_may_come_from_the_environment(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paceline.cli.client.environment_key", lambda: "sk-2")
+    monkeypatch.setattr("paceline.cli.client.secret", {"PACELINE_API_KEY": "sk-2"}.get)
     server.answers = [answer_events()]
     with Client(server.url) as client:
         ask(client)

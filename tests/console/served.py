@@ -77,7 +77,8 @@ class EngineTargets(Targets):
         return None
 
     async def abort(self, request_id: str) -> bool:
-        return any([await asyncio.wrap_future(loop.end(request_id)) for loop in self._loops.values()])
+        found = [await asyncio.wrap_future(loop.end(request_id)) for loop in self._loops.values()]
+        return any(found)
 
     def stop(self) -> None:
         for loop in self._loops.values():

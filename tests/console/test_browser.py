@@ -336,3 +336,42 @@ def test_a_session_that_cannot_move_says_why(
     page.select_option("#detail select", "target-1")
     page.wait_for_selector("#notice:not([hidden])")
     assert "stays where it is: without a peer" in page.inner_text("#notice p")
+
+
+# Markdown.
+
+RENDERED = """async (pieces) => {
+  const { Tinted, render } = await import("/console/prose.js");
+  const tinted = new Tinted();
+  const node = document.createElement("div");
+  for (const piece of pieces) {
+    tinted.add(piece);
+    render(node, tinted);
+  }
+  return [...node.children].map((block) => block.outerHTML.replace(/ (data-block|style|class|tabindex)="[^"]*"/g, ""));
+}"""
+PROSE = {
+    "a *b* **c** __d__ `e`": ["<p>a <em>b</em> <strong>c</strong> <strong>d</strong> <code>e</code></p>"],
+    "**a *b* c**": ["<p><strong>a <em>b</em> c</strong></p>"],
+    "2*3*4 and snake_case_name": ["<p>2*3*4 and snake_case_name</p>"],
+    "an open **mark and `tick": ["<p>an open **mark and `tick</p>"],
+    "`` a`b ``": ["<p><code> a`b </code></p>"],
+    "one\ntwo\n\nthree": ["<p>one\ntwo</p>", "<p>three</p>"],
+    "## Title\ntext": ['<p role="heading" aria-level="2">Title</p>', "<p>text</p>"],
+    "- a\n  - b": ['<div data-mark="•"><div>a</div></div>', '<div data-mark="•"><div>b</div></div>'],
+    "7. a": ['<div data-mark="7."><div>a</div></div>'],
+    "> said": ["<blockquote>said</blockquote>"],
+    "```py\nx = *1*\n\ny": ["<pre><code>x = *1*\n\ny</code></pre>"],
+    "````\n```\n````\nz": ["<pre><code>```</code></pre>", "<p>z</p>"],
+    "<b>&amp;": ["<p>&lt;b&gt;&amp;amp;</p>"],
+}
+
+
+@pytest.mark.parametrize("text", PROSE)
+def test_markdown_becomes_elements(open_page: Open, url: str, text: str) -> None:
+    assert open_page(url).evaluate(RENDERED, [text]) == PROSE[text]
+
+
+def test_a_text_that_grows_looks_in_the_end_as_if_it_came_at_once(open_page: Open, url: str) -> None:
+    page, text = open_page(url), "\n\n".join(PROSE)
+    assert page.evaluate(RENDERED, list(text)) == page.evaluate(RENDERED, [text])

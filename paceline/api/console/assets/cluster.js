@@ -161,7 +161,6 @@ const drafterFacts = (each) => [
   ["sequences", count(each.sequences)],
   ["drafted", count(each.drafted_tokens)],
   ["rolled back", percent(each.rolled_back_tokens, each.drafted_tokens)],
-  ["address", each.address ?? "–"],
 ];
 
 function drawCards(container, replicas, facts) {
@@ -175,7 +174,7 @@ function drawCards(container, replicas, facts) {
     const words = `KV: ${count(used)} in use, ${count(cached)} cached, of ${count(total)} tokens`;
     node.querySelector(".kv").setAttribute("aria-label", words);
     say(node.querySelector(".words"), words);
-    say(node.querySelector(".model"), each.model ?? "");
+    say(node.querySelector(".model"), [each.model, each.address].filter(Boolean).join(" · "));
     drawFacts(node.querySelector("dl"), facts(each));
     node.classList.toggle("warned", Boolean(each.warnings?.length));
   });
