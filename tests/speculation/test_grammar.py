@@ -7,10 +7,12 @@ from random import Random
 
 import pytest
 import torch
+from llguidance import LLParserLimits
 from tokenizers import Tokenizer, decoders, models
 
 from paceline.errors import InvalidRequest
 from paceline.speculation import grammar as module
+from paceline.speculation import grammar_source
 from paceline.speculation.grammar import Grammars, check_grammar, tokenizer_text
 from paceline.speculation.grammar_source import embedded
 from paceline.speculation.sampling import Rows, adjust, draw
@@ -18,6 +20,8 @@ from paceline.types import MAX_GRAMMAR, Grammar, SamplingParams
 from tests import schemas
 
 VOCAB = 310
+STATES = 300
+"""So few that some hundred tokens fill a lexer."""
 DIGITS = Grammar("regex", "[0-9]{2,}", ends=(2,))
 
 
@@ -240,3 +244,23 @@ def test_a_grammar_is_short() -> None:
 def test_a_kind_that_is_none_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="json_schema, regex, lark"):
         Grammar("xml", "<a/>")  # type: ignore[arg-type]
+
+
+def test_a_grammar_whose_lexer_is_full_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lexers are shared and keep what they found: else nobody could use a grammar that many have used."""
+    limits = LLParserLimits(max_lexer_states=STATES, verbose_errors=False)
+    monkeypatch.setattr(grammar_source, "limits", lambda: limits)
+    few, many = Grammars(schemas.tokenizer().to_str(), schemas.EOS), schemas.grammars()
+    grammar = Grammar("regex", "([a-z ]{1,50}x){1,20}")
+    bases = []
+    for seed in range(6):
+        chance, followed, free = Random(seed), few.matcher(grammar), many.matcher(grammar)
+        for _ in range(40):
+            row = free.refused((), 1, VOCAB)
+            assert torch.equal(followed.refused((), 1, VOCAB), row)
+            token = chance.choice([n for n, refused in enumerate(row[0].tolist()) if not refused])
+            followed.push(token)
+            free.push(token)
+        assert not followed.failed
+        bases.append(followed._base)
+    assert bases[0] is not bases[-1]
