@@ -10,13 +10,14 @@ Compiled grammars are kept, the latest ones, and each sequence's matcher is a co
 grow with what is written; where they have run full they are made anew, and the sequence goes on with the new ones. A
 text that is complete and cannot go on ends the output; where it could also go on, an id in `Grammar.ends` may be drawn.
 
-What of JSON Schema is supported is llguidance's list: all types, enum, const, anyOf, oneOf of branches of different
-types, allOf, $ref within the document (recursive ones too), properties, patternProperties, minProperties,
-maxProperties, required, additionalProperties, items, prefixItems, minItems, maxItems, minLength, maxLength, pattern
-(no look-around, no word boundaries, no back-references), the usual formats (date-time, uuid, email, uri, …), minimum,
-maximum, multipleOf. Properties come in the order of the schema. Other keywords that change what is valid, as `not`,
-`uniqueItems`, `if`, `contains`, `propertyNames` or a remote `$ref`, are refused by name, and so is a oneOf whose
-branches may overlap (use anyOf); annotations and unknown keywords are passed over.
+What of JSON Schema is supported is llguidance's list: all types, enum, const, anyOf, oneOf of different types or of
+objects that a required property's constants tell apart, allOf, $ref within the document (recursive ones too),
+properties, patternProperties, minProperties, maxProperties, required, additionalProperties, items, prefixItems,
+minItems, maxItems, minLength, maxLength, pattern (no look-around, no word boundaries, no back-references), the usual
+formats (date-time, uuid, email, uri, …), minimum, maximum, multipleOf. Properties come in the order of the schema.
+Other keywords that change what is valid, as `not`, `uniqueItems`, `if`, `contains`, `propertyNames` or a remote `$ref`,
+are refused by name, and so is a oneOf whose branches may overlap (use anyOf); annotations and unknown keywords are
+passed over.
 """
 
 from __future__ import annotations

@@ -264,3 +264,22 @@ def test_a_grammar_whose_lexer_is_full_is_compiled_anew(monkeypatch: pytest.Monk
         assert not followed.failed
         bases.append(followed._base)
     assert bases[0] is not bases[-1]
+
+
+def _circle_or(tag: str) -> Grammar:
+    def shape(name: str) -> schemas.Schema:
+        return {"type": "object", "properties": {"kind": {"const": name}}, "required": ["kind"]}
+
+    union = {"oneOf": [{"$ref": "#/$defs/circle"}, shape(tag)]}
+    return Grammar("json_schema", json.dumps({"$defs": {"circle": shape("circle")}, **union}))
+
+
+def test_a_union_told_apart_by_a_constant_is_a_grammar() -> None:
+    matcher = schemas.grammars().matcher(_circle_or("square"))
+    assert texts(allowed(_circle_or("square"), schemas.ids('{"kind":"'))) >= {"c", "s"}
+    assert not matcher.failed
+
+
+def test_a_union_whose_branches_overlap_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="oneOf"):
+        check_grammar(_circle_or("circle"))
