@@ -23,22 +23,18 @@ passed over.
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import subprocess
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
 
-from paceline.errors import InvalidRequest
 from paceline.speculation import grammar_source
+from paceline.speculation.grammar_check import refusal
 from paceline.speculation.run import common_prefix
 from paceline.types import Grammar
 
@@ -47,10 +43,6 @@ T = TypeVar("T")
 
 MOST_COMPILED = 64
 """Grammars kept by a tokenizer: some 100 kB each, about 10 MB for one whose lexer is full."""
-CHECK_TIMEOUT_S = 3.0
-"""For the check of one grammar on a busy machine; of a core it gets `grammar_source.CPU_S`."""
-MOST_CHECKED = 1024
-TOO_MUCH = "takes too much time or memory to compile; make it smaller, or its patterns and numbers simpler"
 
 
 class Grammars:
@@ -103,10 +95,10 @@ class Grammars:
         try:
             text = grammar_source.own_form(grammar.kind, grammar.source)
         except ValueError as error:
-            raise _refusal(str(error)) from None
+            raise refusal(str(error)) from None
         found = LLMatcher(tokenizer, text, log_level=0, limits=grammar_source.limits())
         if (why := grammar_source.fault(found)) is not None:
-            raise _refusal(why)
+            raise refusal(why)
         return found
 
     def _sorted(self) -> LLTokenizer:
@@ -116,7 +108,7 @@ class Grammars:
                     # Without any, it takes what the tokenizer says.
                     self._tokenizer = LLTokenizer(self._text, eos_token=self._eos or None)
                 except ValueError as error:
-                    raise _refusal(f"this model's tokenizer has no bytes for its tokens ({error})") from None
+                    raise refusal(f"this model's tokenizer has no bytes for its tokens ({error})") from None
             return self._tokenizer
 
 
@@ -246,16 +238,6 @@ class Matcher:
         return not self.failed
 
 
-def check_grammar(grammar: Grammar, *, param: str = "response_format", timeout_s: float = CHECK_TIMEOUT_S) -> None:
-    """Refuse what cannot be compiled, or only with much time or memory, before a request is queued anywhere.
-
-    Raises InvalidRequest that names `param` and what is wrong. It compiles in a process of its own, for about 0.1 s
-    the first time a grammar is seen: call it outside an event loop. The module's text says what a schema may hold.
-    """
-    if (why := _checked(grammar.kind, grammar.source, timeout_s)) is not None:
-        raise _refusal(why, param)
-
-
 def tokenizer_text(tokenizer: Any) -> str | None:
     """The tokenizer.json of a Transformers tokenizer, for `Grammars`; None if it is not one of the fast ones."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -266,23 +248,3 @@ def tokenizer_text(tokenizer: Any) -> str | None:
     backend.no_truncation()
     text: str = backend.to_str()
     return text
-
-
-@lru_cache(maxsize=MOST_CHECKED)
-def _checked(kind: str, source: str, timeout_s: float) -> str | None:
-    """What is wrong with a grammar, in one line."""
-    program = [sys.executable, "-P", grammar_source.__file__]
-    question = json.dumps({"kind": kind, "source": source})
-    try:
-        done = subprocess.run(program, input=question, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return TOO_MUCH
-    if done.returncode:
-        logger.warning("checking a grammar ended with %d: %s", done.returncode, done.stderr[-300:])
-        return TOO_MUCH
-    error: str | None = json.loads(done.stdout)["error"]
-    return error
-
-
-def _refusal(why: str, param: str = "grammar") -> InvalidRequest:
-    return InvalidRequest(f"{param}: {why[:300]}", param=param)

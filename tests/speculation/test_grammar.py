@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from random import Random
 
 import pytest
@@ -13,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models
 from paceline.errors import InvalidRequest
 from paceline.speculation import grammar as module
 from paceline.speculation import grammar_source
-from paceline.speculation.grammar import Grammars, check_grammar, tokenizer_text
+from paceline.speculation.grammar import Grammars, tokenizer_text
+from paceline.speculation.grammar_check import check_grammar
 from paceline.speculation.grammar_source import embedded
 from paceline.speculation.sampling import Rows, adjust, draw
 from paceline.types import MAX_GRAMMAR, Grammar, SamplingParams
@@ -226,9 +229,16 @@ def test_what_takes_too_much_is_refused_at_the_edge(schema: schemas.Schema) -> N
         check_grammar(Grammar("json_schema", json.dumps(schema)), param="tools")
 
 
-def test_a_check_that_does_not_end_is_a_refusal() -> None:
+def test_a_check_that_does_not_end_is_a_refusal_for_now() -> None:
+    grammar = Grammar("regex", "a slow machine")
     with pytest.raises(InvalidRequest, match="too much time"):
-        check_grammar(Grammar("regex", "a slow machine"), timeout_s=0.001)
+        check_grammar(grammar, timeout_s=0.001)
+    check_grammar(grammar)
+
+
+def test_text_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="surrogates"):
+        check_grammar(Grammar("regex", "\ud800"))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -283,3 +293,8 @@ def test_a_union_told_apart_by_a_constant_is_a_grammar() -> None:
 def test_a_union_whose_branches_overlap_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="oneOf"):
         check_grammar(_circle_or("circle"))
+
+
+def test_the_edge_checks_without_torch() -> None:
+    program = "import sys, paceline.speculation.grammar_check; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
