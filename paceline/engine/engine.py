@@ -137,11 +137,11 @@ class Engine:
         The first computes the prompt; the others wait for it and take its KV over.
         """
         resolved = [self._resolve(request) for request in requests]
-        matchers = {request.request_id: self._matcher(request) for request in resolved}
         self._check_room(len(requests), resolved[0])
         for request in resolved:
             if request.request_id in self._by_request:
                 raise InvalidRequest(f"request_id: {request.request_id!r} is in use", param="request_id")
+        matchers = {request.request_id: self._matcher(request) for request in resolved}
         for request in resolved:
             leader = self._by_request.get(request.follows) if request.follows is not None else None
             detokenizer, matcher = self._detokenizer(request), matchers[request.request_id]

@@ -6,47 +6,43 @@ The mask of a row is a function of the grammar and of the output before it, cand
 included. Draft and target apply it at the same place (`sampling.adjust`), so their coupled draws agree as they would
 without, and both know the tokens that the grammar leaves no choice about.
 
-Compiled grammars are kept, the latest ones, and each sequence's matcher is a copy that shares their automata. A text
-that is complete and cannot go on ends the output; where it could also go on, an id in `Grammar.ends` may be drawn.
+Compiled grammars are kept, the latest ones, and each sequence's matcher is a copy that shares their automata. These
+grow with what is written; where they have run full they are made anew, and the sequence goes on with the new ones. A
+text that is complete and cannot go on ends the output; where it could also go on, an id in `Grammar.ends` may be drawn.
 
-What of JSON Schema is supported is llguidance's list: all types, enum, const, anyOf, oneOf of branches that exclude
-each other, allOf, $ref within the document (recursive ones too), properties, patternProperties, required,
-additionalProperties, items, prefixItems, minItems, maxItems, minLength, maxLength, pattern (no look-around, no
-back-references), the usual formats (date-time, uuid, email, …), minimum, maximum, multipleOf. Properties come in the
-order of the schema. Keywords that change what is valid and are not there, as `not`, `uniqueItems`, `if`,
-`minProperties` or a remote `$ref`, are refused by name; annotations and unknown keywords are passed over.
+What of JSON Schema is supported is llguidance's list: all types, enum, const, anyOf, oneOf of different types or of
+objects that a required property's constants tell apart, allOf, $ref within the document (recursive ones too),
+properties, patternProperties, minProperties, maxProperties, required, additionalProperties, items, prefixItems,
+minItems, maxItems, minLength, maxLength, pattern (no look-around, no word boundaries, no back-references), the usual
+formats (date-time, uuid, email, uri, …), minimum, maximum, multipleOf. Properties come in the order of the schema.
+Other keywords that change what is valid, as `not`, `uniqueItems`, `if`, `contains`, `propertyNames` or a remote `$ref`,
+are refused by name, and so is a oneOf whose branches may overlap (use anyOf); annotations and unknown keywords are
+passed over.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import subprocess
-import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
 
-from paceline.errors import InvalidRequest
 from paceline.speculation import grammar_source
+from paceline.speculation.grammar_check import refusal
 from paceline.speculation.run import common_prefix
 from paceline.types import Grammar
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MOST_COMPILED = 64
-"""Grammars kept by a tokenizer: some 100 kB each, up to 100 MB for one whose lexer runs into its limit."""
-CHECK_TIMEOUT_S = 3.0
-"""For the check of one grammar on a busy machine; of a core it gets `grammar_source.CPU_S`."""
-MOST_CHECKED = 1024
-TOO_MUCH = "takes too much time or memory to compile; make it smaller, or its patterns and numbers simpler"
+"""Grammars kept by a tokenizer: some 100 kB each, about 10 MB for one whose lexer is full."""
 
 
 class Grammars:
@@ -74,17 +70,19 @@ class Grammars:
     def matcher(self, grammar: Grammar, output: Sequence[int] = ()) -> Matcher:
         """For a sequence with so much output. Raises InvalidRequest if this is no grammar, or too large a one."""
         base = self._base(grammar)
-        matcher = Matcher(base, self._sorted(), grammar.ends)
+        matcher = Matcher(base, self._sorted(), grammar.ends, lambda stale: self._base(grammar, stale))
         for token in output:
             matcher.push(token)
         return matcher
 
-    def _base(self, grammar: Grammar) -> LLMatcher:
+    def _base(self, grammar: Grammar, stale: LLMatcher | None = None) -> LLMatcher:
+        """Another than the `stale` one."""
         key = grammar.kind, grammar.source
         with self._storing:
             found = self._compiled.get(key)
-        # Another thread may compile the same: better than to wait for one that compiles something else.
-        found = found or self._compile(grammar)
+        if found is None or found is stale:
+            # Another thread may compile the same: better than to wait for one that compiles something else.
+            found = self._compile(grammar)
         with self._storing:
             self._compiled[key] = found
             self._compiled.move_to_end(key)
@@ -97,10 +95,10 @@ class Grammars:
         try:
             text = grammar_source.own_form(grammar.kind, grammar.source)
         except ValueError as error:
-            raise _refusal(str(error)) from None
+            raise refusal(str(error)) from None
         found = LLMatcher(tokenizer, text, log_level=0, limits=grammar_source.limits())
         if (why := grammar_source.fault(found)) is not None:
-            raise _refusal(why)
+            raise refusal(why)
         return found
 
     def _sorted(self) -> LLTokenizer:
@@ -110,7 +108,7 @@ class Grammars:
                     # Without any, it takes what the tokenizer says.
                     self._tokenizer = LLTokenizer(self._text, eos_token=self._eos or None)
                 except ValueError as error:
-                    raise _refusal(f"this model's tokenizer has no bytes for its tokens ({error})") from None
+                    raise refusal(f"this model's tokenizer has no bytes for its tokens ({error})") from None
             return self._tokenizer
 
 
@@ -122,8 +120,15 @@ class Matcher:
     the grammar refuses rows mean nothing, and are left as they are.
     """
 
-    def __init__(self, base: LLMatcher, tokenizer: LLTokenizer, ends: Sequence[int]) -> None:
-        self._base, self._ends = base, ends
+    def __init__(
+        self,
+        base: LLMatcher,
+        tokenizer: LLTokenizer,
+        ends: Sequence[int],
+        renew: Callable[[LLMatcher], LLMatcher],
+    ) -> None:
+        """`renew` gives another compiled form of the same grammar, for one whose automata are full."""
+        self._base, self._ends, self._renew = base, ends, renew
         self._width = tokenizer.vocab_size
         self._foreign = [token for token in tokenizer.eos_tokens if token not in ends]
         self._matcher = base.deep_copy()
@@ -177,12 +182,11 @@ class Matcher:
         """A bit for each token, uint8; None if nothing is known."""
         if self.failed or self._try(following) < len(following):
             return None
-        accepting = self.complete or self._matcher.is_accepting()
-        words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8).copy()
-        if self._matcher.is_error():
-            self._recover()
+        words = self._words()
+        if words is None:
             self.failed = self.failed or not following
             return None
+        accepting = self.complete or self._matcher.is_accepting()
         if self.complete:
             words[:] = 0
         for token in self._foreign:
@@ -205,28 +209,33 @@ class Matcher:
         return len(self._tried)
 
     def _consume(self, token: int) -> bool:
-        if not 0 <= token < self._width or self._matcher.try_consume_tokens([token]) != 1:
-            if self._matcher.is_error():
-                self._recover()
+        if not 0 <= token < self._width:
             return False
-        return True
+        taken: int | None = self._twice(lambda: self._matcher.try_consume_tokens([token]))
+        return taken == 1
 
-    def _recover(self) -> None:
-        """An error stays for ever in llguidance: begin again, with what is agreed."""
-        logger.warning("a grammar took too much work in one step: %s", self._matcher.get_error()[:200])
+    def _words(self) -> np.ndarray | None:
+        mask = self._twice(lambda: self._matcher.compute_bitmask())
+        return None if mask is None else np.frombuffer(mask, dtype=np.uint8).copy()
+
+    def _twice(self, ask: Callable[[], T]) -> T | None:
+        """The answer; None if it takes too much work also where nothing else has been asked before."""
+        for _ in range(2):
+            answer = ask()
+            if not self._matcher.is_error():
+                return answer
+            if not self._begin_again():
+                return None
+        return None
+
+    def _begin_again(self) -> bool:
+        """An error stays for ever in llguidance, and a full lexer is shared. Whether the text is where it was."""
+        logger.info("a grammar is compiled anew: %s", self._matcher.get_error()[:200])
+        self._base = self._renew(self._base)
         self._matcher = self._base.deep_copy()
-        self._tried.clear()
-        self.failed = self._matcher.try_consume_tokens(self._agreed) < len(self._agreed)
-
-
-def check_grammar(grammar: Grammar, *, param: str = "response_format", timeout_s: float = CHECK_TIMEOUT_S) -> None:
-    """Refuse what cannot be compiled, or only with much time or memory, before a request is queued anywhere.
-
-    Raises InvalidRequest that names `param` and what is wrong. It compiles in a process of its own, for about 0.1 s
-    the first time a grammar is seen: call it outside an event loop. The module's text says what a schema may hold.
-    """
-    if (why := _checked(grammar.kind, grammar.source, timeout_s)) is not None:
-        raise _refusal(why, param)
+        text = [*self._agreed, *self._tried]
+        self.failed = self._matcher.try_consume_tokens(text) < len(text)
+        return not self.failed
 
 
 def tokenizer_text(tokenizer: Any) -> str | None:
@@ -239,23 +248,3 @@ def tokenizer_text(tokenizer: Any) -> str | None:
     backend.no_truncation()
     text: str = backend.to_str()
     return text
-
-
-@lru_cache(maxsize=MOST_CHECKED)
-def _checked(kind: str, source: str, timeout_s: float) -> str | None:
-    """What is wrong with a grammar, in one line."""
-    program = [sys.executable, "-P", grammar_source.__file__]
-    question = json.dumps({"kind": kind, "source": source})
-    try:
-        done = subprocess.run(program, input=question, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return TOO_MUCH
-    if done.returncode:
-        logger.warning("checking a grammar ended with %d: %s", done.returncode, done.stderr[-300:])
-        return TOO_MUCH
-    error: str | None = json.loads(done.stdout)["error"]
-    return error
-
-
-def _refusal(why: str, param: str = "grammar") -> InvalidRequest:
-    return InvalidRequest(f"{param}: {why[:300]}", param=param)

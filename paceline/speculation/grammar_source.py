@@ -23,6 +23,9 @@ MEMORY_BYTES = 1 << 30
 JSON_OPTIONS: Mapping[str, Any] = {"whitespace_pattern": "[ ]{0,1}", "lenient": False, "coerce_one_of": False}
 """At most one space at each place JSON has room for whitespace: a model that may write any number may never stop."""
 
+VALUES = ("const", "enum", "default", "examples")
+"""Keywords whose values are data, no schemas."""
+
 
 def limits() -> LLParserLimits:
     """For what is compiled and for every step: about 15 ms of lexer work, 2 kB for each of the lexer's states."""
@@ -40,7 +43,7 @@ def own_form(kind: str, source: str) -> str:
     if kind == "json_schema":
         if not source.lstrip().startswith("{"):
             raise ValueError("a schema is a JSON object")
-        return LLMatcher.grammar_from_json_schema(source, overrides=dict(JSON_OPTIONS))  # type: ignore[arg-type]
+        return LLMatcher.grammar_from_json_schema(_tagged_unions(source), overrides=dict(JSON_OPTIONS))  # type: ignore[arg-type]
     return LLMatcher.grammar_from_regex(source) if kind == "regex" else LLMatcher.grammar_from_lark(source)
 
 
@@ -57,6 +60,61 @@ def fault(matcher: LLMatcher) -> str | None:
         why = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
         return "no text fits it" if why == "NoExtensionBias" else why or "cannot be compiled"
     return "no text fits it" if matcher.is_stopped() and not matcher.is_accepting() else None
+
+
+def _tagged_unions(source: str) -> str:
+    """The schema with anyOf for each oneOf whose branches are objects told apart by a required property's constants:
+    there both mean the same, and llguidance takes only the one."""
+    if '"oneOf"' not in source:
+        return source
+    try:
+        schema = json.loads(source)
+        _rewrite(schema, schema)
+        return json.dumps(schema)
+    except (ValueError, RecursionError):
+        return source  # llguidance says what is wrong with it
+
+
+def _rewrite(node: Any, root: Any) -> None:
+    if isinstance(node, dict):
+        children = [value for key, value in node.items() if key not in VALUES]
+    else:
+        children = node if isinstance(node, list) else []
+    for child in children:
+        _rewrite(child, root)
+    if isinstance(node, dict) and "anyOf" not in node and isinstance(node.get("oneOf"), list):
+        tags = [_tags(branch, root) for branch in node["oneOf"]]
+        if any(_distinct([each.get(name) for each in tags]) for name in (tags[0] if tags else ())):
+            node["anyOf"] = node.pop("oneOf")
+
+
+def _tags(branch: Any, root: Any) -> dict[str, list[str]]:
+    """Of an object's required properties those with few values, each as JSON."""
+    if isinstance(branch, dict) and str(branch.get("$ref", "")).startswith("#/"):
+        name, found = branch["$ref"][2:].split("/"), root
+        for part in name:
+            found = found.get(part) if isinstance(found, dict) else None
+        branch = found
+    if not isinstance(branch, dict) or branch.get("type") != "object" or not isinstance(branch.get("properties"), dict):
+        return {}
+    properties, required = branch["properties"], branch.get("required")
+    named = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
+    tags = {}
+    for name in named:
+        each = properties.get(name)
+        if isinstance(each, dict) and ("const" in each or isinstance(each.get("enum"), list)):
+            values = [each["const"]] if "const" in each else each["enum"]
+            if all(isinstance(value, str) for value in values):
+                tags[name] = values
+    return tags
+
+
+def _distinct(values: list[list[str] | None]) -> bool:
+    """Whether every branch has some and no two have the same."""
+    if any(each is None for each in values):
+        return False
+    flat = [value for each in values if each is not None for value in set(each)]
+    return len(set(flat)) == len(flat)
 
 
 def _check(kind: str, source: str) -> str | None:

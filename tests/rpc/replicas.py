@@ -14,7 +14,7 @@ from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.speculation.frames import Hello
 from paceline.speculation.remote import RemoteProposer
 from paceline.types import Delta, Failure, Metrics
-from tests import tiny
+from tests import schemas, tiny
 
 MODEL = tiny.tiny_llama()
 OTHER = tiny.tiny_llama(seed=7)
@@ -39,7 +39,9 @@ class DraftReplica:
     def __init__(
         self, model: Any = MODEL, fingerprint: str = FINGERPRINT, credentials: DraftCredentials = OPEN
     ) -> None:
-        self.loop = DrafterLoop(tiny.drafter_for(model))
+        drafter = tiny.drafter_for(model)
+        drafter.grammars = schemas.grammars()
+        self.loop = DrafterLoop(drafter)
         self.service = DraftService(self.loop, Hello("draft", "tiny-draft", fingerprint), credentials)
         self.address = ""
 
@@ -74,7 +76,9 @@ class TargetReplica:
     def __init__(self, name: str = "target", timeout_s: float = LONG_S, credentials: DraftCredentials = OPEN) -> None:
         self.proposer = RemoteProposer(timeout_s)
         self.pool = DraftPool(self.proposer, Hello(name, "tiny-target", FINGERPRINT), credentials)
-        self.loop = EngineLoop(tiny.engine_for(MODEL, proposer=self.proposer))
+        engine = tiny.engine_for(MODEL, proposer=self.proposer)
+        engine.grammars = schemas.grammars()
+        self.loop = EngineLoop(engine)
 
     async def connect(self, *addresses: str) -> None:
         """Wait until a stream to each is up."""

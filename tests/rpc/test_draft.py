@@ -23,9 +23,10 @@ from paceline.speculation.frames import (
     Open,
     SparseRow,
 )
-from paceline.types import SamplingParams
+from paceline.types import Grammar, SamplingParams
 from paceline.v1 import draft_pb2 as pb
 from paceline.v1.draft_pb2_grpc import DraftServicer, DraftStub, add_DraftServicer_to_server
+from tests import schemas
 from tests.rpc.replicas import (
     FINGERPRINT,
     HOST,
@@ -62,6 +63,16 @@ async def target() -> AsyncIterator[TargetReplica]:
 async def test_tokens_equal_plain_decoding(draft: DraftReplica, target: TargetReplica, params: dict[str, Any]) -> None:
     await target.connect(draft.address)
     assert tokens(await target.generate(**params)) == plain(**params)
+
+
+async def test_a_drafter_keeps_to_the_grammar(draft: DraftReplica, target: TargetReplica) -> None:
+    params = {**SEEDED, "grammar": Grammar("regex", "[0-9]{20}")}
+    alone = await target.generate(**params)
+    await target.connect(draft.address)
+    drafted = await target.generate(**params)
+    assert tokens(drafted) == tokens(alone)
+    assert schemas.tokenizer().decode(tokens(drafted)).isdigit()
+    assert metrics(drafted).accepted == metrics(drafted).drafted > 0
 
 
 @pytest.mark.parametrize("params", [{}, SEEDED], ids=["greedy", "seeded"])

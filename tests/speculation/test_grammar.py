@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from random import Random
 
 import pytest
 import torch
+from llguidance import LLParserLimits
 from tokenizers import Tokenizer, decoders, models
 
 from paceline.errors import InvalidRequest
 from paceline.speculation import grammar as module
-from paceline.speculation.grammar import Grammars, check_grammar, tokenizer_text
+from paceline.speculation import grammar_source
+from paceline.speculation.grammar import Grammars, tokenizer_text
+from paceline.speculation.grammar_check import check_grammar
 from paceline.speculation.grammar_source import embedded
 from paceline.speculation.sampling import Rows, adjust, draw
 from paceline.types import MAX_GRAMMAR, Grammar, SamplingParams
 from tests import schemas
 
 VOCAB = 310
+STATES = 300
+"""So few that some hundred tokens fill a lexer."""
 DIGITS = Grammar("regex", "[0-9]{2,}", ends=(2,))
 
 
@@ -222,9 +229,16 @@ def test_what_takes_too_much_is_refused_at_the_edge(schema: schemas.Schema) -> N
         check_grammar(Grammar("json_schema", json.dumps(schema)), param="tools")
 
 
-def test_a_check_that_does_not_end_is_a_refusal() -> None:
+def test_a_check_that_does_not_end_is_a_refusal_for_now() -> None:
+    grammar = Grammar("regex", "a slow machine")
     with pytest.raises(InvalidRequest, match="too much time"):
-        check_grammar(Grammar("regex", "a slow machine"), timeout_s=0.001)
+        check_grammar(grammar, timeout_s=0.001)
+    check_grammar(grammar)
+
+
+def test_text_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="surrogates"):
+        check_grammar(Grammar("regex", "\ud800"))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -240,3 +254,47 @@ def test_a_grammar_is_short() -> None:
 def test_a_kind_that_is_none_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="json_schema, regex, lark"):
         Grammar("xml", "<a/>")  # type: ignore[arg-type]
+
+
+def test_a_grammar_whose_lexer_is_full_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lexers are shared and keep what they found: else nobody could use a grammar that many have used."""
+    limits = LLParserLimits(max_lexer_states=STATES, verbose_errors=False)
+    monkeypatch.setattr(grammar_source, "limits", lambda: limits)
+    few, many = Grammars(schemas.tokenizer().to_str(), schemas.EOS), schemas.grammars()
+    grammar = Grammar("regex", "([a-z ]{1,50}x){1,20}")
+    bases = []
+    for seed in range(6):
+        chance, followed, free = Random(seed), few.matcher(grammar), many.matcher(grammar)
+        for _ in range(40):
+            row = free.refused((), 1, VOCAB)
+            assert torch.equal(followed.refused((), 1, VOCAB), row)
+            token = chance.choice([n for n, refused in enumerate(row[0].tolist()) if not refused])
+            followed.push(token)
+            free.push(token)
+        assert not followed.failed
+        bases.append(followed._base)
+    assert bases[0] is not bases[-1]
+
+
+def _circle_or(tag: str) -> Grammar:
+    def shape(name: str) -> schemas.Schema:
+        return {"type": "object", "properties": {"kind": {"const": name}}, "required": ["kind"]}
+
+    union = {"oneOf": [{"$ref": "#/$defs/circle"}, shape(tag)]}
+    return Grammar("json_schema", json.dumps({"$defs": {"circle": shape("circle")}, **union}))
+
+
+def test_a_union_told_apart_by_a_constant_is_a_grammar() -> None:
+    matcher = schemas.grammars().matcher(_circle_or("square"))
+    assert texts(allowed(_circle_or("square"), schemas.ids('{"kind":"'))) >= {"c", "s"}
+    assert not matcher.failed
+
+
+def test_a_union_whose_branches_overlap_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="oneOf"):
+        check_grammar(_circle_or("circle"))
+
+
+def test_the_edge_checks_without_torch() -> None:
+    program = "import sys, paceline.speculation.grammar_check; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
