@@ -19,6 +19,8 @@ from pathlib import Path
 
 from tests.fuzz.grpc import Errors
 
+SHORT = 48
+"""Prompt and answer: what is sent matters here, not what is said."""
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
@@ -31,14 +33,24 @@ async def own_server() -> AsyncIterator[str]:
     from tests.rpc.engine_target import engine_target
 
     with engine_target() as replica:
-        async with served(create_app(gateway(replica))) as port:
+        async with served(create_app(gateway(replica, context=SHORT))) as port:
             yield f"http://127.0.0.1:{port}"
 
 
 async def fuzz(url: str, seconds: int, seed: int, *options: str) -> int:
     """What schemathesis ends with: 0 if it found nothing."""
     program = Path(sys.executable).with_name("schemathesis")
-    bounds = ("--max-time", str(seconds), "--seed", str(seed), "--request-timeout", "30", "--continue-on-failure")
+    bounds = (
+        "--max-time",
+        str(seconds),
+        "--seed",
+        str(seed),
+        "--request-timeout",
+        "30",
+        "--continue-on-failure",
+        "--workers",
+        "4",
+    )
     process = await asyncio.create_subprocess_exec(
         program, "run", f"{url}/openapi.json", "--checks", CHECKS, *bounds, *options
     )
