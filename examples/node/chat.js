@@ -16,6 +16,7 @@ const definition = protoLoader.loadSync('paceline/v1/inference.proto', {
   keepCase: true, // token_ids, as in the proto
   longs: String, // seeds have 64 bits
   enums: String,
+  defaults: true, // a step may have tokens and no text
   oneofs: true, // event.event names the one that is set
 });
 const { Inference } = grpc.loadPackageDefinition(definition).paceline.v1;

@@ -29,7 +29,10 @@ from tests.fuzz.messages import Case, cases
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"]
 WRONG = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
+"""A long prompt on a busy machine takes its time; what takes longer hangs."""
+AT_THE_EDGE = ("Chat", "Generate", "Tokenize", "Detokenize", "CreateSession")
+"""Refused before a replica is asked."""
 MOST_EVENTS = 5
 AT_ONCE = 8
 OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.max_send_message_length", -1)]
@@ -39,7 +42,7 @@ LOGGED = re.compile(r"Traceback|unexpected error|^ERROR", re.MULTILINE)
 
 @dataclass(slots=True)
 class Report:
-    """What came of it: calls by method and status, the slowest answer of a refused one, and what was wrong."""
+    """What came of it: calls by method and status, the slowest refusal at the edge, and what was wrong."""
 
     calls: Counter[str] = field(default_factory=Counter)
     slowest_refusal_s: float = 0.0
@@ -47,7 +50,7 @@ class Report:
 
     def note(self, case: Case, code: grpc.StatusCode, details: str, seconds: float) -> None:
         self.calls[f"{case.method} {code.name}"] += 1
-        if code is grpc.StatusCode.INVALID_ARGUMENT:
+        if code is grpc.StatusCode.INVALID_ARGUMENT and case.method in AT_THE_EDGE:
             self.slowest_refusal_s = max(self.slowest_refusal_s, seconds)
         late = code is grpc.StatusCode.DEADLINE_EXCEEDED and seconds >= DEADLINE_S
         if code in WRONG or late:
