@@ -47,7 +47,7 @@ class NoEngine:
     `step_s` 0 runs as fast as it can.
     """
 
-    speculator = restores = None
+    speculator = restores = grammars = None
 
     def __init__(self, tokenizer: Any, step_s: float) -> None:
         self.step_s = step_s

@@ -187,8 +187,8 @@ class SamplingParams:
 
     @property
     def adjusts(self) -> bool:
-        """Whether logits depend on more than temperature and filters: a bias, or the tokens before."""
-        return bool(self.logit_bias or self.min_tokens) or self.penalizes or self.grammar is not None
+        """Whether logits depend on more than temperature, filters and grammar: a bias, or the tokens before."""
+        return bool(self.logit_bias or self.min_tokens) or self.penalizes
 
     @property
     def penalizes(self) -> bool:

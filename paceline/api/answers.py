@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer
+from pydantic_core import CoreSchema
 
 from paceline.sessions.history import ChatMessage
 from paceline.types import Delta, Metrics, SourceMetrics
@@ -166,6 +167,11 @@ class AnswerMessage(Answer):
     def _with_content(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {"role": self.role, "content": self.content, **handler(self)}
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """That of the fields, of which the serializer says nothing."""
+        return handler({name: part for name, part in core_schema.items() if name != "serialization"})
+
 
 class ChatChoice(Answer):
     index: int = 0
@@ -259,6 +265,25 @@ class ModelCard(Answer):
 class ModelList(Answer):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class Tokens(Answer):
+    """Answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(Answer):
+    """Answer of POST /detokenize."""
+
+    prompt: str
+
+
+class Version(Answer):
+    version: str
 
 
 class SessionCard(Answer):

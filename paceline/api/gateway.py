@@ -30,7 +30,7 @@ from paceline.api.state import ClusterStatus, SessionInfo, with_histories
 from paceline.api.stream import Stream
 from paceline.api.tally import Readers
 from paceline.api.tool_forms import ParserName
-from paceline.api.tools import ToolUse, offered_json, tools_from_json
+from paceline.api.tools import Tool, ToolUse, offered_json, tools_from_json
 from paceline.config import LimitSettings, SchedulingPolicy
 from paceline.errors import InvalidRequest, PacelineError, RequestTimeout, SessionConflict, Unavailable, UnknownModel
 from paceline.sessions.handoff import BUSY, Outcome
@@ -298,17 +298,26 @@ class Gateway:
         """A prompt as text."""
         return prompt if isinstance(prompt, str) else self._prompts.text_of(prompt)
 
-    async def tokenize(self, content: str | Sequence[ChatMessage], *, model: str | None = None) -> tuple[int, ...]:
-        """Token ids of a text, or of a conversation as `prepare_chat` renders it."""
+    async def tokenize(
+        self,
+        content: str | Sequence[ChatMessage],
+        *,
+        model: str | None = None,
+        tools: Sequence[Tool] = (),
+        special: bool = True,
+    ) -> tuple[int, ...]:
+        """Token ids of a text, with the `special` ones the tokenizer adds, or of a conversation as `prepare_chat`
+        renders it."""
         self.check_model(model)
         if isinstance(content, str):
-            return await self._prompts.text("text", content)
-        return await self._prompts.chat(check_messages(content))
+            return await self._prompts.text("prompt", content, special=special)
+        check_tools(tools)
+        return await self._prompts.chat(check_messages(content), tools)
 
-    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
-        """The text of token ids, special tokens included."""
+    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None, param: str = "token_ids") -> str:
+        """The text of token ids, special tokens included. Raises InvalidRequest that names `param`."""
         self.check_model(model)
-        return await self._prompts.detokenize(token_ids)
+        return await self._prompts.detokenize(param, token_ids)
 
     async def create_session(
         self, session_id: str | None = None, messages: Sequence[ChatMessage] = (), seed: int | None = None

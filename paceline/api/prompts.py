@@ -114,20 +114,20 @@ class PromptEncoder:
             return tuple(prompt)
         return await self.text("prompt", prompt)
 
-    async def text(self, param: str, text: str) -> tuple[int, ...]:
-        """Token ids of a text, with the special tokens this tokenizer adds."""
+    async def text(self, param: str, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Token ids of a text, with the `special` tokens this tokenizer adds."""
         self._check_chars(param, len(text))
         check_unicode(param, text)
-        return await _off_loop(lambda: tuple(self._tokenizer.encode(text)), len(text))
+        return await _off_loop(lambda: tuple(self._tokenizer.encode(text, add_special_tokens=special)), len(text))
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
+    async def detokenize(self, param: str, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
-        self.check_ids("token_ids", token_ids)
-        return await asyncio.to_thread(lambda: str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False)))
+        self.check_ids(param, token_ids)
+        return await asyncio.to_thread(self.text_of, token_ids, special=True)
 
-    def text_of(self, token_ids: Sequence[int]) -> str:
-        """The text of some tokens, without the special ones."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def text_of(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of some tokens, and of the `special` ones among them."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=not special)
 
     def _checked_size(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> int:
         """Characters of the messages and the functions. Raises InvalidRequest if they are too many."""

@@ -18,6 +18,7 @@ from paceline.api.answers import (
     Answer,
     ChatCompletion,
     Completion,
+    Detokenized,
     Health,
     ModelCard,
     ModelList,
@@ -29,6 +30,8 @@ from paceline.api.answers import (
     SessionMessage,
     SessionMessages,
     Status,
+    Tokens,
+    Version,
 )
 from paceline.api.answers_responses import ResponseDeleted, ResponseObject
 from paceline.api.body import CheckedRoute
@@ -37,6 +40,7 @@ from paceline.api.failures import JSONBytes, install_error_handlers
 from paceline.api.gateway import Gateway, Prepared
 from paceline.api.metrics import CONTENT_TYPE, prometheus_text
 from paceline.api.middleware import BodyLimit, HeadLimit, LastResort, RequestId
+from paceline.api.openapi import Error, describe
 from paceline.api.owned import seen_by
 from paceline.api.reply import Reply
 from paceline.api.responses import Responses
@@ -48,6 +52,7 @@ from paceline.api.schema import (
 )
 from paceline.api.schema_responses import ResponsesRequest
 from paceline.api.schema_sessions import CreateSessionBody, ForkSessionBody, MoveSessionBody, RelieveBody
+from paceline.api.schema_tokens import DetokenizeRequest, EmbeddingsRequest, TokenizeRequest
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.api.wording import ChatWording
 from paceline.api.wording_completion import CompletionWording
@@ -77,7 +82,8 @@ def create_app(
     everybody do everything. `request_ids` off leaves `x-request-id` to the server in front: Ray Serve's adds one of
     its own, and two would be sent.
     """
-    app = FastAPI(title="Paceline", version=version("paceline"))
+    app = FastAPI(title="Paceline", version=version("paceline"), generate_unique_id_function=lambda route: route.name)
+    describe(app)
     app.state.gateway = gateway
     app.include_router(router)
     app.include_router(console_router)
@@ -184,6 +190,35 @@ async def get_model(name: str, gateway: TheGateway) -> Response:
     return _json(_model_card(gateway))
 
 
+@router.post("/v1/embeddings", response_model=Error, response_description="Never.")
+async def create_embeddings(body: EmbeddingsRequest, gateway: TheGateway) -> Response:
+    """Refused: a model that generates text has no pooling that makes sense."""
+    gateway.check_model(body.model)
+    raise InvalidRequest(
+        f"model: {gateway.model_name!r} generates text and has no embeddings; ask a server of an embedding model",
+        param="model",
+    )
+
+
+@router.post("/tokenize", response_model=Tokens)
+async def tokenize(body: TokenizeRequest, gateway: TheGateway) -> Response:
+    """Token ids of a text, or of a conversation as the chat template renders it."""
+    tokens = await gateway.tokenize(
+        body.content(),
+        model=body.model,
+        tools=[each.function.tool() for each in body.tools or ()],
+        special=body.add_special_tokens is not False,
+    )
+    texts = [gateway.token_texts.text_of(token) for token in tokens] if body.return_token_strs else None
+    return _json(Tokens(count=len(tokens), max_model_len=gateway.max_model_len, tokens=list(tokens), token_strs=texts))
+
+
+@router.post("/detokenize", response_model=Detokenized)
+async def detokenize(body: DetokenizeRequest, gateway: TheGateway) -> Response:
+    """The text of token ids, special ones included."""
+    return _json(Detokenized(prompt=await gateway.detokenize(body.tokens, model=body.model, param="tokens")))
+
+
 @router.post("/v1/sessions", response_model=SessionCard)
 async def create_session(body: CreateSessionBody, gateway: TheGateway) -> Response:
     """A session to which turns are appended, so that no client resends what was said."""
@@ -254,6 +289,17 @@ async def close_session(session_id: str, gateway: TheGateway) -> Response:
 async def health(gateway: TheGateway) -> Response:
     """This front end runs. Whether its replicas do is in /status."""
     return _json(Health(model=gateway.model_name))
+
+
+@router.get("/ping", response_model=Health)
+async def ping(gateway: TheGateway) -> Response:
+    """As /health, by the name that SageMaker asks for."""
+    return _json(Health(model=gateway.model_name))
+
+
+@router.get("/version", response_model=Version)
+async def get_version() -> Response:
+    return _json(Version(version=version("paceline")))
 
 
 @router.get("/status", response_model=Status)

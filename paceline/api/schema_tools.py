@@ -49,9 +49,10 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class CalledFunction(Body):
+class CalledFunctionParam(Body):
     name: FunctionName
     arguments: str
+    parsed_arguments: Ignored = None
 
 
 class ToolCallParam(Body):
@@ -60,14 +61,15 @@ class ToolCallParam(Body):
     id: Annotated[str, Field(min_length=1, max_length=256)]
     type: Literal["function"] = "function"
     index: Ignored = None
-    function: CalledFunction
+    function: CalledFunctionParam
 
     def call(self) -> ToolCall:
         return ToolCall(self.id, self.function.name, self.function.arguments)
 
 
 class MessageParam(Body):
-    """One message. A message this server sent can be sent back as it was."""
+    """One message. A message this server sent can be sent back as it was, or as OpenAI's client made it: with what it
+    parsed."""
 
     role: str
     name: str | None = None
@@ -79,6 +81,7 @@ class MessageParam(Body):
     audio: Annotated[Any, only()] = None
     function_call: Annotated[Any, only(instead="use tool_calls")] = None
     reasoning_content: Ignored = None
+    parsed: Ignored = None
 
     @field_validator("tool_calls")
     @classmethod

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from paceline.errors import Unavailable
 from paceline.seeds import choice_seed
-from paceline.sessions.history import ToolCall
-from paceline.types import CompletionOutput, Delta, FinishReason, Metrics, SourceMetrics, TokenLogprobs
+from paceline.sessions.history import ChatMessage, ToolCall
+from paceline.types import CompletionOutput, Delta, FinishReason, Metrics, SourceMetrics, TokenLogprobs, Verified
 from paceline.v1 import inference_pb2 as pb
 
 
@@ -40,6 +40,11 @@ class Answer:
     @property
     def text(self) -> str:
         return self.outputs[0].text
+
+    @property
+    def message(self) -> ChatMessage:
+        """The answer as a message of the conversation that goes on."""
+        return ChatMessage("assistant", self.text, tool_calls=self.tool_calls)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -169,6 +174,7 @@ class Collected:
             index=tokens.index,
             logprobs=_logprobs(tokens.logprobs),
             prompt_logprobs=_logprobs(tokens.prompt_logprobs),
+            verified=_verified(tokens),
         )
         output.token_ids += delta.token_ids
         output.text.append(delta.text)
@@ -237,11 +243,18 @@ def _started(started: pb.Started) -> Started:
 
 
 def _reason(reason: int) -> FinishReason:
-    """A word of a newer server's that is unknown here is an end like any other."""
+    """Functions that are called end an answer as anything does: `tool_calls` tells. So does a newer server's word."""
     try:
         return FinishReason[pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_")]
     except (KeyError, ValueError):
         return FinishReason.STOP
+
+
+def _verified(tokens: pb.Tokens) -> Verified | None:
+    if not tokens.HasField("verified"):
+        return None
+    told = tokens.verified
+    return Verified(told.source, told.drafted, told.accepted, told.chars)
 
 
 def _logprobs(entries: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:

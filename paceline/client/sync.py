@@ -98,7 +98,7 @@ class Client:
         """The session of this name; a new one, beginning with `messages`, if there is none. Without a name the server
         makes one up. `seed` is that of every turn without one of its own."""
         try:
-            session_id = (self._ask(calls.create_session(session_id, messages, seed))).session_id
+            session_id = self._ask(calls.create_session(session_id, messages, seed)).session_id
         except SessionConflict:
             assert session_id is not None
         return Session(self, session_id)

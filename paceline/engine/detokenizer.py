@@ -112,7 +112,7 @@ class Detokenizer:
         return [(at + len(stop), at) for stop in self._stop if (at := text.find(stop, first[stop])) >= 0]
 
     def _decode(self, ids: list[int]) -> str:
-        """The text of these ids. A shown token stands between two texts, as between two words of the model's."""
+        """The text of these ids. What is on either side of a shown token is decoded by itself."""
         if not self._shown.isdisjoint(ids):
             at = next(place for place, token in enumerate(ids) if token in self._shown)
             shown = self._decoder.decode([ids[at]], skip_special_tokens=False)

@@ -97,9 +97,10 @@ class _Draft:
         """Tokens held in KV, at most, while it grows to so many tokens."""
         return min(tokens, self.limit if self.window is None else self.window.ctx_size)
 
-    def rows(self) -> Rows:
-        """The row that draws its next token, with the history the target will have there."""
-        return Rows(self.params, self.prompt_length, self.agreed, self.drafted, matcher=self.matcher)
+    def rows(self, ahead: int = 0) -> Rows:
+        """The row that draws its next token, or the one `ahead` of it, with the history the target will have there."""
+        following = self.drafted + [0] * ahead if ahead else self.drafted
+        return Rows(self.params, self.prompt_length, self.agreed, following, matcher=self.matcher)
 
     def tokens_from(self, start: int, limit: int) -> list[int]:
         """Up to `limit` tokens from position `start` on, agreed ones and drafted ones."""
@@ -308,7 +309,7 @@ class Drafter:
         """If the model runs where its tokens are drawn: all that every member owes, each token from the one before,
         before any of them is looked at. Whether that was done."""
         drafts = [draft for draft, _ in batch]
-        if any(draft.rejection or draft.matcher or not window.sample for draft, window in batch):
+        if any(draft.rejection or not window.sample for draft, window in batch):
             return False
         length = max(1, min(self._owed(draft, window) for draft, window in batch))
         launched = []
@@ -316,7 +317,7 @@ class Drafter:
             windows = [window for _, window in batch]
             if number:
                 windows = [Window(each.entry, [0], 1, len(each.token_ids) + number - 1) for each in windows]
-            rows = [Rows(each.params, each.prompt_length, each.agreed, each.drafted + [0] * number) for each in drafts]
+            rows = [each.rows(number) for each in drafts]
             found = self._runner.launch(windows, rows, range(len(batch)) if number else None)
             if found is None:
                 return False
@@ -330,7 +331,10 @@ class Drafter:
         return True
 
     def _owed(self, draft: _Draft, window: Window) -> int:
-        """Tokens it may draw in a row from here: those owed, as far as its entry has room."""
+        """Tokens it may draw in a row from here: those owed, as far as its entry has room. What a grammar lets follow
+        is not known before the token is."""
+        if draft.matcher is not None:
+            return 1
         return min(
             draft.depth - len(draft.drafted), draft.end - draft.length, 1 + window.entry.left - len(window.token_ids)
         )

@@ -6,16 +6,19 @@ import math
 from collections.abc import Sequence, Sized
 from typing import Any, Literal
 
-from paceline.errors import InvalidRequest
+from paceline.errors import InvalidRequest, PacelineError
 from paceline.sessions.history import ChatMessage, ToolCall
 from paceline.types import Grammar, SamplingParams
 from paceline.v1 import inference_pb2 as pb
 
-MAX_MESSAGES = 4096
-"""In one request. Far more fit into a request of the largest size, and would take seconds to look at."""
+MAX_MESSAGES = 1 << 16
+"""In one request. Far more fit into one of the largest size, and would take seconds to look at; the gateway's own bound
+(`limits.max_messages`) is lower."""
 MAX_TOKEN_IDS = 1 << 20
 """In one list. The model's context is a closer bound, for who gets so far."""
 
+FIELDS = {"response_format": "grammar", "replica": "replica_id"}
+"""Names that the gateway has from HTTP, and the proto's."""
 TIMEOUT_KEY = "x-request-timeout"
 """Invocation metadata that stands in for the field `timeout_seconds`."""
 MAX_DRAIN_S = 600.0
@@ -139,13 +142,13 @@ def drain_timeout_from(message: pb.DrainRequest) -> float | None:
     return message.timeout_seconds
 
 
-def refuse_tools(message: pb.ChatRequest) -> None:
-    """Raises InvalidRequest if the request needs them."""
-    if message.tools:
-        raise InvalidRequest("tools: not yet supported over gRPC", param="tools")
-    mode = message.tool_choice.WhichOneof("choice")
-    if mode == "function" or message.tool_choice.mode == pb.ToolChoice.MODE_REQUIRED:
-        raise InvalidRequest("tool_choice: there are no tools to choose from", param="tool_choice")
+def in_own_words(error: PacelineError) -> PacelineError:
+    """The error with the field's name as the proto has it."""
+    if error.param not in FIELDS:
+        return error
+    named, rest = FIELDS[error.param], error.message.removeprefix(error.param)
+    message = f"{named}{rest}" if rest != error.message else rest
+    return type(error)(message, param=named, retry_after=error.retry_after)
 
 
 def bounded(param: str, items: Sized, limit: int) -> None:

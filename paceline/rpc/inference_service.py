@@ -23,18 +23,18 @@ from paceline.rpc.inference_convert import (
     TIMEOUT_KEY,
     drain_timeout_from,
     ids_from,
+    in_own_words,
     input_from,
     messages_from,
     params_from,
     prompt_from,
-    refuse_tools,
     speculation_from,
     timeout_from,
 )
-from paceline.rpc.inference_events import delta_events, failed_event, session_message, started_event, status_message
+from paceline.rpc.inference_events import failed_event, session_message, started_event, status_message
 from paceline.rpc.inference_server import Unreadable
+from paceline.rpc.inference_tools import EventWriter, check_calls, says_of_tools, tools_from
 from paceline.rpc.rich_errors import DETAILS_KEY, status_of
-from paceline.types import Metrics
 from paceline.v1 import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -182,8 +182,9 @@ class InferenceHandlers:
     async def _prepare_chat(self, request: pb.ChatRequest, grpc_context: RpcContext) -> Prepared:
         timeout_s = timeout_from(request, _metadata(grpc_context).get(TIMEOUT_KEY))
         session_id = request.session_id or _session_id(grpc_context)
-        refuse_tools(request)
         messages, params = messages_from(request.messages), params_from(request.sampling)
+        check_calls(messages)
+        tools = tools_from(request, params)
         options: dict[str, Any] = {
             "model": request.model,
             "speculate": speculation_from(request),
@@ -191,9 +192,11 @@ class InferenceHandlers:
         }
         if request.append:
             session_id = _required("session_id", session_id)
-            prepared = await self._gateway.prepare_turn(session_id, messages, params, **options)
+            given = tools if says_of_tools(request) else None
+            prepared = await self._gateway.prepare_turn(session_id, messages, params, tools=given, **options)
         else:
-            prepared = await self._gateway.prepare_chat(messages, params, session_id=session_id, **options)
+            options |= {"session_id": session_id, "tools": tools}
+            prepared = await self._gateway.prepare_chat(messages, params, **options)
         return replace(prepared, timeout_s=timeout_s)
 
     async def _prepare_completion(self, request: pb.GenerateRequest, grpc_context: RpcContext) -> Prepared:
@@ -212,11 +215,9 @@ class InferenceHandlers:
         request = prepared.request
         async with await self._gateway.open(prepared) as stream:
             yield started_event(request, stream.accepted, self._gateway.synthetic_acceptance)
-            generated = [0] * request.params.n
+            writer = EventWriter(request, self._gateway.readers(prepared.tools))
             async for delta in stream:
-                generated[delta.index] += len(delta.token_ids)
-                counted = Metrics(prompt_tokens=len(request.token_ids), completion_tokens=generated[delta.index])
-                for event in delta_events(delta, counted):
+                for event in writer.events(delta):
                     yield event
 
 
@@ -226,6 +227,7 @@ def _report(error: Exception, grpc_context: RpcContext) -> PacelineError:
     if not isinstance(error, PacelineError):
         logger.error("unexpected error in a gRPC call", exc_info=error)
         error = EngineError("internal error")
+    error = in_own_words(error)
     code, details, status = status_of(error)
     grpc_context.set_code(code)
     grpc_context.set_details(details)

@@ -41,6 +41,11 @@ class Rows:
         return range(end - self.count + 1, end + 1)
 
     @property
+    def adjusted(self) -> bool:
+        """Whether logits are changed before temperature and filters."""
+        return self.params.adjusts or self.matcher is not None
+
+    @property
     def settled(self) -> int:
         """How many of `following` every row has in its history."""
         return len(self.following) - self.count + 1
@@ -92,7 +97,7 @@ def adjust_all(logits: torch.Tensor, batch: Sequence[Rows]) -> torch.Tensor:
     adjusted, start = logits.float().clone(), 0
     for rows in batch:
         end = start + rows.count
-        if rows.params.adjusts:
+        if rows.adjusted:
             adjusted[start:end] = adjust(logits[start:end], rows)
         start = end
     return adjusted
@@ -104,7 +109,7 @@ def adjust(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
     Order and formulas are vLLM's; the repetition penalty is also Transformers' (Keskar et al. 1909.05858).
     """
     params = rows.params
-    if not params.adjusts:
+    if not rows.adjusted:
         return logits
     own, logits = logits, logits.float().clone()
     _mask_ends(logits, rows)
@@ -133,7 +138,7 @@ def logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Toke
 
 
 def _adjusting(batch: Sequence[Rows]) -> bool:
-    return any(rows.params.adjusts for rows in batch)
+    return any(rows.adjusted for rows in batch)
 
 
 def _mask_ends(logits: torch.Tensor, rows: Rows) -> None:

@@ -326,9 +326,9 @@ async def test_a_body_at_the_limit_is_accepted() -> None:
 
 
 async def test_an_unknown_route_is_not_found() -> None:
-    response = await post("/v1/embeddings", {})
+    response = await post("/v1/images", {})
     assert response.status_code == 404
-    assert response.json()["error"]["message"] == "no such route: POST '/v1/embeddings'"
+    assert response.json()["error"]["message"] == "no such route: POST '/v1/images'"
 
 
 async def test_a_wrong_method_names_the_right_one() -> None:
@@ -405,11 +405,15 @@ async def test_the_openapi_description_has_every_route() -> None:
     async with http() as client:
         paths = (await client.get("/openapi.json")).json()["paths"]
     assert sorted(paths) == [
+        "/detokenize",
         "/health",
         "/metrics",
+        "/ping",
         "/status",
+        "/tokenize",
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/embeddings",
         "/v1/models",
         "/v1/models/{name}",
         "/v1/replicas/{replica_id}/relieve",
@@ -421,6 +425,7 @@ async def test_the_openapi_description_has_every_route() -> None:
         "/v1/sessions/{session_id}/messages",
         "/v1/sessions/{session_id}/move",
         "/v1/sessions/{session_id}/turns",
+        "/version",
     ]
 
 

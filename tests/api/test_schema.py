@@ -343,3 +343,9 @@ def test_text_parts_are_joined_by_line_breaks() -> None:
 def test_a_message_the_server_sent_can_be_sent_back() -> None:
     sent = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None, "annotations": [], "audio": None}
     assert ChatCompletionRequest.model_validate({"messages": [sent]}).messages[0].message().content == "hi"
+
+
+def test_a_message_that_openais_client_has_parsed_can_be_sent_back() -> None:
+    call = {**CALL, "function": {**CALL["function"], "parsed_arguments": {}}}  # type: ignore[dict-item]
+    sent = {"role": "assistant", "content": None, "parsed": None, "tool_calls": [call]}
+    assert ChatCompletionRequest.model_validate({"messages": [sent]}).messages[0].message().tool_calls[0].name == "f"

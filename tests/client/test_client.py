@@ -21,7 +21,7 @@ from paceline.errors import (
     UnknownSession,
 )
 from paceline.sessions.history import ChatMessage
-from paceline.types import Delta, Failure, FinishReason, Frame, Grammar, Metrics, Request, SamplingParams
+from paceline.types import Delta, Failure, FinishReason, Frame, Grammar, Metrics, Request, SamplingParams, Verified
 from tests.api.scripted import ACCEPTED, HELLO, METRICS, MODEL, Hang, ScriptedTargets, tokenizer
 from tests.client.served import Served, served
 
@@ -86,6 +86,12 @@ def test_a_stream_gives_deltas_and_then_the_answer(client: Client) -> None:
     assert list(stream) == [Delta((10, 11), "Hel"), Delta((12,), "lo"), Delta((), "", FinishReason.STOP, METRICS)]
     assert stream.answer().text == "Hello"
     assert isinstance(stream.answer().started, Started)
+
+
+def test_a_delta_says_which_of_it_was_guessed() -> None:
+    guessed = Delta((10, 11), "Hel", verified=Verified("remote", 3, 1, 2))
+    with served(ScriptedTargets([ACCEPTED, guessed, *HELLO[2:]])) as server, Client(server.address) as client:
+        assert next(client.stream_chat("hi")) == guessed
 
 
 def test_a_prompt_of_token_ids_is_gone_on_from(client: Client, server: Served) -> None:

@@ -53,11 +53,22 @@ TAME: dict[str, tuple[Any, ...]] = {
     "timeout_seconds": (0.2, 5.0),
     "append": (False,),
     "repetition_penalty": (1.0, 1.1),
+    "name": ("f", "weather"),
+    "parameters_json_schema": ("", '{"type": "object"}'),
+    "function": ("f",),
+    "tool_call_id": ("",),
+    "arguments": ("{}",),
     "json_schema": ('{"type": "object"}',),
     "regex": ("[a-z]+",),
     "lark": ('start: "a"',),
 }
 """By a field's name: values that are good as such."""
+USUAL = frozenset({"messages", "role", "text", "name"})
+"""Fields without which a request is refused before anything else is looked at."""
+RISKY = frozenset(
+    {"tool_calls", "tool_call_id", "tool_choice", "stop_token_ids", "min_tokens", "append", "ctx_size", "grammar"}
+)
+"""Fields that are refused beside most others."""
 NOT_UTF8 = (b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80", b"\xe2\x82")
 DEEPEST = 4
 
@@ -86,7 +97,7 @@ def cases(service: ServiceDescriptor, seed: int) -> Iterator[Case]:
     while True:
         method = draw.choice(methods)
         raw = message(method.input_type, draw).SerializeToString()
-        if draw.random() < 0.4:
+        if draw.random() < 0.3:
             raw = broken(raw, draw)
         yield Case(method.name, raw, metadata(draw), method.server_streaming)
 
@@ -97,7 +108,8 @@ def message(kind: Descriptor, draw: random.Random, depth: int = 0, wild: float |
     wild = draw.choice((0.0, 0.05, 0.6)) if wild is None else wild
     filled = draw.choice((0.15, 0.5, 0.9))
     for field in kind.fields:
-        if draw.random() < filled or (field.name in ("messages", "role", "text") and draw.random() > wild):
+        usual = 1.0 - wild if field.name in USUAL else filled
+        if draw.random() < (0.03 if wild < 0.1 and field.name in RISKY else usual):
             fill(made, field, draw, depth, wild)
     return made
 

@@ -21,11 +21,12 @@ OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
 
 
 @asynccontextmanager
-async def serving(handlers: InferenceHandlers) -> AsyncIterator[str]:
-    """The address of a server of these handlers."""
+async def serving(handlers: InferenceHandlers, credentials: grpc.ServerCredentials | None = None) -> AsyncIterator[str]:
+    """The address of a server of these handlers, with TLS if there are credentials."""
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
     add_inference_servicer(handlers, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    any_port = "127.0.0.1:0"
+    port = server.add_secure_port(any_port, credentials) if credentials else server.add_insecure_port(any_port)
     await server.start()
     try:
         yield f"127.0.0.1:{port}"

@@ -29,7 +29,8 @@ def client(server: Server) -> Iterator[Client]:
 
 
 def refused(server: Server, method: str, raw: bytes) -> PacelineError:
-    with grpc.insecure_channel(server.endpoints.grpc, [("grpc.enable_http_proxy", 0)]) as channel:
+    options = [("grpc.enable_http_proxy", 0), ("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(server.endpoints.grpc, options) as channel:
         with pytest.raises(grpc.RpcError) as caught:
             list(channel.unary_stream(f"/paceline.v1.Inference/{method}")(raw, timeout=30))
         return error_of(caught.value.code(), caught.value.details(), caught.value.trailing_metadata())
@@ -47,6 +48,12 @@ def test_an_error_s_details_pass_the_proxy(client: Client) -> None:
 def test_bytes_that_are_no_message_are_an_invalid_argument(server: Server, method: str) -> None:
     error = refused(server, method, b"\x12\x04\x12\x02\xc3\x28")
     assert (type(error), error.message.partition(" not ")[0]) == (InvalidRequest, "the request is")
+
+
+@pytest.mark.parametrize("megabytes", [9, 100])
+def test_a_request_that_is_too_large_is_an_invalid_argument(server: Server, megabytes: int) -> None:
+    error = refused(server, "Tokenize", bytes(megabytes << 20))
+    assert (type(error), "at most" in error.message) == (InvalidRequest, True)
 
 
 def test_a_request_s_own_limit_ends_it_with_words(server: Server) -> None:
