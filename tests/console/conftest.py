@@ -38,8 +38,9 @@ class Watched:
 Open = Callable[..., Any]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """For one module: the driver keeps an event loop running in this thread, where no other test could run its own."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
     found = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if found is None:

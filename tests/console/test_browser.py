@@ -243,6 +243,13 @@ def test_no_view_is_wider_than_the_window(open_page: Open, url: str, width: int)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_a_whole_answer_is_told_to_a_screen_reader(page: Any) -> None:
+    ask(page)
+    spoken = page.locator("[role=status]")
+    assert spoken.text_content().split() == answer(page).split()
+    assert spoken.bounding_box()["width"] <= 1
+
+
 def test_every_control_has_a_name(page: Any) -> None:
     ask(page)
     page.wait_for_selector("#sessions button")

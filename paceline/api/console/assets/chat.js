@@ -72,6 +72,8 @@ export class Chat {
     if (this.stopper === stopper) this.stopper = null;
     this.#drawNow(conversation, shown);
     this.#state();
+    // Once it is whole: a screen reader that followed every token would never come to an end.
+    if (conversation === this.conversation) say(byId("spoken"), conversation.messages.at(-1)?.text.text ?? "");
     this.onChange();
   }
 
