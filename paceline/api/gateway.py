@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 from uuid import uuid4
 
 from paceline.api.conversations import Conversations, Turn, unknown_session
 from paceline.api.deadline import bounded
+from paceline.api.fitting import Fitting, GrammarCheck
 from paceline.api.logprobs import TokenTexts
 from paceline.api.prompts import (
     ChatMessage,
@@ -36,7 +37,7 @@ from paceline.sessions.handoff import BUSY, Outcome
 from paceline.sessions.history import Session
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.store import MemoryStore, SessionStore
-from paceline.types import Frame, Grammar, Prompt, Request, SamplingParams
+from paceline.types import Frame, Prompt, Request, SamplingParams
 
 CONTROL_TIMEOUT_S = 10.0
 """How long a question about sessions or status may take."""
@@ -44,8 +45,6 @@ SESSION_TTL_S = 3600.0
 
 T = TypeVar("T")
 
-GrammarCheck = Callable[[Grammar], None]
-"""Raises InvalidRequest for a grammar that the replicas could not hold an output to."""
 NO_TOOLS = ToolUse()
 
 
@@ -112,10 +111,8 @@ class Gateway:
         self.token_texts = TokenTexts(tokenizer)
         self._targets = targets
         self._prompts = PromptEncoder(tokenizer, tool_call_parser)
-        self._check_grammar = check_grammar
+        self._fitting = Fitting(self._prompts, windows or WindowRules(max_model_len), scheduling_policy, check_grammar)
         self._request_timeout_s = request_timeout_s
-        self._scheduling_policy = scheduling_policy
-        self._windows = windows or WindowRules(max_model_len)
         self._max_resumptions = max_resumptions
         self._seen = RouterCounts()
         self._conversations = Conversations(store or MemoryStore(SESSION_TTL_S), model_name)
@@ -138,13 +135,13 @@ class Gateway:
     ) -> Prepared:
         """One turn of a conversation, all of whose messages are given. Raises InvalidRequest naming the field."""
         self.check_model(model)
-        self._check_priority(priority)
+        self._fitting.check_priority(priority)
         known = check_messages(messages)
         if session_id is not None:
             check_session_id(session_id)
         check_tools(tools.offered)
         token_ids = await self._prompts.chat(known, tools.offered)
-        fitted = self._fit("messages", len(token_ids), await self._constrained(params, tools))
+        fitted = self._fitting.fit("messages", len(token_ids), await self._fitting.constrained(params, tools))
         names = self._conversations
         turn = await (names.recognize(known) if session_id is None else names.named(session_id, known))
         request = self._chat_request(token_ids, fitted, turn.session_id, speculate, priority)
@@ -200,7 +197,7 @@ class Gateway:
         Raises InvalidRequest naming the field.
         """
         self.check_model(model)
-        self._check_priority(priority)
+        self._fitting.check_priority(priority)
         known = check_messages(messages, source)
         check_tools(tools.offered)
         check_unicode("instructions", instructions)
@@ -211,7 +208,7 @@ class Gateway:
         )
         if params.seed is None:
             params = replace(params, seed=session.seed)
-        fitted = self._fit(source, len(token_ids), await self._constrained(params, tools))
+        fitted = self._fitting.fit(source, len(token_ids), await self._fitting.constrained(params, tools))
         said = (*session.messages, *known)
         turn = Turn(session.session_id, said, appends=True, instructions=instructions, responses=session.responses)
         request = self._chat_request(token_ids, fitted, session.session_id, speculate, priority)
@@ -233,14 +230,13 @@ class Gateway:
         `default_max_tokens` stands in for `params.max_tokens` None, and shrinks to what the context leaves.
         """
         self.check_model(model)
-        self._check_priority(priority)
+        self._fitting.check_priority(priority)
         session = None if session_id is None else check_session_id(session_id)
         token_ids = await self._prompts.prompt(prompt)
-        params = self._windows.resolve(await self._constrained(params, NO_TOOLS))
+        params = await self._fitting.constrained(params, NO_TOOLS)
         if params.max_tokens is None and default_max_tokens is not None:
-            room = max(1, self._windows.longest(params) - len(token_ids))
-            params = replace(params, max_tokens=min(default_max_tokens, room))
-        fitted = self._fit("prompt", len(token_ids), params)
+            params = replace(params, max_tokens=self._fitting.at_most(default_max_tokens, len(token_ids), params))
+        fitted = self._fitting.fit("prompt", len(token_ids), params)
         request = Request(f"cmpl-{uuid4().hex}", token_ids, fitted, session, speculate, priority=priority)
         return Prepared(request, None if session is None else Turn(session))
 
@@ -372,52 +368,6 @@ class Gateway:
         readers = self.readers(tools)
         kept = replace(turn, tools=offered_json(tools), reader=readers and readers(request, 0))
         return Prepared(request, kept, tools)
-
-    async def _constrained(self, params: SamplingParams, tools: ToolUse) -> SamplingParams:
-        """The parameters that hold the model to the functions it may or must call. Raises InvalidRequest for a grammar
-        that cannot be held to."""
-        dialect = self._prompts.tools
-        if tools.callable:
-            grammar = dialect.grammar(tools, params.grammar)
-            params = replace(params, grammar=grammar, shown_token_ids=dialect.shown_ids)
-        if params.grammar is not None:
-            check_unicode("response_format", params.grammar.source)
-            if self._check_grammar is not None:
-                await asyncio.to_thread(self._check_grammar, params.grammar)
-        return params
-
-    def _check_priority(self, priority: int) -> None:
-        if priority and self._scheduling_policy == "fcfs":
-            raise InvalidRequest(
-                f"priority: {priority} has no effect here, where who came first goes first; leave it out, or have the "
-                "server run with target.engine.scheduling_policy: priority",
-                param="priority",
-            )
-
-    def _fit(self, source: str, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        """The parameters with the window, `max_tokens` and the seed resolved. Raises InvalidRequest if they name tokens
-        the model lacks, or if prompt and output exceed its context."""
-        self._prompts.check_ids("stop_token_ids", params.stop_token_ids)
-        self._prompts.check_ids("logit_bias", tuple(params.bias))
-        return self._within_context(source, prompt_tokens, self._windows.resolve(params)).with_seed()
-
-    def _within_context(self, source: str, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        context = self._windows.longest(params)
-        room = context - prompt_tokens
-        if room < 1:
-            raise InvalidRequest(
-                f"{source}: {prompt_tokens} tokens leave no room for an answer in the model's context of {context}",
-                param=source,
-            )
-        if params.max_tokens is None:
-            return replace(params, max_tokens=room)
-        if params.max_tokens > room:
-            raise InvalidRequest(
-                f"max_tokens: {params.max_tokens} and a prompt of {prompt_tokens} tokens exceed the model's context "
-                f"of {context}; at most {room} fit",
-                param="max_tokens",
-            )
-        return params
 
 
 def _stays(session_id: str, why: str) -> PacelineError:

@@ -287,6 +287,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"instructions": 3}, "instructions"),
     ({"previous_response_id": 3}, "previous_response_id"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"max_output_tokens": 600}, "max_output_tokens"),
     ({"temperature": -1}, "temperature"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
     ({"text": {"format": {"type": "json_object", "schema": {}}}}, "text.format.schema"),
