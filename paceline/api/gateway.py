@@ -203,14 +203,20 @@ class Gateway:
         check_unicode("instructions", instructions)
         # Instructions and functions stand at the beginning: with others, all of it is rendered anew.
         same = (offered_json(tools), instructions) == (session.tools, session.instructions)
+        said, new = (list(session.messages), known) if session.messages else (known, [])
         token_ids = await self._prompts.turn(
-            session.token_ids if same else (), instructed(instructions, session.messages), known, tools.offered
+            session.token_ids if same else (), instructed(instructions, said), new, tools.offered
         )
         if params.seed is None:
             params = replace(params, seed=session.seed)
         fitted = self._fitting.fit(source, len(token_ids), await self._fitting.constrained(params, tools))
-        said = (*session.messages, *known)
-        turn = Turn(session.session_id, said, appends=True, instructions=instructions, responses=session.responses)
+        turn = Turn(
+            session.session_id,
+            (*session.messages, *known),
+            appends=True,
+            instructions=instructions,
+            responses=session.responses,
+        )
         request = self._chat_request(token_ids, fitted, session.session_id, speculate, priority)
         return self._calling(request, turn, tools)
 
