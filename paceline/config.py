@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
+from paceline.config_base import Auto, Positive, Settings
+from paceline.config_security import ApiKeySettings as ApiKeySettings
+from paceline.config_security import DraftSecurity as DraftSecurity
+from paceline.config_security import LimitSettings as LimitSettings
 from paceline.errors import ConfigError, InvalidRequest
+from paceline.ports import is_loopback
 from paceline.sessions.window import DEFAULT_N_KEEP, HALF, StreamingWindow
 
-Auto = Literal["auto"]
-Positive = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(gt=0, le=600_000)]
 SchedulingPolicy = Literal["fcfs", "priority"]
 AttnImplementation = Literal["auto", "triton", "flash_attention_3", "varlen_attn", "flash_attention_2", "sdpa", "eager"]
@@ -32,12 +35,6 @@ Quantization = Literal["none", "bitsandbytes_8bit", "bitsandbytes_4bit", "torcha
 DEFAULT_MODEL, DEFAULT_DRAFT = "smollm2-135m", "smollm2-135m-draft"
 APP_NAME = "paceline"
 IMPORT_PATH = "paceline.serving.app:build"
-
-
-class Settings(BaseModel):
-    """Base: frozen, strict about names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class EngineSettings(Settings):
@@ -169,6 +166,12 @@ class EngineSettings(Settings):
         "auto is 64 on a CPU, max_batched_tokens on a GPU.",
     )
     max_queued_requests: Positive = Field(64, description="Waiting requests; one more is refused with 429.")
+    max_queued_prefill_tokens: Positive | Auto = Field(
+        "auto",
+        description="Prompt tokens of waiting requests, beyond what the KV cache holds of their sessions; a request "
+        "that would exceed them is refused with 429, unless nobody waits. auto is what can be computed in 30 seconds "
+        "as measured lately, at least twice max_model_len.",
+    )
     ctx_size: Positive | None = Field(
         None,
         description="Streaming window: of a text that may grow for ever the model sees so many tokens, the first "
@@ -251,6 +254,12 @@ class TargetSettings(Settings):
         description="A replica that leaves goes on with what it is answering for so long; then those answers go on at "
         "another replica.",
     )
+    host: str = Field(
+        "auto",
+        description="Address a target replica sends tokens to routers from; auto is its node's. 127.0.0.1 keeps it on "
+        "one machine. Where a router cannot reach it, tokens take the way through Serve, which is slower.",
+    )
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="Its port; 0 lets the kernel pick.")
     engine: EngineSettings = Field(default_factory=EngineSettings, description="Its engine.")
 
 
@@ -277,7 +286,21 @@ class DraftSettings(Settings):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         0, description="gRPC port of a draft replica; 0 lets the kernel pick."
     )
+    security: DraftSecurity = Field(
+        default_factory=DraftSecurity, validate_default=True, description="Who may talk to that port."
+    )
     engine: EngineSettings = Field(default_factory=EngineSettings, description="Its engine.")
+
+    @field_validator("security")
+    @classmethod
+    def _open_on_loopback_only(cls, value: DraftSecurity, info: ValidationInfo) -> DraftSecurity:
+        host = str(info.data.get("host"))
+        if value.mode == "off" and not is_loopback(host):
+            raise ValueError(
+                f"mode off leaves the drafts' port open to whoever reaches {host!r}: set draft.host to 127.0.0.1, or "
+                "mode to auto, token or tls"
+            )
+        return value
 
 
 class SessionSettings(Settings):
@@ -285,6 +308,7 @@ class SessionSettings(Settings):
 
     store: Annotated[str, Field(pattern=r"^(memory|sqlite:///.+|rediss?://.+)$")] = Field(
         "memory",
+        repr=False,  # it may hold a password
         description="Where histories are kept: memory, one for each router; sqlite:///path, a file that outlives it; "
         "redis://host:port/0, shared by routers of any machine (`pip install paceline[redis]`).",
     )
@@ -365,6 +389,8 @@ class AppSettings(Settings):
     draft: DraftSettings = Field(default_factory=DraftSettings)
     speculation: SpeculationSettings = Field(default_factory=SpeculationSettings)
     sessions: SessionSettings = Field(default_factory=SessionSettings)
+    api_keys: ApiKeySettings = Field(default_factory=ApiKeySettings)
+    limits: LimitSettings = Field(default_factory=LimitSettings)
 
     @property
     def public_name(self) -> str:
@@ -429,6 +455,7 @@ def default_deployment(
     """The Ray Serve config `paceline serve` deploys when it is given no file: the default model with its own draft."""
     settings = settings or AppSettings()
     args = settings.model_dump(exclude_defaults=True)
+    args.setdefault("target", {}).setdefault("host", "127.0.0.1")
     draft = args.setdefault("draft", {})
     draft.setdefault("host", "127.0.0.1")
     if settings.model == DEFAULT_MODEL:
@@ -441,7 +468,7 @@ def default_deployment(
     }
 
 
-GRPC_SERVICER = "paceline.v1.inference_pb2_grpc.add_InferenceServicer_to_server"
+GRPC_SERVICER = "paceline.rpc.inference_server.add_inference_servicer"
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
@@ -450,6 +477,15 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
         return Path(override).expanduser()
     base = environ.get("XDG_CACHE_HOME")
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "paceline"
+
+
+def secret(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """A variable that holds a secret; None if it is not set or empty."""
+    return environ.get(name) or None
+
+
+API_KEY_VARIABLE = "PACELINE_API_KEY"
+"""What the commands that talk to a server send as its key."""
 
 
 def ca_bundle(environ: Mapping[str, str] = os.environ) -> str | None:

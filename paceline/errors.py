@@ -5,6 +5,8 @@
     │   ├── UnknownModel        404  NOT_FOUND
     │   ├── UnknownSession      404  NOT_FOUND
     │   └── SessionConflict     409  ABORTED               the session exists already, or has a turn under way
+    ├── Unauthorized            401  UNAUTHENTICATED       no API key, or none that is known
+    ├── Forbidden               403  PERMISSION_DENIED     the key has no right to this
     ├── Overloaded              429  RESOURCE_EXHAUSTED    refused before it queued; carries Retry-After
     ├── RequestTimeout          504  DEADLINE_EXCEEDED
     ├── Unavailable             503  UNAVAILABLE           no replica, a replica died, shutting down
@@ -20,6 +22,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+MAX_MESSAGE_CHARS = 1000
+
 
 class PacelineError(Exception):
     """Base of every error Paceline raises on purpose.
@@ -33,6 +37,8 @@ class PacelineError(Exception):
     grpc_code: ClassVar[str] = "INTERNAL"
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        if len(message) > MAX_MESSAGE_CHARS:  # it quotes what a client sent, and gRPC has it in a header
+            message = message[:MAX_MESSAGE_CHARS] + "…"
         super().__init__(message)
         self.message = message
         self.param = param
@@ -70,6 +76,20 @@ class SessionConflict(InvalidRequest):
     code = "session_conflict"
     http_status = 409
     grpc_code = "ABORTED"
+
+
+class Unauthorized(PacelineError):
+    """Who asks is not known. The message says how to send a key, and nothing of the one that came."""
+
+    code = "invalid_api_key"
+    http_status = 401
+    grpc_code = "UNAUTHENTICATED"
+
+
+class Forbidden(PacelineError):
+    code = "permission_denied"
+    http_status = 403
+    grpc_code = "PERMISSION_DENIED"
 
 
 class Overloaded(PacelineError):

@@ -62,7 +62,9 @@ class LLM:
             drafting = load_model(resolve(draft).path, alone)
             if drafting.fingerprint != loaded.fingerprint:
                 raise ConfigError(f"draft: {draft!r} and {model!r} have different tokenizers", param="draft")
-            drafter = LocalProposer(drafting.drafter(), rejection=speculation.verification == "rejection")
+            drafter = LocalProposer(
+                drafting.drafter(loaded.grammars), rejection=speculation.verification == "rejection"
+            )
         self.tokenizer = loaded.tokenizer
         self.engine = loaded.engine(drafter, speculation)
         self.choices = loaded.choices
@@ -94,6 +96,17 @@ class LLM:
         A prompt is a string or a list of token ids. `params` is one for all or one for each; its `n` outputs
         are in `outputs`. `progress` None shows a bar on a terminal. Raises InvalidRequest, naming the prompt,
         before anything runs.
+
+        With a grammar the text is one of its texts, unless `max_tokens` cuts it off (finish reason "length"):
+
+            >>> from paceline.types import Grammar
+            >>> city = '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}'
+            >>> params = SamplingParams(grammar=Grammar("json_schema", city))
+            >>> json.loads(llm.generate("Where is the Louvre? As JSON: ", params)[0].text)["city"]
+
+        A regular expression (`Grammar("regex", "yes|no")`) and a grammar in Lark's notation are the other kinds.
+        `paceline.speculation.grammar` says what of JSON Schema is supported; whatever else changes which texts are
+        valid is refused by its name.
         """
         texts = _prompt_list(prompts)
         each = _params_list(params, len(texts))

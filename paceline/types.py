@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from paceline.errors import InvalidRequest, PacelineError, by_code
 from paceline.seeds import choice_seed
@@ -26,6 +26,8 @@ MAX_PRIORITY = 2**31 - 1
 """Either way from 0; what the wire holds."""
 MAX_TOKENS = 2**31 - 1
 """Prompt and output of one request, where nothing else bounds them: positions are 32 bits on the wire."""
+MAX_GRAMMAR = 128 << 10
+"""Characters of a grammar."""
 GREEDY_BELOW = 1e-5
 """A lower temperature draws the likeliest token anyway, and dividing by it overflows."""
 
@@ -38,16 +40,33 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
+GrammarKind = Literal["json_schema", "regex", "lark"]
+
+
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """What an output must be a text of; it ends where the grammar lets it end.
 
     `source` is a JSON Schema as JSON text, a regular expression, or a grammar in llguidance's dialect of Lark, which
-    may embed both. Equal grammars are compiled once (`paceline.speculation.grammar`).
+    may embed both. Equal grammars are compiled once (`paceline.speculation.grammar`, which says what of JSON Schema
+    there is). `ends` are the ids that may be drawn where the text may end; an engine fills in its own.
     """
 
-    kind: Literal["json_schema", "regex", "lark"]
+    kind: GrammarKind
     source: str
+    ends: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            kinds = ", ".join(get_args(GrammarKind))
+            raise InvalidRequest(f"grammar: must be one of {kinds}, got {self.kind!r}", param="grammar")
+        if not isinstance(self.source, str):
+            raise InvalidRequest(f"grammar: must be text, got {self.source!r}", param="grammar")
+        if len(self.source) > MAX_GRAMMAR:
+            raise InvalidRequest(f"grammar: at most {MAX_GRAMMAR} characters, got {len(self.source)}", param="grammar")
+        object.__setattr__(self, "ends", _tuple("grammar", self.ends))
+        for token in self.ends:
+            _check_int("grammar", token, low=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +94,11 @@ class SamplingParams:
 
     `shown_token_ids` are special tokens that the text shows as they are spelled; all others are left out of it.
 
-    With a `grammar`, tokens that no text of it goes on with get -inf, after everything above and before the draw.
+    With a `grammar`, tokens that no text of it goes on with get -inf, after bias and penalties and before temperature
+    and filters. Its text ends the output where it is complete and cannot go on, and where an end of the model's is
+    drawn, which it may be wherever the text may end, with `ignore_eos` too; both are finish reason "stop". Where
+    `min_tokens` and the grammar leave nothing, the grammar wins. A text that does not end by itself ends at
+    `max_tokens`, as all do, and is not whole then.
     """
 
     max_tokens: int | None = 256
@@ -116,6 +139,8 @@ class SamplingParams:
         for name, low in (("ctx_size", 0), ("n_keep", 0), ("n_discard", HALF)):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), low=low, high=MAX_TOKENS)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise InvalidRequest(f"grammar: must be a Grammar, got {self.grammar!r}", param="grammar")
         _ = self.window  # raises if the three do not fit each other
 
     def _check_drawing(self) -> None:
@@ -162,7 +187,7 @@ class SamplingParams:
 
     @property
     def adjusts(self) -> bool:
-        """Whether logits depend on more than temperature and filters: a bias, or the tokens before."""
+        """Whether logits depend on more than temperature, filters and grammar: a bias, or the tokens before."""
         return bool(self.logit_bias or self.min_tokens) or self.penalizes
 
     @property
@@ -319,11 +344,23 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
+class Verified:
+    """What became of the candidates of one step: `drafted` of `source` were verified, and the first `accepted` tokens
+    of the delta, with the first `chars` characters of its text, are those that stood."""
+
+    source: str
+    drafted: int
+    accepted: int
+    chars: int
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What one engine step adds to one output of a request: at least one token, or the end, or both.
 
     `index` says which output. `logprobs`, if asked for, has an entry for each of `token_ids`;
     `prompt_logprobs` comes once, with the first tokens, and has an entry for each prompt token but the first.
+    `verified` is None in a step without candidates.
     """
 
     token_ids: tuple[int, ...]
@@ -333,6 +370,7 @@ class Delta:
     index: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    verified: Verified | None = None
 
     @property
     def finished(self) -> bool:
@@ -340,16 +378,27 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class FeedAddress:
+    """Where a router gets the frames of all its requests to one replica (`paceline.rpc.frame_feed`)."""
+
+    address: str
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Accepted:
     """First frame of a stream that will produce deltas: the request was admitted by `replica_id`.
 
-    `route` is a word for why it went there (`paceline.sessions.placement.Reason`), "" if nobody chose.
+    `route` is a word for why it went there (`paceline.sessions.placement.Reason`), "" if nobody chose. The replica
+    has a `feed`, if it names one; `fed` says that the deltas of this request go there.
     """
 
     replica_id: str
     seed: int
     prompt_tokens: int
     route: str = ""
+    feed: FeedAddress | None = None
+    fed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

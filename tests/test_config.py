@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from paceline.config import (
+    API_KEY_VARIABLE,
     APP_NAME,
     IMPORT_PATH,
     AppSettings,
@@ -19,6 +20,7 @@ from paceline.config import (
     default_deployment,
     load_deployment,
     parse_settings,
+    secret,
 )
 from paceline.errors import ConfigError
 
@@ -209,3 +211,10 @@ def test_a_folder_for_kv_is_taken(path: str | None) -> None:
 def test_a_folder_for_kv_that_depends_on_where_a_replica_runs_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"sessions\.kv_disk_path: .*absolute path"):
         parse_settings({"sessions": {"kv_disk_path": "kv"}})
+
+
+def test_the_key_of_the_command_line_comes_from_the_environment() -> None:
+    found = [
+        secret(API_KEY_VARIABLE, environment) for environment in ({API_KEY_VARIABLE: "sk"}, {API_KEY_VARIABLE: ""}, {})
+    ]
+    assert found == ["sk", None, None]

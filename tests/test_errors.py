@@ -22,6 +22,8 @@ SHOWN = {
     "UnknownModel": (404, "NOT_FOUND"),
     "UnknownSession": (404, "NOT_FOUND"),
     "SessionConflict": (409, "ABORTED"),
+    "Unauthorized": (401, "UNAUTHENTICATED"),
+    "Forbidden": (403, "PERMISSION_DENIED"),
     "Overloaded": (429, "RESOURCE_EXHAUSTED"),
     "RequestTimeout": (504, "DEADLINE_EXCEEDED"),
     "Unavailable": (503, "UNAVAILABLE"),
@@ -72,3 +74,7 @@ def test_it_reads_as_its_message() -> None:
 def test_a_pickled_error_is_caught_as_its_parent() -> None:
     with pytest.raises(PacelineError):
         raise pickle.loads(pickle.dumps(Overloaded("full", retry_after=1.0)))
+
+
+def test_a_message_that_quotes_too_much_is_cut() -> None:
+    assert len(InvalidRequest("x" * 5000).message) == errors.MAX_MESSAGE_CHARS + 1

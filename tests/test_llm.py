@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import paceline
 from paceline import LLM, SamplingParams
 from paceline.errors import ConfigError, InvalidRequest, ModelError
 from paceline.models import ModelFiles
+from paceline.types import Grammar
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 SEEDED = SamplingParams(temperature=0.8, top_p=0.95, seed=3, max_tokens=24)
@@ -138,3 +140,23 @@ def test_an_unknown_option_is_named() -> None:
 def test_an_unknown_model_is_named() -> None:
     with pytest.raises(ModelError, match="no-such-model"):
         LLM("no-such-model")
+
+
+CITY = Grammar(
+    "json_schema",
+    '{"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"],'
+    ' "additionalProperties": false}',
+)
+
+
+def test_a_grammar_binds_the_text(llm: LLM) -> None:
+    (found,) = llm.generate("Where is the Louvre? As JSON: ", replace(SEEDED, grammar=CITY, max_tokens=60))
+    assert (list(json.loads(found.text)), found.finish_reason) == (["city"], "stop")
+
+
+def test_a_draft_in_this_process_keeps_to_the_grammar(llm: LLM, drafted: LLM) -> None:
+    params = replace(SEEDED, grammar=CITY, max_tokens=60)
+    (plain,) = llm.generate("Where is the Louvre? As JSON: ", params)
+    (found,) = drafted.generate("Where is the Louvre? As JSON: ", params)
+    assert found.token_ids == plain.token_ids
+    assert found.metrics.accepted > 0

@@ -100,12 +100,18 @@ def engine_for(
     tiers: KVTiers | None = None,
     restore_timeout_s: float = 60.0,
     clock: Callable[[], float] = time.monotonic,
+    max_queued_prefill_tokens: int | None = None,
     **settings: Any,
 ) -> Engine:
     """`lookup` is `prompt_lookup_num_tokens`, `settings` are others of SpeculationSettings."""
     runner = runner or ours(model)
     limits = EngineLimits(
-        runner.max_model_len, max_num_seqs, max_batched_tokens, max_queued_requests, max_prefill_while_decoding
+        runner.max_model_len,
+        max_num_seqs,
+        max_batched_tokens,
+        max_queued_requests,
+        max_prefill_while_decoding,
+        max_queued_prefill_tokens=max_queued_prefill_tokens,
     )
     speculation = SpeculationSettings(depth=depth, prompt_lookup_num_tokens=lookup, **settings)
     speculator = speculator_for(speculation, proposer, flat_cost)

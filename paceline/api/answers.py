@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer
 from pydantic_core import CoreSchema
 
-from paceline.types import Metrics, SourceMetrics
+from paceline.sessions.history import ChatMessage
+from paceline.types import Delta, Metrics, SourceMetrics
 
 
 class Answer(BaseModel):
@@ -31,8 +32,25 @@ class SourceInfo(Answer):
         return cls(drafted=list(source.drafted), accepted=list(source.accepted), wasted=source.wasted)
 
 
+class VerifiedInfo(Answer):
+    """What became of the candidates of one step: `text` is the part of the chunk's that was guessed, its beginning."""
+
+    source: str
+    drafted: int
+    accepted: int
+    text: str
+
+    @classmethod
+    def of(cls, delta: Delta) -> VerifiedInfo | None:
+        found = delta.verified
+        if found is None:
+            return None
+        text = delta.text[: found.chars]
+        return cls(source=found.source, drafted=found.drafted, accepted=found.accepted, text=text)
+
+
 class PacelineInfo(Answer):
-    """Who made the answer and what it cost. A chunk that is not the last has `token_ids` alone.
+    """Who made the answer and what it cost. A chunk that is not the last has `token_ids` and `verified` alone.
 
     Of an answer with several choices the numbers are sums, and `seeds` and `choice_token_ids` have an entry for each.
     `resumptions`, if any, counts the replicas that were lost on the way; `replica_id` is the first.
@@ -54,6 +72,7 @@ class PacelineInfo(Answer):
     total_s: float | None = None
     resumptions: int | None = None
     token_ids: list[int] | None = None
+    verified: VerifiedInfo | None = None
     seeds: list[int] | None = None
     choice_token_ids: list[list[int]] | None = None
 
@@ -292,6 +311,38 @@ class SessionCard(Answer):
 class SessionList(Answer):
     object: Literal["list"] = "list"
     data: list[SessionCard]
+
+
+class SessionMessage(Answer):
+    """One of the messages of a session, as it can be sent again."""
+
+    role: str
+    content: str
+    name: str | None = None
+    tool_calls: list[ChatToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @classmethod
+    def of(cls, message: ChatMessage) -> SessionMessage:
+        calls = [
+            ChatToolCall(id=each.call_id, function=CalledFunction(name=each.name, arguments=each.arguments))
+            for each in message.tool_calls
+        ]
+        return cls(
+            role=message.role,
+            content=message.content,
+            name=message.name,
+            tool_calls=calls or None,
+            tool_call_id=message.tool_call_id,
+        )
+
+
+class SessionMessages(Answer):
+    """What was said in a session, the oldest first; a session of plain completions has no messages."""
+
+    object: Literal["list"] = "list"
+    session_id: str
+    data: list[SessionMessage]
 
 
 class SessionDeleted(Answer):

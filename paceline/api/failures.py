@@ -17,15 +17,22 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from paceline.api.prompts import shown
-from paceline.errors import EngineError, InvalidRequest, PacelineError
+from paceline.errors import EngineError, InvalidRequest, PacelineError, Unauthorized
 
 logger = logging.getLogger(__name__)
 
 MAX_SHOWN_ERRORS = 5
 MAX_FIELD_CHARS = 100
 
-_TYPES = {429: "rate_limit_error", 504: "timeout_error"}
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 504: "timeout_error"}
+_HTTP_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "body_timeout",
+    413: "request_too_large",
+    414: "url_too_long",
+    431: "headers_too_large",
+}
 
 
 class JSONBytes(Response):
@@ -54,6 +61,8 @@ def envelope_of(error: PacelineError) -> bytes:
 
 def error_response(error: PacelineError) -> Response:
     headers = {} if error.retry_after is None else {"retry-after": str(max(1, math.ceil(error.retry_after)))}
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     return JSONBytes(envelope_of(error), status_code=error.http_status, headers=headers)
 
 

@@ -36,7 +36,8 @@ class Fitting:
         if params.grammar is not None:
             check_unicode("response_format", params.grammar.source)
             if self.check_grammar is not None:
-                await asyncio.to_thread(self.check_grammar, params.grammar)
+                checked = dialect.spelled(params.grammar) if tools.callable else params.grammar
+                await asyncio.to_thread(self.check_grammar, checked)
         return params
 
     def check_priority(self, priority: int) -> None:

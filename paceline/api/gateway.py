@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 from uuid import uuid4
@@ -31,7 +32,7 @@ from paceline.api.stream import Stream
 from paceline.api.tally import Readers
 from paceline.api.tool_forms import ParserName
 from paceline.api.tools import Tool, ToolUse, offered_json, tools_from_json
-from paceline.config import SchedulingPolicy
+from paceline.config import LimitSettings, SchedulingPolicy
 from paceline.errors import InvalidRequest, PacelineError, RequestTimeout, SessionConflict, Unavailable, UnknownModel
 from paceline.sessions.handoff import BUSY, Outcome
 from paceline.sessions.history import Session
@@ -41,7 +42,11 @@ from paceline.types import Frame, Prompt, Request, SamplingParams
 
 CONTROL_TIMEOUT_S = 10.0
 """How long a question about sessions or status may take."""
+DRAIN_TIMEOUT_S = 30.0
+DRAIN_POLL_S = 0.1
 SESSION_TTL_S = 3600.0
+CHARS_PER_TOKEN = 64
+"""More than texts have, but for pages of spaces: a longer prompt cannot fit, and is not worth tokenizing."""
 
 T = TypeVar("T")
 
@@ -71,6 +76,10 @@ class Targets(Protocol):
         None if there is no such replica."""
 
     @abstractmethod
+    async def abort(self, request_id: str) -> bool:
+        """End a request, whoever opened it, with FinishReason.ABORT; False if no replica computes it."""
+
+    @abstractmethod
     async def status(self) -> ClusterStatus:
         """What the replicas report about themselves."""
 
@@ -82,6 +91,8 @@ class Prepared:
     request: Request
     turn: Turn | None = None
     tools: ToolUse = NO_TOOLS
+    timeout_s: float | None = None
+    """The client's own limit; the server's holds in any case."""
 
 
 class Gateway:
@@ -102,6 +113,7 @@ class Gateway:
         store: SessionStore | None = None,
         tool_call_parser: ParserName | Literal["auto"] = "auto",
         check_grammar: GrammarCheck | None = None,
+        limits: LimitSettings | None = None,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
         """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
@@ -110,12 +122,30 @@ class Gateway:
         self.created = int(time.time())
         self.token_texts = TokenTexts(tokenizer)
         self._targets = targets
-        self._prompts = PromptEncoder(tokenizer, tool_call_parser)
+        limits = limits or LimitSettings()
+        chars = CHARS_PER_TOKEN * max_model_len if limits.max_prompt_chars == "auto" else limits.max_prompt_chars
+        self._prompts = PromptEncoder(tokenizer, tool_call_parser, chars, limits.max_messages)
         self._fitting = Fitting(self._prompts, windows or WindowRules(max_model_len), scheduling_policy, check_grammar)
         self._request_timeout_s = request_timeout_s
         self._max_resumptions = max_resumptions
         self._seen = RouterCounts()
-        self._conversations = Conversations(store or MemoryStore(SESSION_TTL_S), model_name)
+        self._store = store or MemoryStore(SESSION_TTL_S)
+        self._conversations = Conversations(self._store, model_name)
+        self._scopes = {"": self._conversations}
+
+    def scoped(
+        self,
+        owner: str,
+        targets: Callable[[Targets], Targets],
+        store: Callable[[SessionStore], SessionStore],
+    ) -> Gateway:
+        """This front end before what belongs to one owner: its share of the replicas and of the stored sessions."""
+        if owner not in self._scopes:
+            self._scopes[owner] = Conversations(store(self._store), self.model_name)
+        scope = copy.copy(self)
+        scope._targets = targets(self._targets)
+        scope._conversations = self._scopes[owner]
+        return scope
 
     @property
     def conversations(self) -> Conversations:
@@ -252,7 +282,13 @@ class Gateway:
         frames = resuming(self._targets.generate, request, self._max_resumptions, seen=self._seen)
         if turn is not None:
             frames = self._conversations.recorded(frames, request, turn)
-        return await Stream.open(frames, self._request_timeout_s, request.params.n)
+        own = self._request_timeout_s
+        timeout_s = own if prepared.timeout_s is None else min(own, prepared.timeout_s)
+        return await Stream.open(frames, timeout_s, request.params.n)
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request, whichever router opened it; False if no replica computes it, or no longer."""
+        return await _bounded(self._targets.abort(request_id))
 
     def readers(self, tools: ToolUse) -> Readers | None:
         """What finds the calls in the answers to a request, if there are functions to call."""
@@ -280,10 +316,10 @@ class Gateway:
         check_tools(tools)
         return await self._prompts.chat(check_messages(content), tools)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids. Raises InvalidRequest."""
-        self._prompts.check_ids("tokens", token_ids)
-        return self._prompts.text_of(token_ids, special=True)
+    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None, param: str = "token_ids") -> str:
+        """The text of token ids, special tokens included. Raises InvalidRequest that names `param`."""
+        self.check_model(model)
+        return await self._prompts.detokenize(param, token_ids)
 
     async def create_session(
         self, session_id: str | None = None, messages: Sequence[ChatMessage] = (), seed: int | None = None
@@ -315,6 +351,10 @@ class Gateway:
             raise unknown_session(session_id)
         return found[0]
 
+    async def messages(self, session_id: str) -> tuple[ChatMessage, ...]:
+        """What was said in a session, as far as it is stored. Raises UnknownSession."""
+        return (await self._conversations.history(session_id)).messages
+
     async def close_session(self, session_id: str) -> None:
         """Drop a session's KV cache and its history. Raises UnknownSession if there is neither."""
         dropped, deleted = await asyncio.gather(
@@ -343,6 +383,25 @@ class Gateway:
         if outcome is None:
             raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
         return outcome
+
+    async def drain(self, replica: str, timeout_s: float = DRAIN_TIMEOUT_S) -> Outcome:
+        """Hand the KV of all sessions of a replica to others, of those being answered once their turn is over, or give
+        up on them when the time is. Raises InvalidRequest if there is no such replica."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        drained, refused = Outcome(), dict[str, str]()
+        while True:
+            held = [info.session_id for info in await _bounded(self._targets.sessions()) if info.replica_id == replica]
+            wanted = [name for name in held if name not in refused]
+            outcome = await _bounded(self._targets.hand_off(replica, wanted, len(wanted)))
+            if outcome is None:
+                raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
+            drained.arrived |= outcome.arrived
+            refused |= {name: why for name, why in outcome.left.items() if why != BUSY}
+            busy = {name: why for name, why in outcome.left.items() if why == BUSY}
+            if not busy or asyncio.get_running_loop().time() >= deadline:
+                drained.left = refused | busy
+                return drained
+            await asyncio.sleep(DRAIN_POLL_S)
 
     async def close(self) -> None:
         """Release the session store."""

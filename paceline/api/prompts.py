@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
@@ -53,10 +54,18 @@ class Tokenizer(Protocol):
 
 
 class PromptEncoder:
-    """Renders and tokenizes what clients send. Every refusal names the field."""
+    """Renders and tokenizes what clients send, up to so many characters and messages. Every refusal names the field."""
 
-    def __init__(self, tokenizer: Tokenizer, tool_call_parser: ParserName | Literal["auto"] = "auto") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        tool_call_parser: ParserName | Literal["auto"] = "auto",
+        max_chars: int = sys.maxsize,
+        max_messages: int = sys.maxsize,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._max_chars = max_chars
+        self._max_messages = max_messages
         self.tools = ToolDialect(
             tokenizer.chat_template, tokenizer.get_vocab(), tokenizer.all_special_ids, tool_call_parser
         )
@@ -70,7 +79,7 @@ class PromptEncoder:
         """Token ids of a conversation, ending where the assistant's answer begins."""
         if not self._tokenizer.chat_template:
             raise InvalidRequest("messages: this model has no chat template; send a prompt instead", param="messages")
-        size = _size(messages) + sum(len(tool.parameters) for tool in tools)
+        size = self._checked_size(messages, tools)
         return await _off_loop(lambda: self._render(messages, tools), size)
 
     async def turn(
@@ -87,6 +96,7 @@ class PromptEncoder:
         """
         if not history or not before or before[-1].role != "assistant":
             return await self.chat([*before, *new], tools)
+        self._checked_size(new)
         marked = [*before[:-1], replace(before[-1], content=ANSWER_MARK, tool_calls=()), *new]
         behind = await _off_loop(lambda: self._behind_answer(marked, tools), _size(marked))
         if not behind:
@@ -106,12 +116,35 @@ class PromptEncoder:
 
     async def text(self, param: str, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Token ids of a text, with the `special` tokens this tokenizer adds."""
+        self._check_chars(param, len(text))
         check_unicode(param, text)
         return await _off_loop(lambda: tuple(self._tokenizer.encode(text, add_special_tokens=special)), len(text))
+
+    async def detokenize(self, param: str, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        self.check_ids(param, token_ids)
+        return await asyncio.to_thread(self.text_of, token_ids, special=True)
 
     def text_of(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """The text of some tokens, and of the `special` ones among them."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=not special)
+
+    def _checked_size(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> int:
+        """Characters of the messages and the functions. Raises InvalidRequest if they are too many."""
+        if len(messages) > self._max_messages:
+            raise InvalidRequest(
+                f"messages: at most {self._max_messages} in one request, got {len(messages)}", param="messages"
+            )
+        size = _size(messages) + sum(len(tool.parameters) for tool in tools)
+        self._check_chars("messages", size)
+        return size
+
+    def _check_chars(self, param: str, size: int) -> None:
+        if size > self._max_chars:
+            raise InvalidRequest(
+                f"{param}: {size} characters are more than are taken here, {self._max_chars} (limits.max_prompt_chars)",
+                param=param,
+            )
 
     def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
         """Raise InvalidRequest if an id is outside the vocabulary."""

@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Coroutine, Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from paceline.api.batch import Batch, open_all
+from paceline.api.deadline import Patience
 from paceline.api.failures import public_error
 from paceline.api.gateway import Gateway, Prepared
+from paceline.api.middleware import limits_of
 from paceline.api.stream import Stream
 from paceline.api.tally import Tally
 from paceline.api.wording import Wording
+from paceline.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
+TIMEOUT_HEADER = "x-request-timeout"
+"""Seconds; a request has no more time than the server gives it anyway."""
 SEND_GRACE_S = 5.0
 """How long past the request's deadline a client may take to read what is being sent."""
 
@@ -42,27 +50,30 @@ class Reply(Response):
         self._wording = wording
         self._streaming = stream
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._run(send))
+            await while_connected(receive, self._run(scope, send))
         except ClientGone:
             logger.info("%s: the client went away", self._generation.request_id)
 
-    async def _run(self, send: Send) -> None:
-        async with await open_all(self._gateway, self._prepared) as stream:
-            tally = self._wording.tally([each.request for each in self._prepared], stream.accepted)
-            channel = _Channel(send, stream.deadline + SEND_GRACE_S)
+    async def _run(self, scope: Scope, send: Send) -> None:
+        prepared = [replace(each, timeout_s=_timeout_s(scope)) for each in self._prepared]
+        async with await open_all(self._gateway, prepared) as stream:
+            tally = self._wording.tally([each.request for each in prepared], stream.accepted)
+            channel = _Channel(send, stream.deadline + SEND_GRACE_S, limits_of(scope).slow_client_timeout_s)
             if self._streaming:
-                await channel.start(self._head(stream, "text/event-stream; charset=utf-8"))
-                await self._events(channel, stream, tally)
+                with closing(channel):
+                    await channel.start(self._head(stream, "text/event-stream; charset=utf-8"))
+                    await self._events(channel, stream, tally)
                 return
             async for delta in stream:
                 tally.add(delta)
         body = self._wording.whole(tally).json_bytes()
         headers = self._head(stream, "application/json")
         headers["content-length"] = str(len(body))
-        await channel.start(headers)
-        await channel.put(body, more=False)
+        with closing(channel):
+            await channel.start(headers)
+            await channel.put(body, more=False)
 
     async def _events(self, channel: _Channel, stream: Stream | Batch, tally: Tally) -> None:
         """Server-Sent Events: one a delta. An error on the way is an event too, and the last one."""
@@ -72,8 +83,11 @@ class Reply(Response):
                 await channel.put(wording.event(tally, opening))
             async for delta in stream:
                 tally.add(delta)
-                if chunks := wording.chunks(tally, delta):
-                    await channel.put(b"".join(wording.event(tally, chunk) for chunk in chunks))
+                event = wording.text_event(tally, delta)
+                if event is None:
+                    event = b"".join(wording.event(tally, chunk) for chunk in wording.chunks(tally, delta))
+                if event:
+                    await channel.put(event)
             for closing in wording.closings(tally):
                 await channel.put(wording.event(tally, closing))
             if wording.done:
@@ -100,11 +114,18 @@ class Reply(Response):
 
 
 class _Channel:
-    """ASGI's `send`, with a deadline; a client that is gone or does not read raises ClientGone."""
+    """ASGI's `send`, with a deadline, and one for each message: a client that is gone or does not read raises
+    ClientGone.
 
-    def __init__(self, send: Send, deadline: float) -> None:
+    What is sent waits here while the connection is full, and nothing is taken from the replica meanwhile.
+    """
+
+    def __init__(self, send: Send, deadline: float, within_s: float) -> None:
         self._send = send
         self._deadline = deadline
+        self._within_s = within_s
+        self._time = asyncio.get_running_loop().time
+        self._patience = Patience()
 
     async def start(self, headers: MutableHeaders) -> None:
         await self._put({"type": "http.response.start", "status": 200, "headers": headers.raw})
@@ -112,12 +133,29 @@ class _Channel:
     async def put(self, body: bytes, *, more: bool = True) -> None:
         await self._put({"type": "http.response.body", "body": body, "more_body": more})
 
+    def close(self) -> None:
+        self._patience.close()
+
     async def _put(self, message: Message) -> None:
+        due = min(self._deadline, self._time() + self._within_s)
         try:
-            async with asyncio.timeout_at(self._deadline):
-                await self._send(message)
-        except (OSError, TimeoutError) as error:
+            await self._patience.wait(self._send(message), due, ClientGone)
+        except OSError as error:
             raise ClientGone from error
+
+
+def _timeout_s(scope: Scope) -> float | None:
+    """The client's own deadline. Raises InvalidRequest."""
+    given = Headers(scope=scope).get(TIMEOUT_HEADER)
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(f"{TIMEOUT_HEADER}: must be seconds, more than 0", param=TIMEOUT_HEADER)
+    return seconds
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

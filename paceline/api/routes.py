@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from paceline.api.access import CALLER, Access, KeyCheck
 from paceline.api.answers import (
     Answer,
     ChatCompletion,
@@ -26,16 +27,21 @@ from paceline.api.answers import (
     SessionCard,
     SessionDeleted,
     SessionList,
+    SessionMessage,
+    SessionMessages,
     Status,
     Tokens,
     Version,
 )
 from paceline.api.answers_responses import ResponseDeleted, ResponseObject
+from paceline.api.body import CheckedRoute
+from paceline.api.console import console_router
 from paceline.api.failures import JSONBytes, install_error_handlers
 from paceline.api.gateway import Gateway, Prepared
 from paceline.api.metrics import CONTENT_TYPE, prometheus_text
-from paceline.api.middleware import BodyLimit, LastResort, RequestId
+from paceline.api.middleware import BodyLimit, HeadLimit, LastResort, RequestId
 from paceline.api.openapi import Error, describe
+from paceline.api.owned import seen_by
 from paceline.api.reply import Reply
 from paceline.api.responses import Responses
 from paceline.api.schema import (
@@ -50,36 +56,43 @@ from paceline.api.schema_tokens import DetokenizeRequest, EmbeddingsRequest, Tok
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.api.wording import ChatWording
 from paceline.api.wording_completion import CompletionWording
+from paceline.config import LimitSettings
 from paceline.errors import InvalidRequest, PacelineError
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 8 << 20
 SESSION_ID_HEADER = "x-session-id"
 EXPOSED_HEADERS = (SESSION_ID_HEADER, "x-request-id", "x-paceline-replica", "x-paceline-route", "retry-after")
 """What a page of another origin may read of an answer's headers."""
 
-router = APIRouter()
+router = APIRouter(route_class=CheckedRoute)
 
 
 def create_app(
     gateway: Gateway | Callable[[], Gateway],
     *,
-    max_body_bytes: int = MAX_BODY_BYTES,
+    limits: LimitSettings | None = None,
+    access: Access | None = None,
     request_ids: bool = True,
     cors_allow_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The HTTP application over a gateway, or over whatever `gateway()` returns when a request arrives.
 
-    The second form is for an application that is built in one process and served in another. `request_ids`
-    off leaves `x-request-id` to the server in front: Ray Serve's adds one of its own, and two would be sent.
+    The second form is for an application that is built in one process and served in another. `access` None lets
+    everybody do everything. `request_ids` off leaves `x-request-id` to the server in front: Ray Serve's adds one of
+    its own, and two would be sent.
     """
     app = FastAPI(title="Paceline", version=version("paceline"), generate_unique_id_function=lambda route: route.name)
     describe(app)
     app.state.gateway = gateway
     app.include_router(router)
+    app.include_router(console_router)
     install_error_handlers(app)
-    app.add_middleware(BodyLimit, limit=max_body_bytes)
+    limits = limits or LimitSettings()
+    app.add_middleware(BodyLimit, limits=limits)
+    if access is not None:
+        app.add_middleware(KeyCheck, access=access)
+    app.add_middleware(HeadLimit, limits=limits)
     app.add_middleware(LastResort)
     if cors_allow_origins:
         app.add_middleware(
@@ -96,7 +109,8 @@ def create_app(
 
 async def _gateway(request: Request) -> Gateway:
     gateway: Gateway | Callable[[], Gateway] = request.app.state.gateway
-    return gateway if isinstance(gateway, Gateway) else gateway()
+    whole = gateway if isinstance(gateway, Gateway) else gateway()
+    return seen_by(whole, request.scope.get(CALLER))
 
 
 TheGateway = Annotated[Gateway, Depends(_gateway)]
@@ -202,8 +216,7 @@ async def tokenize(body: TokenizeRequest, gateway: TheGateway) -> Response:
 @router.post("/detokenize", response_model=Detokenized)
 async def detokenize(body: DetokenizeRequest, gateway: TheGateway) -> Response:
     """The text of token ids, special ones included."""
-    gateway.check_model(body.model)
-    return _json(Detokenized(prompt=gateway.detokenize(body.tokens)))
+    return _json(Detokenized(prompt=await gateway.detokenize(body.tokens, model=body.model, param="tokens")))
 
 
 @router.post("/v1/sessions", response_model=SessionCard)
@@ -252,6 +265,13 @@ async def relieve(replica_id: str, body: RelieveBody, gateway: TheGateway) -> Re
 @router.get("/v1/sessions", response_model=SessionList)
 async def list_sessions(gateway: TheGateway) -> Response:
     return _json(SessionList(data=[_session_card(session) for session in await gateway.sessions()]))
+
+
+@router.get("/v1/sessions/{session_id:path}/messages", response_model=SessionMessages)
+async def get_messages(session_id: str, gateway: TheGateway) -> Response:
+    """What was said, for a client that takes a session up again."""
+    said = [SessionMessage.of(message) for message in await gateway.messages(session_id)]
+    return _json(SessionMessages(session_id=session_id, data=said))
 
 
 @router.get("/v1/sessions/{session_id:path}", response_model=SessionCard)

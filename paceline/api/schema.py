@@ -86,7 +86,9 @@ class GenerationBody(Body):
     n_keep: int | None = Field(None, description="First tokens the window never drops.")
     n_discard: int | None = Field(None, description="Tokens it drops at a time; -1 is half.")
     priority: Priority | None = Field(None, description="Lower goes first, if the server schedules by priority.")
-    return_token_ids: bool | None = Field(None, description="Report token ids in the `paceline` object.")
+    return_token_ids: bool | None = Field(
+        None, description="Report token ids in the `paceline` object, and which of a chunk's text was guessed."
+    )
 
     # vLLM's, and only with the values that say what is done anyway.
     skip_special_tokens: Annotated[Any, only(True)] = None

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from types import TracebackType
 from typing import Self
 
-from paceline.api.deadline import bounded
+from paceline.api.deadline import Patience
 from paceline.errors import EngineError, RequestTimeout, Unavailable
 from paceline.types import Accepted, Delta, Failure, Frame
 
@@ -25,13 +25,10 @@ class Stream:
     closed, and its work thereby cancelled, however the stream ends; use it as a context manager.
     """
 
-    def __init__(
-        self, frames: AsyncIterator[Frame], accepted: Accepted, timeout_s: float, deadline: float, outputs: int = 1
-    ) -> None:
+    def __init__(self, pull: _Pull, accepted: Accepted, outputs: int = 1) -> None:
         self.accepted = accepted
-        self.deadline = deadline
-        self._frames = frames
-        self._timeout_s = timeout_s
+        self.deadline = pull.deadline
+        self._pull = pull
         self._unfinished = outputs
 
     @classmethod
@@ -40,15 +37,15 @@ class Stream:
 
         `outputs` is the request's n: so many finished deltas end the stream.
         """
-        deadline = asyncio.get_running_loop().time() + timeout_s
+        pull = _Pull(frames, timeout_s)
         try:
-            first = await _pull(frames, timeout_s, deadline)
+            first = await pull.next()
             if not isinstance(first, Accepted):
                 raise _out_of_order(first)
         except BaseException:
-            await _close(frames)
+            await pull.close()
             raise
-        return cls(frames, first, timeout_s, deadline, outputs)
+        return cls(pull, first, outputs)
 
     def __aiter__(self) -> Self:
         return self
@@ -56,9 +53,9 @@ class Stream:
     async def __anext__(self) -> Delta:
         try:
             if not self._unfinished:
-                await _drain(self._frames)
+                await self._pull.drain()
                 raise StopAsyncIteration
-            delta = await _pull(self._frames, self._timeout_s, self.deadline)
+            delta = await self._pull.next()
             if not isinstance(delta, Delta):
                 raise _out_of_order(delta)
         except BaseException:
@@ -69,7 +66,7 @@ class Stream:
 
     async def aclose(self) -> None:
         """Stop the work, if it is still going on. May be called again."""
-        await _close(self._frames)
+        await self._pull.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -80,39 +77,49 @@ class Stream:
         await self.aclose()
 
 
-async def _pull(frames: AsyncIterator[Frame], timeout_s: float, deadline: float) -> Accepted | Delta:
-    """The next frame that is not a failure."""
-    late = RequestTimeout(f"the request took longer than {timeout_s:g} s")
-    try:
-        frame = await bounded(anext(frames), asyncio.timeout_at(deadline), late)
-    except StopAsyncIteration:
-        raise Unavailable("the replica ended the answer before it was complete; try again") from None
-    if isinstance(frame, Failure):
-        raise frame.error()
-    return frame
+class _Pull:
+    """Frames one by one, until the deadline."""
 
+    def __init__(self, frames: AsyncIterator[Frame], timeout_s: float) -> None:
+        self.deadline = asyncio.get_running_loop().time() + timeout_s
+        self._frames = frames
+        self._timeout_s = timeout_s
+        self._patience = Patience()
 
-async def _drain(frames: AsyncIterator[Frame]) -> None:
-    """After the finished delta: let the generator end by itself, so that closing it does not look like a cancel."""
-    try:
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            logger.error("frame after the finished one: %r", await anext(frames))
-    except (StopAsyncIteration, TimeoutError):
-        pass
-    except Exception:
-        logger.exception("a replica's stream failed after its last frame")
+    async def next(self) -> Accepted | Delta:
+        """The next frame that is not a failure."""
+        try:
+            frame = await self._patience.wait(anext(self._frames), self.deadline, self._late)
+        except StopAsyncIteration:
+            raise Unavailable("the replica ended the answer before it was complete; try again") from None
+        if isinstance(frame, Failure):
+            raise frame.error()
+        return frame
 
+    async def drain(self) -> None:
+        """After the finished delta: let the generator end by itself, so that closing it does not look like a cancel."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                logger.error("frame after the finished one: a %s", type(await anext(self._frames)).__name__)
+        except (StopAsyncIteration, TimeoutError):
+            pass
+        except Exception:
+            logger.exception("a replica's stream failed after its last frame")
 
-async def _close(frames: AsyncIterator[Frame]) -> None:
-    if not isinstance(frames, AsyncGenerator):
-        return
-    try:
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await frames.aclose()
-    except Exception:
-        logger.exception("closing a replica's stream failed")
+    async def close(self) -> None:
+        self._patience.close()
+        if not isinstance(self._frames, AsyncGenerator):
+            return
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._frames.aclose()
+        except Exception:
+            logger.exception("closing a replica's stream failed")
+
+    def _late(self) -> RequestTimeout:
+        return RequestTimeout(f"the request took longer than {self._timeout_s:g} s")
 
 
 def _out_of_order(frame: Accepted | Delta) -> EngineError:
-    logger.error("frame out of order: %r", frame)
+    logger.error("frame out of order: %s", type(frame).__name__)  # never its text
     return EngineError("internal error")

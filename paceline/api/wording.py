@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+from pydantic_core import to_json
 
 from paceline.api.answers import (
     Answer,
@@ -20,6 +23,7 @@ from paceline.api.answers import (
     PacelineInfo,
     ToolCallDelta,
     Usage,
+    VerifiedInfo,
 )
 from paceline.api.failures import envelope_of
 from paceline.api.logprobs import TokenTexts, chat_logprobs
@@ -27,6 +31,9 @@ from paceline.api.tally import ChoiceTally, Readers, Tally
 from paceline.api.tool_parsing import Arguments, CallBegins, Content, Event
 from paceline.errors import PacelineError
 from paceline.types import Accepted, Delta, Request
+
+TEXT_MARK = "\ue000text\ue001"
+"""Stands for the text of an event while everything else of it is written: private characters, in no name or id."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +68,21 @@ class Wording(ABC):
         """What ends every other."""
         return b"data: [DONE]\n\n"
 
+    def text_event(self, tally: Tally, delta: Delta) -> bytes | None:  # noqa: ARG002
+        """The event of a step that adds nothing but text, written without a model of it; None if there is more to say,
+        or no such short way."""
+        return None
+
     def chunks(self, tally: Tally, delta: Delta) -> Sequence[Answer]:
         """One engine step of one choice; none if all of it is held back. The last one says what the answer cost, unless
         a closing chunk will."""
-        token_ids = list(delta.token_ids) if self.return_token_ids else None
+        step = None
+        if self.return_token_ids:
+            step = PacelineInfo(token_ids=list(delta.token_ids), verified=VerifiedInfo.of(delta))
         if tally.finished and not self.include_usage:
-            return self._chunks(tally, delta, self._marked(tally.info(token_ids)))
-        return self._chunks(tally, delta, None if token_ids is None else PacelineInfo(token_ids=token_ids))
+            told = {} if step is None else {"token_ids": step.token_ids, "verified": step.verified}
+            step = self._marked(tally.info().model_copy(update=told))
+        return self._chunks(tally, delta, step)
 
     @abstractmethod
     def openings(self, tally: Tally) -> Sequence[Answer]:
@@ -109,6 +124,26 @@ class ChatWording(Wording):
     def openings(self, tally: Tally) -> list[Answer]:
         delta = ChatDelta(role="assistant", content="")
         return [self._of([ChatChunkChoice(index=choice.index, delta=delta)]) for choice in tally.choices]
+
+    def text_event(self, tally: Tally, delta: Delta) -> bytes | None:
+        told = delta.finished or self.return_token_ids or tally.request.params.logprobs is not None
+        if told or tally.choices[delta.index].reader is not None:
+            return None
+        head, tail = self._around_text(delta.index)
+        return head + to_json(delta.text) + tail
+
+    def _around_text(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and behind the text in every event of a choice."""
+        found = self._around.get(index)
+        if found is None:
+            chunk = self._of([ChatChunkChoice(index=index, delta=ChatDelta(content=TEXT_MARK))])
+            head, _, tail = (b"data: " + chunk.json_bytes() + b"\n\n").partition(to_json(TEXT_MARK))
+            found = self._around[index] = head, tail
+        return found
+
+    @cached_property
+    def _around(self) -> dict[int, tuple[bytes, bytes]]:
+        return {}
 
     def closings(self, tally: Tally) -> list[Answer]:
         return [self._of([], self._info(tally), Usage.of(tally.metrics))] if self.include_usage else []

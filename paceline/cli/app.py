@@ -12,6 +12,7 @@ import typer
 
 from paceline.cli import chat, demo, distill, doctor, estimate, evaluate, serve, status
 from paceline.cli.bench import bench_app
+from paceline.cli.keys import keys_app
 from paceline.cli.models import models_app
 from paceline.cli.options import group
 from paceline.errors import PacelineError
@@ -36,6 +37,7 @@ app.command("eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command("distill", epilog=distill.EPILOG)(distill.distill)
 app.command("estimate", epilog=estimate.EPILOG)(estimate.estimate)
 app.add_typer(models_app, name="models")
+app.add_typer(keys_app, name="keys")
 app.add_typer(bench_app, name="bench")
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paceline.cli import options
-from paceline.errors import PacelineError
+from paceline.errors import PacelineError, UnknownSession
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from paceline.cli.client import Answer, ChatOptions, Client, Message
+    from paceline.cli.client import Client
+    from paceline.cli.conversation import Conversation
 
 EPILOG = """\b
 Examples:
@@ -25,12 +23,11 @@ Examples:
   paceline chat --ctx-size 512
 """
 
-COMMANDS = "/new starts over, /stats sums up, /exit leaves"
-
 
 def chat(
     message: options.Question = None,
     url: options.Url = options.DEFAULT_URL,
+    api_key: options.ApiKey = None,
     session: options.Session = None,
     system: options.System = None,
     temperature: options.Temperature = 0.7,
@@ -38,136 +35,117 @@ def chat(
     max_tokens: options.MaxTokens = 512,
     ctx_size: options.CtxSize = None,
     no_speculation: options.NoSpeculation = False,
+    plain: options.Plain = False,
 ) -> None:
     """Chat with a running server, or ask it one question.
 
-    In the interactive chat /new starts over, /stats sums up and /exit leaves; Ctrl-C stops the current answer and
-    Ctrl-D leaves. After each answer a line says what it cost.
+    In the interactive chat /help lists the commands: /session, /stats, /fork and others. Tab completes them. Ctrl-C
+    stops the current answer and Ctrl-D leaves. While an answer streams a line shows tokens a second and the share of
+    candidates accepted; after it, a line says what it cost. The server keeps the history: with --session a
+    conversation goes on where it ended.
     """
     from paceline.cli.client import ChatOptions, Client
-    from paceline.cli.console import stdout
+    from paceline.cli.console import note, stdout
+    from paceline.cli.conversation import Conversation, new_session_id
+    from paceline.cli.stats import several
 
-    if message is None and session is None:
-        session = new_session_id()
+    begun = new_session_id() if message is None else None
     chosen = ChatOptions(
-        session_id=session,
+        session_id=session or begun,
         speculation=not no_speculation,
         temperature=temperature,
         seed=seed,
         max_tokens=max_tokens,
         ctx_size=ctx_size,
+        return_token_ids=True,
     )
     console = stdout()
-    with Client(url) as client:
-        conversation = Conversation(client, console, chosen, system)
+    with Client(url, api_key=api_key) as client:
+        talk = Chat(client, console, Conversation(client, chosen, system), plain=plain)
+        said = talk.conversation.resume_or_begin(session) if session is not None else 0
         if message is not None:
-            conversation.say(message)
-        else:
-            console.print(f"{client.model()} at {client.url}; {COMMANDS}", style="dim", markup=False)
-            interact(conversation, console)
+            talk.say(message)
+            return
+        note(console, f"{client.model()} at {client.url}; /help lists commands, Ctrl-D leaves")
+        if said:
+            note(console, f"session {session} goes on after {several(said, 'message')}")
+        talk.interact()
 
 
-class Conversation:
-    """The history of one session and the answers to it. The history lives here; the server holds a cache of it."""
+class Chat:
+    """A conversation on a console."""
 
-    def __init__(self, client: Client, console: Console, options: ChatOptions, system: str | None) -> None:
-        from paceline.cli.client import Message
-
+    def __init__(self, client: Client, console: Console, conversation: Conversation, *, plain: bool = False) -> None:
         self._client = client
-        self._console = console
-        self._options = options
-        self._opening = [Message("system", system)] if system is not None else []
-        self.history: list[Message] = list(self._opening)
-        self.answers: list[Answer] = []
+        self._plain = plain
+        self.console = console
+        self.conversation = conversation
 
-    def restart(self) -> None:
-        """Forget everything said; the next message opens a new session."""
-        self.history = list(self._opening)
-        self.answers = []
-        self._options = replace(self._options, session_id=new_session_id())
+    def interact(self, read: Callable[[str], str] = input) -> None:
+        """Read messages and commands and act on them until Ctrl-D or /exit."""
+        from paceline.cli.commands import COMMANDS, Leave
+        from paceline.cli.console import note
+        from paceline.cli.prompt import install_completion, read_message
+
+        install_completion(list(COMMANDS), self._session_names)
+        prompt = "> " if sys.stdin.isatty() else ""
+        while True:
+            try:
+                line = read_message(read, prompt)
+            except EOFError:
+                self.console.print()
+                return
+            except KeyboardInterrupt:
+                note(self.console, "\nCtrl-D leaves")
+                continue
+            try:
+                self.act(line)
+            except Leave:
+                return
+            if self.console.is_terminal:
+                self.console.print()
+
+    def act(self, line: str) -> None:
+        """Do what one message says: a command, or a question. A failure does not end the chat."""
+        from paceline.cli import commands
+        from paceline.cli.console import note
+
+        try:
+            if line.startswith("/"):
+                commands.act(self, line)
+            elif line:
+                self.say(line)
+        except KeyboardInterrupt:
+            note(self.console, "stopped")
+        except PacelineError as error:
+            self.console.print(f"error: {error.message}", style="red", markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """Send one message, print the answer as it arrives and remember both.
-
-        If it ends early the history keeps what was printed, or forgets the question if nothing was.
-        """
-        from paceline.cli.client import Message
-        from paceline.cli.console import printable
+        """Ask, show the answer as it arrives, and what it cost."""
+        from paceline.cli.console import note
         from paceline.cli.stats import stats_line
+        from paceline.cli.streaming import display_for
 
-        asked = Message("user", text)
-        received: list[str] = []
+        answer = self.conversation.ask(text, display_for(self.console, plain=self._plain))
+        note(self.console, stats_line(answer))
 
-        def show(piece: str) -> None:
-            received.append(piece)
-            self._console.out(printable(piece), end="", highlight=False)
+    def recall(self, text: str) -> None:
+        """Show what was said earlier."""
+        from paceline.cli.streaming import display_for
 
+        with display_for(self.console, plain=self._plain) as display:
+            display.text(text)
+
+    def known(self, session_id: str) -> dict[str, Any]:
+        """What the server knows of a session; nothing if it has none."""
         try:
-            answer = self._client.chat([*self.history, asked], self._options, show)
-        finally:
-            if received:
-                self._console.print()
-                self.history += [asked, Message("assistant", "".join(received))]
-        self.answers.append(answer)
-        self._console.print(stats_line(answer), style="dim", markup=False, soft_wrap=True)
+            return self._client.session(session_id)
+        except UnknownSession:
+            return {}
 
-
-def interact(conversation: Conversation, console: Console, read: Callable[[str], str] = input) -> None:
-    """Read lines and act on them until Ctrl-D or /exit."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  (gives `input` line editing and history)
-
-    prompt = "> " if sys.stdin.isatty() else ""
-    while True:
+    def _session_names(self) -> list[str]:
+        """For completion, which must not fail."""
         try:
-            line = read(prompt).strip()
-        except EOFError:
-            console.print()
-            return
-        except KeyboardInterrupt:
-            note(console, "\nCtrl-D leaves")
-            continue
-        if line == "/exit":
-            return
-        if line:
-            act(conversation, console, line)
-
-
-def act(conversation: Conversation, console: Console, line: str) -> None:
-    """Do what one line says: a command, or a message whose failure does not end the chat."""
-    command = line.split()[0]
-    if command == "/new":
-        conversation.restart()
-        note(console, "new session")
-    elif command == "/stats":
-        note(console, summary(conversation.answers))
-    elif command.startswith("/"):
-        note(console, f"unknown command {command}; {COMMANDS}")
-    else:
-        try:
-            conversation.say(line)
-        except KeyboardInterrupt:
-            note(console, "stopped")
-        except PacelineError as error:
-            console.print(f"error: {error.message}", style="red", markup=False)
-
-
-def note(console: Console, text: str) -> None:
-    console.print(text, style="dim", markup=False)
-
-
-def new_session_id() -> str:
-    return f"chat-{secrets.token_hex(6)}"
-
-
-def summary(answers: list[Answer]) -> str:
-    """The session so far, in one line."""
-    from paceline.cli.stats import drafts_in_words, total
-
-    if not answers:
-        return "no answers yet"
-    metrics = total([answer.metrics for answer in answers])
-    return (
-        f"session {answers[-1].session_id}: {len(answers)} answers · {metrics.completion_tokens} tokens"
-        f" · {metrics.cached_tokens} of {metrics.prompt_tokens} prompt tokens cached · {drafts_in_words(metrics)}"
-    )
+            return [str(card["session_id"]) for card in self._client.sessions()]
+        except (PacelineError, KeyError):
+            return []

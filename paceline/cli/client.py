@@ -6,21 +6,31 @@ that cannot be reached becomes `Unavailable` with the remedy.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 
+from paceline.config import API_KEY_VARIABLE, secret
 from paceline.errors import ConfigError, PacelineError, Unavailable, by_code
+from paceline.ports import is_loopback
 from paceline.types import Metrics, SourceMetrics
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 600.0  # between two chunks: a long prompt is computed before the first one
+
+
+REMEDIES = {
+    401: "give a key with --api-key or in PACELINE_API_KEY",
+    403: "this API key does not allow it; give another one",
+    429: "try again shortly",
+}
+"""What to do about a status, said behind the server's own words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +68,15 @@ class ChatOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """What one engine step added to an answer: so many tokens, the first `accepted` of which had been candidates."""
+
+    tokens: int
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A finished answer and what it cost, as the server counted it."""
 
@@ -81,9 +100,12 @@ class ServerStatus:
 
 
 class Client:
-    """HTTP connection to one server. A context manager."""
+    """HTTP connection to one server. A context manager.
 
-    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
+    `api_key` is sent as a bearer token; None is the environment's (PACELINE_API_KEY), if it has one.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
         self.url = url.rstrip("/")
         try:
             parsed = httpx.URL(self.url)
@@ -95,7 +117,8 @@ class Client:
         self._http = httpx.Client(
             base_url=self.url,
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            trust_env=not _is_loopback(parsed.host),  # a proxy set for the internet does not know this machine's ports
+            trust_env=not is_loopback(parsed.host),  # a proxy set for the internet does not know this machine's ports
+            headers=_authorization(secret(API_KEY_VARIABLE) if api_key is None else api_key),
             transport=transport,
         )
 
@@ -128,24 +151,56 @@ class Client:
         except (KeyError, TypeError):
             raise self._not_paceline() from None
 
-    def chat(self, messages: Sequence[Message], options: ChatOptions, on_text: Callable[[str], None]) -> Answer:
-        """Generate one answer, giving its text to `on_text` as it arrives.
+    def sessions(self) -> list[dict[str, Any]]:
+        """Every session the server knows, as it tells of them."""
+        return self._listed("/v1/sessions")
 
-        An exception raised by `on_text`, or Ctrl-C, closes the stream; the server then stops generating.
+    def session(self, session_id: str) -> dict[str, Any]:
+        """Raises UnknownSession."""
+        return self._get(_session_path(session_id))
+
+    def messages(self, session_id: str) -> list[Message]:
+        """What was said in a session. Raises UnknownSession."""
+        said = self._listed(f"{_session_path(session_id)}/messages")
+        return [Message(str(each["role"]), str(each["content"])) for each in said]
+
+    def fork(self, session_id: str, name: str | None = None) -> str:
+        """Another session with the same history; its name. Raises UnknownSession, SessionConflict if it exists."""
+        body = {} if name is None else {"session_id": name}
+        return str(self._request("POST", f"{_session_path(session_id)}/fork", body)["session_id"])
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        options: ChatOptions,
+        on_text: Callable[[str], None],
+        *,
+        append: bool = False,
+        on_step: Callable[[Step], None] = lambda _: None,
+    ) -> Answer:
+        """Generate one answer, giving its text to `on_text` as it arrives, and each step's tokens to `on_step` if
+        `return_token_ids` is asked for.
+
+        With `append`, `messages` are only what is new in the session that `options` name. An exception raised by
+        `on_text`, or Ctrl-C, closes the stream; the server then stops generating.
         """
+        chosen = options.body()
+        path = f"{_session_path(chosen.pop('session_id'))}/turns" if append else "/v1/chat/completions"
         body = {
             "model": self.model(),
             "messages": [{"role": message.role, "content": message.content} for message in messages],
             "stream": True,
             "stream_options": {"include_usage": True},
-            **options.body(),
+            **chosen,
         }
         collected = _Collected()
-        with self._errors(), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+        with self._errors(), self._http.stream("POST", path, json=body) as response:
             if response.is_error:
                 response.read()
                 raise _error_of(response)
             for event in sse_events(response.iter_lines()):
+                if (step := _step(event)) is not None:
+                    on_step(step)
                 if text := collected.add(event):
                     on_text(text)
         try:
@@ -154,17 +209,26 @@ class Client:
             raise self._not_paceline() from None
 
     def _get(self, path: str) -> dict[str, Any]:
+        return self._request("GET", path)
+
+    def _listed(self, path: str) -> list[dict[str, Any]]:
+        found = self._get(path).get("data")
+        if not isinstance(found, list):
+            raise self._not_paceline()
+        return found
+
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         with self._errors():
-            response = self._http.get(path)
+            response = self._http.request(method, path, json=body)
             if response.is_error:
                 raise _error_of(response)
             try:
-                body = response.json()
+                answer = response.json()
             except ValueError:
                 raise self._not_paceline() from None
-        if not isinstance(body, dict):
+        if not isinstance(answer, dict):
             raise self._not_paceline()
-        return body
+        return answer
 
     def _not_paceline(self) -> PacelineError:
         return Unavailable(f"{self.url} answers, but not as a Paceline server does; check --url")
@@ -222,6 +286,15 @@ class _Collected:
         )
 
 
+def _step(event: Mapping[str, Any]) -> Step | None:
+    """Of a chunk, its tokens; None of one that adds none, or counts what others brought."""
+    info = event.get("paceline") or {}
+    if not event.get("choices") or not info.get("token_ids"):
+        return None
+    verified = info.get("verified") or {}
+    return Step(len(info["token_ids"]), int(verified.get("drafted", 0)), int(verified.get("accepted", 0)))
+
+
 def _metrics(usage: Mapping[str, Any], extra: Mapping[str, Any]) -> Metrics:
     return Metrics(
         prompt_tokens=int(usage["prompt_tokens"]),
@@ -265,7 +338,13 @@ def _error_of(response: httpx.Response) -> PacelineError:
     except (ValueError, KeyError, TypeError):
         return Unavailable(f"{response.url} answered {response.status_code} {response.reason_phrase}".rstrip())
     retry_after = response.headers.get("retry-after", "")
-    return _error_from(error, retry_after=float(retry_after) if retry_after.isdigit() else None)
+    found = _error_from(error, retry_after=float(retry_after) if retry_after.isdigit() else None)
+    remedy = f"try again in {retry_after} s" if retry_after.isdigit() else REMEDIES.get(response.status_code)
+    return (
+        found
+        if remedy is None
+        else type(found)(f"{found.message}; {remedy}", param=found.param, retry_after=found.retry_after)
+    )
 
 
 def _error_from(error: Any, retry_after: float | None = None) -> PacelineError:
@@ -275,10 +354,14 @@ def _error_from(error: Any, retry_after: float | None = None) -> PacelineError:
     return kind(str(error.get("message") or "unknown error"), param=error.get("param"), retry_after=retry_after)
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _session_path(session_id: str) -> str:
+    return f"/v1/sessions/{quote(session_id, safe='')}"
+
+
+def _authorization(key: str | None) -> dict[str, str]:
+    """The header a key is sent in. Raises ConfigError if none can hold it."""
+    if not key:
+        return {}
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("--api-key: not printable ASCII; check it, and PACELINE_API_KEY", param="api_key")
+    return {"authorization": f"Bearer {key}"}

@@ -17,6 +17,11 @@ def stdout() -> Console:
     return Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
 
 
+def note(console: Console, text: str) -> None:
+    """A line beside the matter; whole where no terminal reads."""
+    console.print(text, style="dim", markup=False, soft_wrap=not console.is_terminal)
+
+
 def printable(text: str) -> str:
     """`text` without control characters: what a model writes must not steer the user's terminal."""
     return "".join(char for char in text if char in "\n\t" or char.isprintable())

@@ -18,7 +18,7 @@ from paceline.config import (
     parse_settings,
 )
 from paceline.errors import ConfigError
-from paceline.ports import ALL_INTERFACES, require_free
+from paceline.ports import ALL_INTERFACES, is_loopback, require_free
 
 LOCAL_CPU = Path("deployments") / "local-cpu.yaml"
 
@@ -33,6 +33,8 @@ class Overrides:
     host: str | None = None
     port: int | None = None
     grpc_port: int | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,17 @@ class Deployment:
         """None where the config starts no gRPC server."""
         options = self._options("grpc_options")
         return int(options.get("port", 9000)) if options.get("grpc_servicer_functions") else None
+
+    @property
+    def open_to_strangers(self) -> str | None:
+        """In words, if others than this machine's users may reach it and need no key."""
+        if self.settings.api_keys.enabled:
+            return None
+        if not is_loopback(self.host):
+            return f"whoever reaches {self.host}:{self.http_port} may use this server, see its status and end sessions"
+        if self.grpc_port is not None:
+            return f"Ray Serve's gRPC port {self.grpc_port} listens on every interface of this machine"
+        return None
 
     def require_free_ports(self) -> None:
         """Raise ConfigError if a port it listens on is taken. Serve's gRPC server takes all interfaces."""
@@ -81,10 +94,22 @@ def read_deployment(path: Path | None, overrides: Overrides) -> Deployment:
             _refuse_shadowed(application, section)
             args[section] = {**(args.get(section) or {}), "num_replicas": count}
     _set(config, "http_options", host=overrides.host, port=overrides.port)
+    _set_tls(config, overrides)
     if overrides.grpc_port is not None:
         _set(config, "grpc_options", port=overrides.grpc_port)
         config["grpc_options"].setdefault("grpc_servicer_functions", [GRPC_SERVICER])
     return Deployment(config, parse_settings(args))
+
+
+def _set_tls(config: dict[str, Any], overrides: Overrides) -> None:
+    """Certificate and key of the HTTP port, which only work together."""
+    if (overrides.tls_cert is None) != (overrides.tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key: give both, or neither", param="http_options.ssl_certfile")
+    for option, path in (("ssl_keyfile", overrides.tls_key), ("ssl_certfile", overrides.tls_cert)):
+        if path is not None:
+            if not path.expanduser().is_file():
+                raise ConfigError(f"{path}: no such file (http_options.{option})", param=f"http_options.{option}")
+            _set(config, "http_options", **{option: str(path.expanduser().absolute())})
 
 
 def find_local_cpu(start: Path) -> Path | None:

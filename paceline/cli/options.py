@@ -49,6 +49,12 @@ def engine_settings(pairs: Sequence[str], option: str) -> EngineSettings:
 
 
 Url = Annotated[str, typer.Option("--url", metavar="URL", help="The server.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", metavar="KEY", help="Sent as a bearer token; by default PACELINE_API_KEY.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 # serve: None leaves the choice to the config; the defaults named are those of the built-in one
@@ -103,6 +109,14 @@ GrpcPort = Annotated[
     typer.Option(
         "--grpc-port", metavar="PORT", min=1, max=65535, help="gRPC port.  [default: 9000]", show_default=False
     ),
+]
+
+TlsCert = Annotated[
+    Path | None,
+    typer.Option("--tls-cert", metavar="PATH", help="Certificate of the HTTP port, PEM.", show_default=False),
+]
+TlsKey = Annotated[
+    Path | None, typer.Option("--tls-key", metavar="PATH", help="Its private key, PEM.", show_default=False)
 ]
 
 # demo
@@ -167,6 +181,15 @@ CtxSize = Annotated[
         show_default="the server's",
     ),
 ]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="Text as it comes, without Markdown; so too where no terminal reads.")
+]
 NoSpeculation = Annotated[
     bool, typer.Option("--no-speculation", help="Decode without drafts; the tokens are the same.")
 ]
+
+# status
+
+Watch = Annotated[bool, typer.Option("--watch", "-w", help="Show it anew until Ctrl-C.")]
+Every = Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.2, max=3600.0, help="Pause of --watch.")]
+AllFacts = Annotated[bool, typer.Option("--all", help="Everything each replica reports.")]

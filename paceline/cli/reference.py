@@ -3,6 +3,7 @@
 docs/configuration.md   every setting: key, type, default, description
 docs/cli.md             the help of every command
 docs/api-http.md        the HTTP API, from its OpenAPI document
+docs/api-grpc.md        the gRPC interface, where protos/ is
 README.md               the settings again, between the markers, if it has them
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 from typer.main import get_command
 
+from paceline.cli import grpc_reference
 from paceline.cli.reference_http import http_reference
 from paceline.config import AppSettings
 
@@ -41,7 +43,14 @@ Addresses and ports belong to Ray Serve: `http_options` and `grpc_options` in th
 
 | Variable | Meaning |
 | --- | --- |
+| `PACELINE_API_KEY` | The key that `paceline chat`, `status` and the other clients send; see [security](security.md). |
 | `PACELINE_CACHE` | Folder of downloaded and converted models; default `paceline` in `XDG_CACHE_HOME` or `~/.cache`. |
+"""
+
+GRPC = f"""{GENERATED}
+# gRPC reference
+
+Generated from [inference.proto](../protos/paceline/v1/inference.proto). How to use it is in [grpc.md](grpc.md).
 """
 
 CLI = f"""{GENERATED}
@@ -137,6 +146,9 @@ def documents(root: Path) -> dict[Path, str]:
         root / "docs" / "cli.md": command_help(),
         root / "docs" / "api-http.md": http_reference(GENERATED),
     }
+    protos = root / "protos"
+    if protos.is_dir():
+        found[root / "docs" / "api-grpc.md"] = f"{GRPC}\n{grpc_reference.page(grpc_reference.descriptor(protos))}"
     readme = root / "README.md"
     if readme.is_file():
         found[readme] = with_block(readme.read_text(), table)

@@ -29,6 +29,8 @@ def serve(
     host: options.Host = None,
     port: options.Port = None,
     grpc_port: options.GrpcPort = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
 ) -> None:
     """Serve a model on this machine until Ctrl-C.
 
@@ -39,12 +41,20 @@ def serve(
     from paceline.cli.console import StatusLine, stdout
     from paceline.cli.deployment import Overrides, read_deployment
 
-    deployment = read_deployment(config, Overrides(model, drafts, targets, host, port, grpc_port))
+    overrides = Overrides(model, drafts, targets, host, port, grpc_port, tls_cert, tls_key)
+    deployment = read_deployment(config, overrides)
     deployment.require_free_ports()
     console = stdout()
     fetch_models(deployment.settings, console)
     with running_cluster(deployment.config, StatusLine(console)) as endpoints:
         announce(console, deployment.settings, endpoints)
+        if (why := deployment.open_to_strangers) is not None:
+            console.print(
+                f"\nWARNING: there are no API keys, and {why}.\n"
+                "         Make some with `paceline keys create`; see docs/security.md.",
+                markup=False,
+                soft_wrap=True,
+            )
         wait_for_interrupt()
     console.print("stopped")
 

@@ -35,6 +35,7 @@ from paceline.engine.geometry import max_model_len
 from paceline.errors import ConfigError, ModelError
 from paceline.models import eos_token_ids, load_causal_lm, load_tokenizer, tokenizer_fingerprint
 from paceline.models.draft_folder import GROUP, DraftCard, dequantize, quantize, write_draft
+from paceline.speculation.grammar import tokenizer_text
 
 STATE = ".state"
 OPENINGS = {"cuda": 200_000, "cpu": 5_000}
@@ -419,7 +420,8 @@ class _Run:
             figures=figures,
         )
         text = card.readme(outcome, draft_card, _hardware(self.device), own_prompts=bool(self.settings.prompts))
-        write_draft(outcome.path, body.draft, tokens.kept, tokens.nearest, draft_card, text)
+        grammar_tokens = tokenizer_text(self.tokenizer)
+        write_draft(outcome.path, body.draft, tokens.kept, tokens.nearest, draft_card, text, grammar_tokens)
 
     # Notes that outlive an interruption
 

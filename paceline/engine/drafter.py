@@ -12,9 +12,11 @@ from paceline.engine.attention import Window
 from paceline.engine.kv_cache import KVCache, KVEntry
 from paceline.engine.runner import Runner
 from paceline.engine.scheduler import GROWTH
+from paceline.errors import InvalidRequest
 from paceline.sessions.window import StreamingWindow
 from paceline.speculation import rejection, sampling
 from paceline.speculation.frames import MAX_AHEAD, MAX_DEPTH, DraftFailureReason, SparseRow
+from paceline.speculation.grammar import Grammars, Matcher
 from paceline.speculation.run import common_prefix
 from paceline.speculation.sampling import Rows
 from paceline.types import SamplingParams
@@ -64,6 +66,7 @@ class _Draft:
     allowance: int = 0
     rejection: bool = False
     streaming: bool = False
+    matcher: Matcher | None = None
     entry: KVEntry | None = None
     drafted: list[int] = field(default_factory=list)
     probs: list[SparseRow] = field(default_factory=list)
@@ -94,9 +97,10 @@ class _Draft:
         """Tokens held in KV, at most, while it grows to so many tokens."""
         return min(tokens, self.limit if self.window is None else self.window.ctx_size)
 
-    def rows(self) -> Rows:
-        """The row that draws its next token, with the history the target will have there."""
-        return Rows(self.params, self.prompt_length, self.agreed, self.drafted)
+    def rows(self, ahead: int = 0) -> Rows:
+        """The row that draws its next token, or the one `ahead` of it, with the history the target will have there."""
+        following = self.drafted + [0] * ahead if ahead else self.drafted
+        return Rows(self.params, self.prompt_length, self.agreed, following, matcher=self.matcher)
 
     def tokens_from(self, start: int, limit: int) -> list[int]:
         """Up to `limit` tokens from position `start` on, agreed ones and drafted ones."""
@@ -118,6 +122,9 @@ class _Draft:
         del self.drafted[:keep], self.probs[:keep]
         self.sent = max(0, self.sent - same) if self.streaming and self.drafted else 0
         self.agreed += tokens
+        if self.matcher is not None:
+            for token in tokens:
+                self.matcher.push(token)
         return same
 
 
@@ -139,8 +146,10 @@ class Drafter:
         max_model_len: int,
         max_prefill_while_drafting: int | None = None,
         max_sequences: int = MAX_SEQUENCES,
+        grammars: Grammars | None = None,
     ) -> None:
         self.kv = kv
+        self.grammars = grammars
         self._runner = runner
         self._budget = max_batched_tokens
         self._prefill = max_prefill_while_drafting or max_batched_tokens
@@ -187,8 +196,13 @@ class Drafter:
         Others get `depth` candidates for each advance.
         """
         self.close(key)
-        failure = None
+        failure, matcher = None, None
         window = params.window
+        prompt = len(tokens) if prompt_length is None else prompt_length
+        try:
+            matcher = self._matcher(params, tokens[prompt:])
+        except InvalidRequest:
+            failure = DraftFailureReason.UNSUPPORTED
         if not tokens or not self._known(tokens) or (window is not None and self.kv.shift_refusal is not None):
             failure = DraftFailureReason.UNSUPPORTED
         elif len(self._drafts) >= self._max_sequences:
@@ -204,13 +218,14 @@ class Drafter:
             list(tokens),
             params,
             min(depth, MAX_DEPTH),
-            len(tokens) if prompt_length is None else prompt_length,
+            prompt,
             self._max_model_len,
             window,
             ahead=credit,
             allowance=credit,
             rejection=rejection,
             streaming=streaming,
+            matcher=matcher,
         )
 
     def advance(self, key: Hashable, base: int, tokens: Sequence[int], depth: int) -> None:
@@ -241,6 +256,14 @@ class Drafter:
         draft = self._drafts.pop(key, None)
         if draft is not None:
             self._give_up_room(draft)
+
+    def _matcher(self, params: SamplingParams, output: Sequence[int]) -> Matcher | None:
+        """Raises InvalidRequest for a grammar that cannot be followed here."""
+        if params.grammar is None:
+            return None
+        if self.grammars is None:
+            raise InvalidRequest("grammar: this draft came without its target's tokenizer", param="grammar")
+        return self.grammars.matcher(params.grammar, output)
 
     def step(self) -> list[Drafted]:
         """One forward pass over every sequence with work. Returns what became ready."""
@@ -294,7 +317,7 @@ class Drafter:
             windows = [window for _, window in batch]
             if number:
                 windows = [Window(each.entry, [0], 1, len(each.token_ids) + number - 1) for each in windows]
-            rows = [Rows(each.params, each.prompt_length, each.agreed, each.drafted + [0] * number) for each in drafts]
+            rows = [each.rows(number) for each in drafts]
             found = self._runner.launch(windows, rows, range(len(batch)) if number else None)
             if found is None:
                 return False
@@ -308,7 +331,10 @@ class Drafter:
         return True
 
     def _owed(self, draft: _Draft, window: Window) -> int:
-        """Tokens it may draw in a row from here: those owed, as far as its entry has room."""
+        """Tokens it may draw in a row from here: those owed, as far as its entry has room. What a grammar lets follow
+        is not known before the token is."""
+        if draft.matcher is not None:
+            return 1
         return min(
             draft.depth - len(draft.drafted), draft.end - draft.length, 1 + window.entry.left - len(window.token_ids)
         )

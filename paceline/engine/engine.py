@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from paceline.config import SpeculationSettings
 from paceline.engine import synthetic
+from paceline.engine.backlog import Backlog
 from paceline.engine.detokenizer import Decoder, Detokenizer, without_wrapping
 from paceline.engine.flight import Flight
 from paceline.engine.kv_cache import KVCache
@@ -22,6 +23,7 @@ from paceline.engine.sequence import Sequence
 from paceline.errors import InvalidRequest, ModelError, Overloaded
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.window import DEFAULT_N_KEEP, HALF
+from paceline.speculation.grammar import Grammars, Matcher
 from paceline.speculation.proposer import Proposal, Wanted
 from paceline.speculation.speculator import Outcome, Speculator
 from paceline.speculation.telemetry import SpeculationTally
@@ -47,6 +49,10 @@ class EngineLimits:
     """The streaming window of requests that name none, with `n_keep` and `n_discard`; None is none."""
     n_keep: int = DEFAULT_N_KEEP
     n_discard: int = HALF
+    max_queued_prefill_tokens: int | None = None
+    """Prompt tokens of waiting requests; None is up to `max_queued_prefill_s`."""
+    max_queued_prefill_s: float | None = None
+    """The same in seconds, at the pace measured, but at least two longest prompts; None is no bound."""
 
 
 class Engine:
@@ -66,6 +72,7 @@ class Engine:
         speculator: Speculator | None = None,
         speculation: SpeculationSettings | None = None,
         restores: Restores | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         if runner.columns is not None:
             raise ModelError("a draft over a part of its target's vocabulary is no target: it cannot say the rest")
@@ -73,14 +80,21 @@ class Engine:
         self.limits = limits
         self.speculator = speculator
         self._runner = runner
-        self._eos = eos
+        self.grammars = grammars
+        """Compiles what requests bring; None if the tokenizer is not known."""
+        self._eos, self._ends = eos, tuple(sorted(eos))
         self._decoder = None if decoder is None else without_wrapping(decoder)
         speculation = speculation or SpeculationSettings()
         self._verification = speculation.verification
         self.synthetic_acceptance = speculation.synthetic_acceptance
         """The probability with which each candidate is accepted, whatever it is; None: by the rule, as it should be."""
         self._scheduler = Scheduler(
-            kv, limits.max_num_seqs, limits.max_batched_tokens, limits.max_prefill_while_decoding, restores
+            kv,
+            limits.max_num_seqs,
+            limits.max_batched_tokens,
+            limits.max_prefill_while_decoding,
+            restores,
+            Backlog(limits.max_queued_prefill_tokens, limits.max_queued_prefill_s, 2 * limits.max_model_len),
         )
         self.restores = restores
         self._flight: Flight | None = None
@@ -105,6 +119,11 @@ class Engine:
         return len(self._scheduler.waiting)
 
     @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens of waiting requests, less those whose KV was held when they came."""
+        return self._scheduler.backlog.tokens
+
+    @property
     def num_running(self) -> int:
         return len(self._scheduler.running)
 
@@ -118,13 +137,15 @@ class Engine:
         The first computes the prompt; the others wait for it and take its KV over.
         """
         resolved = [self._resolve(request) for request in requests]
-        self._check_room(len(requests))
+        matchers = {request.request_id: self._matcher(request) for request in resolved}
+        self._check_room(len(requests), resolved[0])
         for request in resolved:
             if request.request_id in self._by_request:
                 raise InvalidRequest(f"request_id: {request.request_id!r} is in use", param="request_id")
         for request in resolved:
             leader = self._by_request.get(request.follows) if request.follows is not None else None
-            sequence = Sequence(next(self._ids), request, self._detokenizer(request), leader=leader)
+            detokenizer, matcher = self._detokenizer(request), matchers[request.request_id]
+            sequence = Sequence(next(self._ids), request, detokenizer, matcher, leader=leader)
             self._by_request[request.request_id] = sequence
             self._scheduler.add(sequence)
 
@@ -151,8 +172,7 @@ class Engine:
         if self.synthetic_acceptance is not None:
             drawn = synthetic.accept(step, drawn, self.synthetic_acceptance)
         committed = self._commit(step, drawn)
-        if self.restores is not None:
-            self.restores.note_prefill(sum(part.prompt_tokens for part in step), time.perf_counter() - began)
+        self._note_prefill(sum(part.prompt_tokens for part in step), time.perf_counter() - began)
         return self._emit(committed)
 
     def sessions(self) -> list[SessionKV]:
@@ -209,15 +229,19 @@ class Engine:
         for sequence in decoding:
             sequence.tally.late += sequence.sequence_id in proposed.late
         self.tally.late += len(proposed.late)
-        return {sequence_id: self._known(proposal) for sequence_id, proposal in proposed.found.items()}
+        matchers = {each.sequence_id: each.matcher for each in decoding}
+        return {name: self._known(proposal, matchers[name]) for name, proposal in proposed.found.items()}
 
-    def _known(self, proposal: Proposal) -> Proposal:
-        """Candidates up to the first that is no id of this model: a drafter's vocabulary may be larger.
+    def _known(self, proposal: Proposal, matcher: Matcher | None) -> Proposal:
+        """Candidates up to the first that is no id of this model, as a drafter's vocabulary may be larger, or that the
+        sequence's grammar refuses.
 
         Its distribution stays: under rejection sampling it is a candidate that is refused.
         """
         vocab = self._runner.vocab_size
         known = sum(1 for _ in itertools.takewhile(lambda token: 0 <= token < vocab, proposal.tokens))
+        if matcher is not None:
+            known = matcher.admits(proposal.tokens[:known])
         return replace(proposal, tokens=proposal.tokens[:known], probs=proposal.probs[: known + 1])
 
     def _commit(self, step: list[Scheduled], drawn: list[Draws]) -> list[Sequence]:
@@ -247,6 +271,8 @@ class Engine:
         kept = min(draws.accepted, taken)
         if kept < len(part.candidates):
             self.kv.truncate(sequence.kv, base + kept)
+        if part.proposal is not None and part.candidates:
+            sequence.note_verified(part.proposal.source, len(part.candidates), kept)
         for tally in (sequence.tally, self.tally):
             if part.proposal is not None:
                 tally.waste(part.proposal.source, part.unused)
@@ -278,16 +304,45 @@ class Engine:
             shown=params.shown_token_ids,
         )
 
-    def _check_room(self, outputs: int) -> None:
-        """Whether that many more may wait."""
+    def _matcher(self, request: Request) -> Matcher | None:
+        """Raises InvalidRequest if its grammar cannot be compiled, or its output so far is no text of it."""
+        grammar = request.params.grammar
+        if grammar is None:
+            return None
+        if self.grammars is None:
+            raise InvalidRequest("grammar: this model's tokenizer is not one that grammars need", param="grammar")
+        matcher = self.grammars.matcher(grammar, request.output)
+        if matcher.failed:
+            raise InvalidRequest("resumed: no text of the grammar begins like this", param="resumed")
+        return matcher
+
+    def _note_prefill(self, tokens: int, seconds: float) -> None:
+        """What else the step did counts: it is the pace that prompts have beside the streams."""
+        if tokens:
+            self._scheduler.backlog.pace.note(tokens, seconds)
+        if self.restores is not None:
+            self.restores.note_prefill(tokens, seconds)
+
+    def _check_room(self, outputs: int, request: Request) -> None:
+        """Whether that many more may wait, with the prompt of `request`. Raises Overloaded with the seconds until
+        there should be room."""
+        backlog = self._scheduler.backlog
         limit = min(self.limits.max_num_seqs, self.limits.max_queued_requests)
         if outputs > max(1, limit):
             raise InvalidRequest(f"n: at most {limit} outputs at once here, got {outputs}", param="n")
         if self.num_waiting + outputs > self.limits.max_queued_requests:
-            raise Overloaded(f"{self.num_waiting} requests are waiting already; try again shortly", retry_after=1.0)
+            first = backlog.tokens // max(1, self.num_waiting) + self._scheduler.missing_tokens
+            raise Overloaded(
+                f"{self.num_waiting} requests are waiting already; try again shortly", retry_after=backlog.wait_s(first)
+            )
+        if not self.num_waiting or backlog.bound is None:
+            return
+        held = self.kv.match(request.token_ids, request.session_id, request.params.window)
+        backlog.check_room(len(request.token_ids) - held, self._scheduler.missing_tokens)
 
     def _resolve(self, request: Request) -> Request:
-        """Fill in the window, `max_tokens`, the seed and the ids `min_tokens` masks; refuse what cannot fit."""
+        """Fill in the window, `max_tokens`, the seed, the ids that `min_tokens` masks and those that may end a text of
+        the grammar; refuse what cannot fit."""
         prompt = len(request.token_ids)
         self._check_ids("prompt", request.token_ids)
         self._check_ids("resumed", request.output)
@@ -308,6 +363,10 @@ class Engine:
         if params.min_tokens and not params.ignore_eos:
             # The drafter masks the same ids, and its model's own EOS may differ.
             params = replace(params, stop_token_ids=tuple(sorted(self._eos.union(params.stop_token_ids))))
+        if params.grammar is not None:
+            # Synthetic acceptance commits any candidate: under a grammar it would end at the first.
+            within = None if self.synthetic_acceptance is not None else replace(params.grammar, ends=self._ends)
+            params = replace(params, grammar=within)
         return replace(request, params=params)
 
     def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:

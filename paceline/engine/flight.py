@@ -64,9 +64,10 @@ class Flight:
 
 
 def _plain(part: Scheduled) -> bool:
-    """Whether its sequence draws one token here that does not end it by its length, and nobody asks for more."""
+    """Whether its sequence draws one token here that does not end it by its length, and nobody asks for more; what a
+    grammar lets follow depends on that token."""
     sequence = part.sequence
-    one = part.draws == 1 and len(part.window.token_ids) == 1
+    one = part.draws == 1 and len(part.window.token_ids) == 1 and sequence.matcher is None
     return one and len(sequence.tokens) + 1 < sequence.room and sequence.request.params.logprobs is None
 
 

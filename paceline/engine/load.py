@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ from paceline.models.shares import load_share
 from paceline.models.spread import Spread, is_spread
 from paceline.sessions.rules import WindowRules
 from paceline.speculation.cost import VerifyCost
+from paceline.speculation.grammar import Grammars, tokenizer_text
 from paceline.speculation.proposer import Proposer
 from paceline.speculation.speculator import speculator_for
 from paceline.types import SamplingParams
@@ -100,6 +101,8 @@ class LoadedModel:
     kv_identity: str
     """The same where keys and values of a text are the same: of weights, how they are multiplied and what is stored."""
     choices: tuple[Choice, ...]
+    grammars: Grammars | None = None
+    """None if the tokenizer is not at hand, or not one that grammars need."""
 
     def engine(
         self,
@@ -107,12 +110,14 @@ class LoadedModel:
         speculation: SpeculationSettings | None = None,
         cost: VerifyCost | None = None,
         sessions: SessionSettings | None = None,
+        max_queued_prefill_s: float | None = None,
     ) -> Engine:
         """An engine with a KV cache of its own, and the tiers below it that `sessions` names; without `speculation` it
         decodes plainly.
 
-        `cost` is measured, in about a second, if it is needed and not given. Raises ConfigError if the disk tier's
-        folder cannot be used.
+        `cost` is measured, in about a second, if it is needed and not given. `max_queued_prefill_s` bounds the queue
+        where `max_queued_prefill_tokens` is auto; where all requests are there at once, as offline, it has no bound.
+        Raises ConfigError if the disk tier's folder cannot be used.
         """
         speculation = speculation or SpeculationSettings(enabled=False)
         sessions = sessions or SessionSettings()
@@ -122,20 +127,21 @@ class LoadedModel:
         return Engine(
             self.runner,
             kv,
-            self.limits,
+            replace(self.limits, max_queued_prefill_s=max_queued_prefill_s),
             eos=self.eos,
             decoder=self.tokenizer,
             speculator=speculator_for(speculation, draft, lambda: cost or measure_verify_cost(self.runner, kv)),
             speculation=speculation,
             restores=Restores(kv, tiers, sessions.kv_restore_timeout_s) if tiers is not None else None,
+            grammars=self.grammars,
         )
 
     def close(self) -> None:
         """Let the other ranks of a sharded model end. Idempotent."""
         self.runner.close()
 
-    def drafter(self) -> Drafter:
-        """A drafter with a KV cache of its own."""
+    def drafter(self, grammars: Grammars | None = None) -> Drafter:
+        """A drafter with a KV cache of its own; with its target's `grammars` if that is in the same process."""
         limits = self.limits
         kv = self._kv_cache()
         self._warm_up(kv)
@@ -145,6 +151,7 @@ class LoadedModel:
             max_batched_tokens=limits.max_batched_tokens,
             max_model_len=limits.max_model_len,
             max_prefill_while_drafting=limits.max_prefill_while_decoding,
+            grammars=grammars or self.grammars,
         )
 
     def _kv_cache(self, tiers: KVTiers | None = None) -> SlabKVCache:
@@ -194,11 +201,24 @@ def load_model(path: Path, settings: EngineSettings, leader: Leader | None = Non
     logger.info("%s: %s; %d KV tokens", path.name, chosen, kv_tokens)
     if distilled:
         fingerprint, eos = draft_folder.read_card(path).fingerprint, frozenset[int]()
+        text = draft_folder.load_tokenizer_text(path)
     else:
         fingerprint, eos = tokenizer_fingerprint(tokenizer), eos_token_ids(path, tokenizer=tokenizer)
+        text = tokenizer_text(tokenizer)
+    grammars = Grammars(text, eos) if text is not None else None
     kv_identity = f"{weights_fingerprint(path)} {_rounding(settings, share.backends)} {kv_geometry}"
     return LoadedModel(
-        runner, tokenizer, eos, limits, kv_geometry, kv_tokens, key_shift, fingerprint, kv_identity, share.choices
+        runner,
+        tokenizer,
+        eos,
+        limits,
+        kv_geometry,
+        kv_tokens,
+        key_shift,
+        fingerprint,
+        kv_identity,
+        share.choices,
+        grammars,
     )
 
 
@@ -433,6 +453,7 @@ def _limits(settings: EngineSettings, runner: Runner) -> EngineLimits:
             f"engine.max_model_len: {settings.max_model_len} is beyond the model's own {own}",
             param="engine.max_model_len",
         )
+    queued = settings.max_queued_prefill_tokens
     return EngineLimits(
         max_model_len=own if settings.max_model_len == "auto" else settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
@@ -442,6 +463,7 @@ def _limits(settings: EngineSettings, runner: Runner) -> EngineLimits:
         ctx_size=settings.ctx_size,
         n_keep=settings.n_keep,
         n_discard=settings.n_discard,
+        max_queued_prefill_tokens=None if queued == "auto" else queued,
     )
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
+from paceline.engine.background import BackgroundThread
 from paceline.engine.draft_streams import DraftStreams
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine
 from paceline.engine.kv_cache import KVCache
-from paceline.errors import EngineError, PacelineError, Unavailable
+from paceline.errors import EngineError, InvalidRequest, PacelineError, Unavailable
 from paceline.speculation.frames import Candidates, DraftFrame
-from paceline.types import Delta, Failure, Request, choice_ids
+from paceline.speculation.grammar import Grammars
+from paceline.types import Delta, Failure, FinishReason, Grammar, Request, choice_ids
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +61,9 @@ class DeviceThread:
         """Whether what it owned may be touched by others. Of an abandoned one nobody knows."""
         return not self._thread.is_alive() and not self._abandoned
 
-    def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run a function in this thread, between two steps."""
-        future: Future[T] = Future()
+    def call(self, function: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
+        """Run a function in this thread, between two steps; its result goes into the `future`, if one is given."""
+        future = Future() if future is None else future
 
         def run(refusal: PacelineError | None) -> None:
             if not future.set_running_or_notify_cancel():
@@ -133,6 +136,30 @@ class DeviceThread:
             return None
 
 
+class _Compiling:
+    """Compiles grammars in a thread of its own, where no running sequence waits for it: up to a second each."""
+
+    def __init__(self, grammars: Grammars | None, device: DeviceThread) -> None:
+        self._grammars, self._device = grammars, device
+        self._worker = BackgroundThread("grammars")
+
+    def before(self, function: Callable[[], T], wanted: Sequence[Grammar]) -> Future[T]:
+        """Run a function in the device's thread once these are compiled. What is wrong with them it finds itself."""
+        grammars = self._grammars
+        if grammars is None or all(grammars.knows(grammar) for grammar in wanted):
+            return self._device.call(function)
+        future: Future[T] = Future()
+
+        def compile_all() -> None:
+            for grammar in wanted:
+                with contextlib.suppress(InvalidRequest):
+                    grammars.compile(grammar)
+            self._device.call(function, future)
+
+        self._worker.submit(compile_all)
+        return future
+
+
 class EngineLoop:
     """An engine in its thread: submit, abort, ask."""
 
@@ -140,6 +167,7 @@ class EngineLoop:
         self.engine = engine
         self._sinks: dict[str, Sink] = {}
         self._thread = DeviceThread("engine", lambda: engine.has_work, self._step, self._fail_all)
+        self._compiling = _Compiling(engine.grammars, self._thread)
         self.call = self._thread.call
 
     @property
@@ -159,7 +187,8 @@ class EngineLoop:
             self.engine.add_all(choices)
             self._sinks.update((choice.request_id, sink) for choice in choices)
 
-        return self.call(add)
+        grammar = request.params.grammar
+        return self._compiling.before(add, [grammar] if grammar is not None else [])
 
     def abort(self, request_id: str, n: int = 1) -> Future[None]:
         """End a request and its n outputs; its sink hears no more."""
@@ -169,6 +198,21 @@ class EngineLoop:
                 self._drop(name)
 
         return self.call(drop)
+
+    def end(self, request_id: str, n: int = 1) -> Future[bool]:
+        """End a request and its n outputs; its sink hears of each that had not ended that it was aborted. Whether there
+        was one."""
+
+        def tell() -> bool:
+            sinks = {index: self._sinks.get(name) for index, name in enumerate(choice_ids(request_id, n))}
+            for name in choice_ids(request_id, n):
+                self._drop(name)
+            running = {index: sink for index, sink in sinks.items() if sink is not None}
+            for index, sink in running.items():
+                _told(sink, Delta((), "", FinishReason.ABORT, index=index))
+            return bool(running)
+
+        return self.call(tell)
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End every request with an error, then the thread; then idle sessions go to the disk tier. Idempotent."""
@@ -204,6 +248,7 @@ class DrafterLoop:
         self._streams = DraftStreams(drafter)
         self._sinks: dict[str, DraftSink] = {}
         self._thread = DeviceThread("drafter", lambda: drafter.has_work, self._step, lambda _: self._sinks.clear())
+        self._compiling = _Compiling(drafter.grammars, self._thread)
         self.call = self._thread.call
 
     @property
@@ -225,8 +270,9 @@ class DrafterLoop:
         return self.call(add)
 
     def apply(self, stream: str, frame: DraftFrame) -> Future[None]:
-        """What one target says after one of its steps."""
-        return self.call(lambda: self._streams.apply(stream, frame))
+        """What one target says after one of its steps. The next one may be applied when the future is done."""
+        grammars = [opened.params.grammar for opened in frame.opens if opened.params.grammar is not None]
+        return self._compiling.before(lambda: self._streams.apply(stream, frame), grammars)
 
     def disconnect(self, stream: str) -> Future[None]:
         """A target's stream ended, however: forget its sequences, keep their KV as cache."""

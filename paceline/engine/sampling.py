@@ -103,7 +103,8 @@ def _guess_of(part: Scheduled) -> Guess:
 def rows_of(part: Scheduled) -> Rows:
     """How a part of a step draws."""
     sequence = part.sequence
-    return Rows(sequence.request.params, sequence.prompt_length, sequence.tokens, part.candidates, part.draws)
+    matcher = sequence.matcher
+    return Rows(sequence.request.params, sequence.prompt_length, sequence.tokens, part.candidates, part.draws, matcher)
 
 
 def _drawing_spans(step: list[Scheduled]) -> list[range]:

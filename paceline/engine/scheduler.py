@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from paceline.engine.attention import Window
+from paceline.engine.backlog import Backlog
 from paceline.engine.kv_cache import FORK_MIN_TOKENS, KVCache, KVEntry
 from paceline.engine.restores import Restores
 from paceline.engine.sequence import Sequence
@@ -83,6 +84,7 @@ class Scheduler:
     max_batched_tokens: int
     max_prefill_while_decoding: int | None = None
     restores: Restores | None = None
+    backlog: Backlog = field(default_factory=Backlog)
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
     _holds: dict[int, _Hold] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence, or one that lost its KV. Its history rebuilds it: its tokens stay the same."""
         insort(self.waiting, sequence, key=rank)
+        self.backlog.add(sequence.sequence_id, self._to_prefill(sequence))
 
     def admit(self) -> list[Sequence]:
         """Move sequences from waiting to running while there is room. Returns those that run for the first time."""
@@ -126,9 +129,14 @@ class Scheduler:
             budget = min(budget, self.max_prefill_while_decoding)
         return step + self._prefill(prompts, budget)
 
+    @property
+    def missing_tokens(self) -> int:
+        """Tokens running sequences have to compute before they can go on."""
+        return sum(sequence.pending for sequence in self.running if sequence.pending > 1)
+
     def prefill_ahead(self) -> int:
         """Prompt tokens the next step has room for beside its decodes, as far as that is known now."""
-        missing = sum(sequence.pending for sequence in self.running if sequence.pending > 1)
+        missing = self.missing_tokens
         if not missing:
             return 0
         decoding = sum(sequence.decoding for sequence in self.running)
@@ -159,12 +167,19 @@ class Scheduler:
         charged = sum(sequence.kv.charged for sequence in self.running)
         if charged != self.kv.usage().in_use:
             raise EngineError(f"running sequences hold {charged} KV tokens of {self.kv.usage()}")
+        self.backlog.check(sequence.sequence_id for sequence in self.waiting)
         if any(sequence.entry is not None for sequence in self.waiting) or len(self.running) > self.max_num_seqs:
             raise EngineError("a waiting sequence holds KV, or too many run")
         if not self._holds.keys() <= {sequence.sequence_id for sequence in self.waiting}:
             raise EngineError("a sequence that does not wait is held")
         if self.restores is not None:
             self.restores.check(self.waiting)
+
+    def _to_prefill(self, sequence: Sequence) -> int:
+        """An estimate: what is held may be gone by its turn, and what is below the KV cache may be back."""
+        if sequence.leader is not None:
+            return 1  # it takes its prompt over
+        return len(sequence.tokens) - self.kv.match(sequence.tokens, sequence.request.session_id, sequence.window)
 
     def _begin_restores(self) -> None:
         """Also for sequences whose turn is not yet."""
@@ -284,6 +299,7 @@ class Scheduler:
         at = bisect_left(self.waiting, rank(sequence), key=rank)
         if at < len(self.waiting) and self.waiting[at] is sequence:
             del self.waiting[at]
+            self.backlog.remove(sequence.sequence_id)
 
 
 def _room_for(sequence: Sequence) -> int:

@@ -10,8 +10,9 @@ from paceline.engine.detokenizer import Detokenizer
 from paceline.engine.kv_cache import KVEntry
 from paceline.errors import EngineError
 from paceline.sessions.window import StreamingWindow
+from paceline.speculation.grammar import Matcher
 from paceline.speculation.telemetry import SpeculationTally
-from paceline.types import Delta, FinishReason, Metrics, Request, TokenLogprobs
+from paceline.types import Delta, FinishReason, Metrics, Request, TokenLogprobs, Verified
 
 
 @dataclass(eq=False, slots=True)
@@ -20,12 +21,13 @@ class Sequence:
 
     `tokens` is the truth: prompt and output. Keys and values of a prefix of it are in `entry`; what they
     miss is `pending`, one token while decoding, more while (re)computing a prompt. `leader` is the sequence
-    that computes the same prompt, while it does.
+    that computes the same prompt, while it does. `matcher` follows the output, if a grammar binds it.
     """
 
     sequence_id: int
     request: Request
     detokenizer: Detokenizer | None
+    matcher: Matcher | None = None
     clock: Callable[[], float] = time.monotonic
     leader: Sequence | None = None
     tokens: list[int] = field(default_factory=list)
@@ -40,7 +42,8 @@ class Sequence:
     admitted: float = 0.0
     first_token: float = 0.0
     _emitted: int = 0
-    _text: str = ""
+    _texts: list[str] = field(default_factory=list)
+    _verified: Verified | None = None
     _logprobs: list[TokenLogprobs] = field(default_factory=list)
     _told_prompt: int = 0
 
@@ -114,11 +117,14 @@ class Sequence:
     def _ends_with(self, token: int, eos: frozenset[int]) -> bool:
         params = self.request.params
         if self.detokenizer is not None:
-            self._text += self.detokenizer.push(token)
+            self._texts.append(self.detokenizer.push(token))
         stopped = (token in eos and not params.ignore_eos) or token in params.stop_token_ids
+        if self.matcher is not None:
+            self.matcher.push(token)
+            stopped = stopped or self.matcher.complete
         if stopped or (self.detokenizer is not None and self.detokenizer.stopped):
             self.finish_reason = FinishReason.STOP
-        elif len(self.tokens) >= self.room:
+        elif len(self.tokens) >= self.room or (self.matcher is not None and self.matcher.failed):
             self.finish_reason = FinishReason.LENGTH
         return self.finished
 
@@ -126,16 +132,21 @@ class Sequence:
         """Of the tokens added last."""
         self._logprobs += found
 
+    def note_verified(self, source: str, drafted: int, accepted: int) -> None:
+        """Of the tokens added last, the first `accepted` were candidates."""
+        self._verified = Verified(source, drafted, accepted, sum(map(len, self._texts[:accepted])))
+
     def take_delta(self) -> Delta:
         """What was added since the last call; with the metrics if the sequence ended."""
-        new, text = tuple(self.tokens[self._emitted :]), self._text
+        new, text, verified = tuple(self.tokens[self._emitted :]), "".join(self._texts), self._verified
         logprobs, prompt = tuple(self._logprobs), tuple(self.prompt_logprobs[self._told_prompt :])
-        self._emitted, self._text, self._told_prompt = len(self.tokens), "", len(self.prompt_logprobs)
+        self._emitted, self._verified, self._told_prompt = len(self.tokens), None, len(self.prompt_logprobs)
+        self._texts.clear()
         self._logprobs.clear()
         if self.finished and self.detokenizer is not None:
             text += self.detokenizer.finish()
         metrics = self.metrics() if self.finished else None
-        return Delta(new, text, self.finish_reason, metrics, self.request.index, logprobs, prompt)
+        return Delta(new, text, self.finish_reason, metrics, self.request.index, logprobs, prompt, verified)
 
     def metrics(self) -> Metrics:
         prompt, now = self.prompt_length, self.clock()

@@ -2,12 +2,13 @@
 
     config.json           a Llama over the tokens kept
     model.safetensors     int8 `NAME.q` and fp16 `NAME.scale` for matrices, else fp32; `tokens.kept`, `tokens.nearest`
+    tokenizer.json.xz     the target's, by which grammars are compiled; a draft without it drafts none of their texts
     paceline_draft.json   whose draft it is, the tokenizer's fingerprint, measured figures, the command that made it
     README.md             the model card
 
 The draft knows a part of its target's vocabulary. `tokens.kept` [K] are the target's ids of the tokens it can draw,
-ascending; `tokens.nearest` [vocab] says for each of the target's ids which of the K it reads instead. The target's
-tokenizer stays with the target: a draft exchanges ids, and the fingerprint proves that they mean the same.
+ascending; `tokens.nearest` [vocab] says for each of the target's ids which of the K it reads instead. A draft exchanges
+ids with its target, and the fingerprint proves that they mean the same.
 
 A matrix is stored in groups of 32 consecutive inputs, w = scale * q with max|q| = 127 (GGML's Q8_0).
 """
@@ -15,6 +16,7 @@ A matrix is stored in groups of 32 consecutive inputs, w = scale * q with max|q|
 from __future__ import annotations
 
 import json
+import lzma
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 FILE = "paceline_draft.json"
 WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json.xz"
 FORMAT = 1
 GROUP = 32
 SHIPPED = "-draft"
@@ -71,9 +74,16 @@ def read_card(path: Path | str) -> DraftCard:
 
 
 def write_draft(
-    path: Path, model: PreTrainedModel, kept: torch.Tensor, nearest: torch.Tensor, card: DraftCard, readme: str
+    path: Path,
+    model: PreTrainedModel,
+    kept: torch.Tensor,
+    nearest: torch.Tensor,
+    card: DraftCard,
+    readme: str,
+    tokenizer: str | None = None,
 ) -> None:
-    """Fill an existing folder. The card comes last: without it the folder is no draft."""
+    """Fill an existing folder; `tokenizer` is the text of the target's tokenizer.json. The card comes last: without it
+    the folder is no draft."""
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {KEPT: kept.cpu().int(), NEAREST: nearest.cpu().int()}
@@ -88,6 +98,8 @@ def write_draft(
             tensors[name] = weight.contiguous()
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     model.config.save_pretrained(path)
+    if tokenizer is not None:
+        write_tokenizer(path, tokenizer)
     (path / "README.md").write_text(readme, encoding="utf-8")
     (path / FILE).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
 
@@ -126,6 +138,23 @@ def load_tokens(path: Path | str) -> tuple[torch.Tensor, torch.Tensor]:
     """The target's ids kept, int64 [K], and for each of its ids the one read instead, int64 [vocab]."""
     tensors = _tensors(path, (KEPT, NEAREST))
     return tensors[KEPT].long(), tensors[NEAREST].long()
+
+
+def write_tokenizer(path: Path, text: str) -> None:
+    """Into a draft's folder, packed."""
+    compact = json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
+    (path / TOKENIZER).write_bytes(lzma.compress(compact.encode(), preset=9 | lzma.PRESET_EXTREME))
+
+
+def load_tokenizer_text(path: Path | str) -> str | None:
+    """The target's tokenizer.json, None if the draft came without it. Raises ModelError."""
+    file = Path(path) / TOKENIZER
+    if not file.is_file():
+        return None
+    try:
+        return lzma.decompress(file.read_bytes()).decode()
+    except (OSError, lzma.LZMAError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}; make the draft again") from None
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

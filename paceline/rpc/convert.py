@@ -12,7 +12,7 @@ from paceline.speculation.frames import (
     Open,
     SparseRow,
 )
-from paceline.types import SamplingParams
+from paceline.types import Grammar, GrammarKind, SamplingParams
 from paceline.v1 import draft_pb2 as pb
 
 _REASONS = {
@@ -23,6 +23,12 @@ _REASONS = {
     DraftFailureReason.UNSUPPORTED: pb.DRAFT_FAILURE_REASON_UNSUPPORTED,
 }
 _REASONS_BACK = {wire: reason for reason, wire in _REASONS.items()}
+_KINDS: dict[GrammarKind, pb.DraftGrammarKind] = {
+    "json_schema": pb.DRAFT_GRAMMAR_KIND_JSON_SCHEMA,
+    "regex": pb.DRAFT_GRAMMAR_KIND_REGEX,
+    "lark": pb.DRAFT_GRAMMAR_KIND_LARK,
+}
+_KINDS_BACK = {wire: kind for kind, wire in _KINDS.items()}
 _SEED_MASK = 2**64 - 1
 _MAX_UINT32 = 2**32 - 1
 
@@ -137,7 +143,20 @@ def _sampling_to_proto(params: SamplingParams) -> pb.DraftSampling:
         logit_bias=params.bias,
         min_tokens=params.min_tokens,
         stop_token_ids=[token for token in masked if token <= _MAX_UINT32],  # beyond any vocabulary
+        grammar=_grammar_to_proto(params.grammar),
     )
+
+
+def _grammar_to_proto(grammar: Grammar | None) -> pb.DraftGrammar | None:
+    if grammar is None:
+        return None
+    return pb.DraftGrammar(kind=_KINDS[grammar.kind], source=grammar.source, ends=grammar.ends)
+
+
+def _grammar_from_proto(message: pb.DraftGrammar) -> Grammar:
+    """A kind that came after this version is one that cannot be compiled here: no text of Lark is empty."""
+    kind = _KINDS_BACK.get(message.kind)
+    return Grammar("lark", "") if kind is None else Grammar(kind, message.source, tuple(message.ends))
 
 
 def _window_to_proto(window: StreamingWindow | None) -> pb.StreamingWindow | None:
@@ -165,4 +184,5 @@ def _params_from_proto(opened: pb.Open) -> SamplingParams:
         logit_bias=dict(message.logit_bias),
         min_tokens=message.min_tokens,
         stop_token_ids=tuple(message.stop_token_ids),
+        grammar=_grammar_from_proto(message.grammar) if message.HasField("grammar") else None,
     )

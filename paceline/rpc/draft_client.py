@@ -13,6 +13,7 @@ import grpc
 
 from paceline.errors import DraftError
 from paceline.rpc import convert
+from paceline.rpc.draft_credentials import OPEN, DraftCredentials
 from paceline.rpc.mailbox import Mailbox
 from paceline.speculation.frames import DraftFrame, Hello
 from paceline.speculation.links import DraftLink
@@ -61,7 +62,8 @@ class DraftPool:
     until the drafter ends it, so that a draining one can finish.
     """
 
-    def __init__(self, proposer: RemoteProposer, hello: Hello) -> None:
+    def __init__(self, proposer: RemoteProposer, hello: Hello, credentials: DraftCredentials = OPEN) -> None:
+        self._credentials = credentials
         self._proposer = proposer
         self._hello = hello
         self._members: dict[str, str] = {}
@@ -120,8 +122,8 @@ class DraftPool:
         """One stream's whole life. Whether it was ever up; why it ended is noted."""
         up = False
         try:
-            async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-                call = DraftStub(channel).Speculate()
+            async with self._credentials.channel(address, CHANNEL_OPTIONS) as channel:
+                call = DraftStub(channel).Speculate(metadata=self._credentials.metadata())
                 try:
                     await self._greet(call)
                     up = True

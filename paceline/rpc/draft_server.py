@@ -12,6 +12,7 @@ import grpc
 
 from paceline.errors import DraftError, PacelineError
 from paceline.rpc import convert
+from paceline.rpc.draft_credentials import OPEN, DraftCredentials
 from paceline.rpc.mailbox import Mailbox
 from paceline.speculation.frames import Candidates, Hello
 from paceline.v1 import draft_pb2 as pb
@@ -39,7 +40,8 @@ SERVER_OPTIONS = [
 class DraftService(DraftServicer):
     """Serves `Draft.Speculate`. Knows its targets by their streams; a stream's end frees what it opened."""
 
-    def __init__(self, loop: DrafterLoop, hello: Hello) -> None:
+    def __init__(self, loop: DrafterLoop, hello: Hello, credentials: DraftCredentials = OPEN) -> None:
+        self.credentials = credentials
         self._loop = loop
         self._hello = hello
         self._names = itertools.count(1)
@@ -74,7 +76,12 @@ class DraftService(DraftServicer):
     async def _greet(
         self, requests: AsyncIterator[pb.DraftRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> str:
-        """Read the target's hello; end the stream unless ids mean the same on both sides. Returns its name."""
+        """Read the target's hello; end the stream unless it may be here and ids mean the same on both sides. Returns
+        its name."""
+        if not self.credentials.admits(context.invocation_metadata()):
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED, "this draft wants the token of its deployment; see draft.security"
+            )
         try:
             first = await asyncio.wait_for(anext(requests), HELLO_TIMEOUT_S)
         except (TimeoutError, StopAsyncIteration):
@@ -108,7 +115,7 @@ async def start_draft_server(service: DraftService, host: str, port: int = 0) ->
     add_DraftServicer_to_server(service, server)
     bracketed = f"[{host}]" if ":" in host else host
     try:
-        bound = server.add_insecure_port(f"{bracketed}:{port}")
+        bound = service.credentials.listen(server, f"{bracketed}:{port}")
     except RuntimeError as error:
         raise OSError(f"draft.port: cannot listen on {bracketed}:{port}") from error
     await server.start()

@@ -1,16 +1,27 @@
-"""Between the messages of inference.proto and Paceline's own types."""
+"""Requests of inference.proto as Paceline's own types. What cannot be one is refused by its field."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict
-from typing import Any
+import math
+from collections.abc import Sequence, Sized
+from typing import Any, Literal
 
-from paceline.api.prompts import ChatMessage
-from paceline.api.state import SessionInfo
-from paceline.errors import InvalidRequest
-from paceline.types import Accepted, Delta, FinishReason, Metrics, Request, SamplingParams, TokenLogprobs
+from paceline.errors import InvalidRequest, PacelineError
+from paceline.sessions.history import ChatMessage, ToolCall
+from paceline.types import Grammar, SamplingParams
 from paceline.v1 import inference_pb2 as pb
+
+MAX_MESSAGES = 1 << 16
+"""In one request. Far more fit into one of the largest size, and would take seconds to look at; the gateway's own bound
+(`limits.max_messages`) is lower."""
+MAX_TOKEN_IDS = 1 << 20
+"""In one list. The model's context is a closer bound, for who gets so far."""
+
+FIELDS = {"response_format": "grammar", "replica": "replica_id"}
+"""Names that the gateway has from HTTP, and the proto's."""
+TIMEOUT_KEY = "x-request-timeout"
+"""Invocation metadata that stands in for the field `timeout_seconds`."""
+MAX_DRAIN_S = 600.0
 
 _OPTIONAL_PARAMS = (
     "max_tokens",
@@ -30,16 +41,12 @@ _OPTIONAL_PARAMS = (
     "n_discard",
 )
 
-_REASONS = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
-}
-
 
 def params_from(message: pb.SamplingParams) -> SamplingParams:
     """Sampling parameters; an unset field has its default, an unset `max_tokens` means up to the context."""
     given: dict[str, Any] = {name: getattr(message, name) for name in _OPTIONAL_PARAMS if message.HasField(name)}
+    bounded("stop_token_ids", message.stop_token_ids, MAX_TOKEN_IDS)
+    bounded("logit_bias", message.logit_bias, MAX_TOKEN_IDS)
     return SamplingParams(
         **{"max_tokens": None, **given},
         stop=tuple(message.stop),
@@ -48,11 +55,33 @@ def params_from(message: pb.SamplingParams) -> SamplingParams:
         logit_bias=dict(message.logit_bias),
         min_tokens=message.min_tokens,
         include_stop_str_in_output=message.include_stop_str_in_output,
+        grammar=grammar_from(message),
     )
 
 
-def messages_from(messages: Iterable[pb.Message]) -> list[ChatMessage]:
-    return [ChatMessage(message.role, message.content) for message in messages]
+def grammar_from(message: pb.SamplingParams) -> Grammar | None:
+    """What the output must be a text of. Raises InvalidRequest if a grammar is sent with nothing in it."""
+    if not message.HasField("grammar"):
+        return None
+    kind: Literal["json_schema", "regex", "lark"] | None = message.grammar.WhichOneof("source")
+    if kind is None:
+        raise InvalidRequest("grammar: set json_schema, regex or lark", param="grammar")
+    return Grammar(kind, getattr(message.grammar, kind))
+
+
+def messages_from(messages: Sequence[pb.Message]) -> list[ChatMessage]:
+    """A conversation. Empty strings stand for what a message does not have. Raises InvalidRequest for too many."""
+    bounded("messages", messages, MAX_MESSAGES)
+    return [
+        ChatMessage(
+            message.role,
+            message.content,
+            message.name or None,
+            tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
+            message.tool_call_id or None,
+        )
+        for message in messages
+    ]
 
 
 def prompt_from(message: pb.GenerateRequest) -> str | tuple[int, ...]:
@@ -61,7 +90,7 @@ def prompt_from(message: pb.GenerateRequest) -> str | tuple[int, ...]:
         case "text":
             return message.text
         case "token_ids":
-            return tuple(message.token_ids.ids)
+            return ids_from("prompt", message.token_ids.ids)
         case _:
             raise InvalidRequest("prompt: set text or token_ids", param="prompt")
 
@@ -81,69 +110,48 @@ def speculation_from(message: pb.ChatRequest | pb.GenerateRequest) -> bool:
     return message.speculation if message.HasField("speculation") else True
 
 
-def started_event(request: Request, accepted: Accepted, synthetic_acceptance: float | None = None) -> pb.GenerateEvent:
-    return pb.GenerateEvent(
-        started=pb.Started(
-            request_id=request.request_id,
-            session_id=request.session_id or "",
-            replica_id=accepted.replica_id,
-            seed=accepted.seed,
-            prompt_tokens=len(request.token_ids),
-            synthetic_acceptance=synthetic_acceptance,
-            route=accepted.route,
-        )
-    )
+def ids_from(param: str, ids: Sequence[int]) -> tuple[int, ...]:
+    """Token ids as they were sent. Raises InvalidRequest for too many."""
+    bounded(param, ids, MAX_TOKEN_IDS)
+    return tuple(ids)
 
 
-def delta_events(delta: Delta, counted: Metrics) -> list[pb.GenerateEvent]:
-    """The tokens of one engine step, the end, or both. `counted` stands in for metrics the replica left out."""
-    events = []
-    if delta.token_ids or delta.text:
-        tokens = pb.Tokens(
-            token_ids=delta.token_ids,
-            text=delta.text,
-            index=delta.index,
-            logprobs=[_logprobs_message(entry) for entry in delta.logprobs],
-            prompt_logprobs=[_logprobs_message(entry) for entry in delta.prompt_logprobs],
-        )
-        events.append(pb.GenerateEvent(tokens=tokens))
-    if delta.finish_reason is not None:
-        usage = usage_message(delta.metrics or counted)
-        finished = pb.Finished(reason=_REASONS[delta.finish_reason], usage=usage, index=delta.index)
-        events.append(pb.GenerateEvent(finished=finished))
-    return events
+def timeout_from(message: pb.ChatRequest | pb.GenerateRequest, metadata: str | None) -> float | None:
+    """The client's own limit in seconds: the field's, else the metadata's `x-request-timeout`; None if it has none.
+
+    Raises InvalidRequest.
+    """
+    named, given = "timeout_seconds", message.timeout_seconds if message.HasField("timeout_seconds") else None
+    if given is None and metadata is not None:
+        named = TIMEOUT_KEY
+        try:
+            given = float(metadata)
+        except ValueError:
+            given = math.nan
+    if given is not None and not (given > 0 and math.isfinite(given)):
+        raise InvalidRequest(f"{named}: must be a number of seconds above 0", param=named)
+    return given
 
 
-def _logprobs_message(entry: TokenLogprobs) -> pb.TokenLogprobs:
-    return pb.TokenLogprobs(
-        token_id=entry.token_id,
-        logprob=entry.logprob,
-        rank=entry.rank,
-        top=[pb.TopLogprob(token_id=token, logprob=logprob) for token, logprob in entry.top],
-    )
+def drain_timeout_from(message: pb.DrainRequest) -> float | None:
+    """How long to wait for turns under way, in seconds; None leaves it to the server. Raises InvalidRequest."""
+    if not message.HasField("timeout_seconds"):
+        return None
+    if not 0 <= message.timeout_seconds <= MAX_DRAIN_S:
+        raise InvalidRequest(f"timeout_seconds: must be from 0 to {MAX_DRAIN_S:g}", param="timeout_seconds")
+    return message.timeout_seconds
 
 
-def usage_message(metrics: Metrics) -> pb.Usage:
-    return pb.Usage(
-        prompt_tokens=metrics.prompt_tokens,
-        cached_tokens=metrics.cached_tokens,
-        completion_tokens=metrics.completion_tokens,
-        drafted_tokens=metrics.drafted,
-        accepted_tokens=metrics.accepted,
-        late_drafts=metrics.late,
-        steps=metrics.steps,
-        queue_seconds=metrics.queue_s,
-        ttft_seconds=metrics.ttft_s,
-        total_seconds=metrics.total_s,
-        wasted_drafts=metrics.wasted,
-        resumptions=metrics.resumptions,
-        sources=[
-            pb.SourceUsage(source=each.source, drafted=each.drafted, accepted=each.accepted, wasted=each.wasted)
-            for each in metrics.sources
-        ],
-    )
+def in_own_words(error: PacelineError) -> PacelineError:
+    """The error with the field's name as the proto has it."""
+    if error.param not in FIELDS:
+        return error
+    named, rest = FIELDS[error.param], error.message.removeprefix(error.param)
+    message = f"{named}{rest}" if rest != error.message else rest
+    return type(error)(message, param=named, retry_after=error.retry_after)
 
 
-def session_message(session: SessionInfo) -> pb.Session:
-    told = {name: value for name, value in asdict(session).items() if value is not None}
-    return pb.Session(**told)
+def bounded(param: str, items: Sized, limit: int) -> None:
+    """Raise InvalidRequest if there are more."""
+    if len(items) > limit:
+        raise InvalidRequest(f"{param}: at most {limit} entries, got {len(items)}", param=param)

@@ -21,6 +21,7 @@ class Mailbox(Generic[T]):
         self._items: deque[T] = deque()
         self._lock = threading.Lock()
         self._wake = asyncio.Event()
+        self._signalled = False
         self._ended: str | None = None
 
     def put(self, item: T) -> bool:
@@ -33,7 +34,9 @@ class Mailbox(Generic[T]):
             if self._ended is None:
                 self._items.append(item)
             overflowed = bool(self._ended)
-        self._signal()
+            asleep, self._signalled = not self._signalled, True
+        if asleep:  # a wake-up is a system call, and several items may come before the reader is there
+            self._signal()
         return not overflowed
 
     def close(self) -> None:
@@ -47,6 +50,7 @@ class Mailbox(Generic[T]):
         while True:
             with self._lock:
                 self._wake.clear()
+                self._signalled = False
                 items = list(self._items)
                 self._items.clear()
                 ended = self._ended

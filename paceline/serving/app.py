@@ -3,11 +3,13 @@
 # No `from __future__ import annotations` here: Ray Serve reads the builder's annotation to check `args:`.
 
 import ray
+from pydantic import SecretStr
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 
 from paceline.config import AppSettings
+from paceline.rpc.draft_credentials import new_token
 from paceline.serving import bundles
 from paceline.serving.draft import Draft
 from paceline.serving.router import Router
@@ -27,8 +29,10 @@ SPARE_REQUESTS = 16
 def build(args: AppSettings) -> Application:
     """Router, Target and, unless there are none, Draft. Raises ConfigError for ranks that cannot work."""
     bundles.check(args, ray.nodes() if ray.is_initialized() else None)
-    draft = _draft(args)
-    target = _target(args, draft is not None)
+    # Drafts and targets of one deployment know each other by it; neither settings nor status have it.
+    token = new_token() if args.draft.security.mode == "auto" else None
+    draft = _draft(args, token)
+    target = _target(args, draft is not None, token)
     router = serve.deployment(
         serve.ingress()(Router),
         name=ROUTER,
@@ -41,7 +45,7 @@ def build(args: AppSettings) -> Application:
     return router.bind(args, target, draft) if draft is not None else router.bind(args, target)
 
 
-def _target(args: AppSettings, with_drafts: bool) -> Application:
+def _target(args: AppSettings, with_drafts: bool, token: SecretStr | None) -> Application:
     engine = args.target.engine
     return serve.deployment(
         Target,
@@ -56,10 +60,10 @@ def _target(args: AppSettings, with_drafts: bool) -> Application:
             request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
         ),
         **bundles.options(args.target),
-    ).bind(args, "Draft" if with_drafts and args.speculation.enabled else None, ROUTER)
+    ).bind(args, "Draft" if with_drafts and args.speculation.enabled else None, ROUTER, token)
 
 
-def _draft(args: AppSettings) -> Application | None:
+def _draft(args: AppSettings, token: SecretStr | None) -> Application | None:
     if args.draft.num_replicas == 0:
         return None
     return serve.deployment(
@@ -70,4 +74,4 @@ def _draft(args: AppSettings) -> Application | None:
         graceful_shutdown_timeout_s=SHUTDOWN_S + args.sessions.handoff_timeout_s,
         request_router_config=RequestRouterConfig(request_router_class=SessionRouter),  # knows calls for one replica
         **bundles.options(args.draft),
-    ).bind(args)
+    ).bind(args, token)

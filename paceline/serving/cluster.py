@@ -8,9 +8,11 @@ import io
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,17 +21,10 @@ from paceline.errors import ConfigError, PacelineError, Unavailable
 from paceline.hardware import usable_cores
 from paceline.ports import ALL_INTERFACES, require_free
 from paceline.serving import bundles
+from paceline.serving.environment import ray_environment
 
 DEPLOY_TIMEOUT_S = 900.0
 POLL_S = 0.25
-RAY_ENVIRONMENT = {
-    # Without an explicit mode ray.init turns token authentication on and writes a token into the home folder.
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Replicas share cores here: threads spin briefly while they wait (about 30 us), then make way.
-    "GOMP_SPINCOUNT": "1000",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +61,8 @@ class LocalCluster:
             self.stop()
             raise
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-        return Endpoints(f"http://{shown}:{http_port}", f"{shown}:{grpc_port}")
+        scheme = "https" if http.get("ssl_certfile") else "http"
+        return Endpoints(f"{scheme}://{shown}:{http_port}", f"{shown}:{grpc_port}")
 
     def stop(self) -> None:
         """Serve first, so that replicas end gracefully; then Ray."""
@@ -82,6 +78,9 @@ class LocalCluster:
                 serve.shutdown()
             finally:
                 ray.shutdown()
+                self._folder.cleanup()
+                for name in self._set:
+                    os.environ.pop(name, None)
 
     def scale(self, deployment: str, num_replicas: int, timeout_s: float = DEPLOY_TIMEOUT_S) -> None:
         """Apply the config again with another number of replicas of one deployment; the others stay as they are.
@@ -112,8 +111,10 @@ class LocalCluster:
 
     def _start_ray(self) -> None:
         self._on_status("starting Ray")
-        for name, value in RAY_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        self._folder = tempfile.TemporaryDirectory(prefix="paceline-")
+        environment = ray_environment(self._config.get("http_options") or {}, Path(self._folder.name))
+        self._set = {name: value for name, value in environment.items() if name not in os.environ}
+        os.environ.update(self._set)
         import ray
 
         self._started = True

@@ -7,10 +7,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import ray
+from pydantic import SecretStr
 from ray import serve
 
 from paceline.config import AppSettings
 from paceline.models import resolve
+from paceline.rpc.draft_credentials import DraftCredentials
 from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.serving.draft_exchange import DraftExchange
 from paceline.serving.peers import KV_IDENTITY, ServePeers
@@ -35,7 +37,10 @@ class Draft:
     and talk to it directly: no frame goes through a Serve handle.
     """
 
-    async def __init__(self, settings: AppSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: AppSettings, token: SecretStr | None = None
+    ) -> None:
+        credentials = DraftCredentials.of(settings.draft.security, token)
         context = serve.get_replica_context()
         self.replica_id: str = context.replica_id.unique_id
         self._ranks = await Ranks.start(settings.draft, settings.draft_model)
@@ -45,7 +50,8 @@ class Draft:
             if self._ranks is not None:
                 await self._ranks.stop()
             raise
-        self._service = DraftService(self._loop, Hello(self.replica_id, settings.draft_model, model.fingerprint))
+        hello = Hello(self.replica_id, settings.draft_model, model.fingerprint)
+        self._service = DraftService(self._loop, hello, credentials)
         self._kv_identity = model.kv_identity
         self._exchange = DraftExchange(
             self.replica_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -10,17 +11,22 @@ from typing import Any
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
+from paceline.api.access import Access
 from paceline.api.gateway import Gateway
+from paceline.api.keys import open_keys
 from paceline.api.routes import create_app
 from paceline.config import AppSettings
 from paceline.models import load_config, load_tokenizer, resolve
 from paceline.models.positions import shift_refusal
-from paceline.rpc.inference_service import InferenceHandlers
+from paceline.rpc.inference_access import InferenceAccess
 from paceline.serving.handles import ServeTargets
 from paceline.sessions.handoff import Move
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.stores import open_store
+from paceline.types import Grammar
 from paceline.v1 import inference_pb2 as pb
+
+logger = logging.getLogger(__name__)
 
 
 class Router:
@@ -33,7 +39,10 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: AppSettings, target: DeploymentHandle, draft: DeploymentHandle | None = None
     ) -> None:
-        self._cors_allow_origins = settings.cors_allow_origins
+        self._settings = settings
+        self._keys = await asyncio.to_thread(open_keys, settings.api_keys)
+        if self._keys is None:
+            logger.warning("no api_keys are configured: whoever reaches the HTTP or gRPC port may use it")
         tokenizer, windows = await asyncio.to_thread(_load, settings)
         self._targets = ServeTargets(target, draft)
         self._gateway = Gateway(
@@ -48,52 +57,100 @@ class Router:
             max_resumptions=settings.max_resumptions,
             store=await asyncio.to_thread(open_store, settings.sessions.store, settings.sessions.ttl_s),
             tool_call_parser=settings.tool_call_parser,
+            check_grammar=_check_grammar,
+            limits=settings.limits,
         )
-        self._rpc = InferenceHandlers(self._gateway)
+        self._rpc = InferenceAccess(self._gateway, self._keys)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        # Serve's proxy adds the request ids.
-        return create_app(self._gateway, request_ids=False, cors_allow_origins=self._cors_allow_origins)
+        access = None if self._keys is None else Access(self._keys, self._settings.api_keys)
+        return create_app(
+            self._gateway,
+            request_ids=False,  # Serve's proxy adds them
+            limits=self._settings.limits,
+            access=access,
+            cors_allow_origins=self._settings.cors_allow_origins,
+        )
 
     async def moved(self, moves: list[Move]) -> None:
         """A target tells of sessions it hands over."""
         await self._targets.moved(moves)
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: Any) -> AsyncIterator[pb.GenerateEvent]:
-        async with aclosing(self._rpc.Chat(request, grpc_context)) as events:
-            async for event in events:
-                yield event
+        with self._rpc.admitted(grpc_context) as handlers:
+            async with aclosing(handlers.Chat(request, grpc_context)) as events:
+                async for event in events:
+                    yield event
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: Any) -> AsyncIterator[pb.GenerateEvent]:
-        async with aclosing(self._rpc.Generate(request, grpc_context)) as events:
-            async for event in events:
-                yield event
+        with self._rpc.admitted(grpc_context) as handlers:
+            async with aclosing(handlers.Generate(request, grpc_context)) as events:
+                async for event in events:
+                    yield event
+
+    async def Abort(self, request: pb.AbortRequest, grpc_context: Any) -> pb.AbortResponse:
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Abort(request, grpc_context)
 
     async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: Any) -> pb.TokenizeResponse:
-        return await self._rpc.Tokenize(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Tokenize(request, grpc_context)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, grpc_context: Any) -> pb.DetokenizeResponse:
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Detokenize(request, grpc_context)
 
     async def ListModels(self, request: pb.ListModelsRequest, grpc_context: Any) -> pb.ListModelsResponse:
-        return await self._rpc.ListModels(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.ListModels(request, grpc_context)
 
     async def CreateSession(self, request: pb.CreateSessionRequest, grpc_context: Any) -> pb.Session:
-        return await self._rpc.CreateSession(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.CreateSession(request, grpc_context)
 
     async def ForkSession(self, request: pb.ForkSessionRequest, grpc_context: Any) -> pb.Session:
-        return await self._rpc.ForkSession(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.ForkSession(request, grpc_context)
 
     async def ListSessions(self, request: pb.ListSessionsRequest, grpc_context: Any) -> pb.ListSessionsResponse:
-        return await self._rpc.ListSessions(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.ListSessions(request, grpc_context)
 
     async def GetSession(self, request: pb.GetSessionRequest, grpc_context: Any) -> pb.Session:
-        return await self._rpc.GetSession(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.GetSession(request, grpc_context)
 
     async def CloseSession(self, request: pb.CloseSessionRequest, grpc_context: Any) -> pb.CloseSessionResponse:
-        return await self._rpc.CloseSession(request, grpc_context)
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.CloseSession(request, grpc_context)
+
+    async def MoveSession(self, request: pb.MoveSessionRequest, grpc_context: Any) -> pb.Session:
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.MoveSession(request, grpc_context)
+
+    async def Status(self, request: pb.StatusRequest, grpc_context: Any) -> pb.StatusResponse:
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Status(request, grpc_context)
+
+    async def Relieve(self, request: pb.RelieveRequest, grpc_context: Any) -> pb.RelieveResponse:
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Relieve(request, grpc_context)
+
+    async def Drain(self, request: pb.DrainRequest, grpc_context: Any) -> pb.DrainResponse:
+        with self._rpc.admitted(grpc_context) as handlers:
+            return await handlers.Drain(request, grpc_context)
 
     async def __del__(self) -> None:
         """Awaited by Serve on a graceful shutdown, also of a replica that is still loading."""
         if hasattr(self, "_gateway"):
             await self._gateway.close()
+            await self._targets.close()
+
+
+def _check_grammar(grammar: Grammar) -> None:
+    from paceline.speculation.grammar import check_grammar  # imports torch; the application builder does without
+
+    check_grammar(grammar)
 
 
 def _load(settings: AppSettings) -> tuple[Any, WindowRules]:

@@ -6,19 +6,27 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import ray
+from pydantic import SecretStr
 from ray import serve
 
 from paceline.config import AppSettings
-from paceline.errors import PacelineError
+from paceline.errors import PacelineError, Unavailable
 from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
+from paceline.rpc.draft_credentials import DraftCredentials
+from paceline.rpc.frame_codec import Named
+from paceline.rpc.frame_feed import Feeds, start_feed_server
+from paceline.rpc.mailbox import Mailbox
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.exchange import Exchange
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
+from paceline.serving.streams import OpenStream
 from paceline.sessions.handoff import Bound, Move, Outcome, Receipt, Room
 from paceline.sessions.placement import Route
 from paceline.sessions.prefixes import sketch
@@ -39,23 +47,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FEED_LOST = Unavailable("the way from the replica to the router was lost; send it again")
 MAX_ADVERTISED_SESSIONS = 512
 MAX_ADVERTISED_ENTRIES = 128
+MAX_QUEUED_PREFILL_S = 30.0
+"""What may wait, at the pace of this replica, where the settings leave it to it: about as long as a person would."""
 
 
 class Target:
     """Verifies, holds sessions, answers. Decorated and bound by `paceline.serving.app.build`."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: AppSettings, draft_deployment: str | None, router_deployment: str
+        self,
+        settings: AppSettings,
+        draft_deployment: str | None,
+        router_deployment: str,
+        token: SecretStr | None = None,
     ) -> None:
         self._settings = settings
+        self._token = token
         self._context = serve.get_replica_context()
         self.replica_id: str = self._context.replica_id.unique_id
         self._proposer: RemoteProposer | None = None
         self._pool: DraftPool | None = None
         self._watch: ReplicaWatch | None = None
         self._idle = IdleWatch()
+        self._feeds = Feeds()
         self._ranks: Ranks | None = None
         self._ranks = await Ranks.start(settings.target, settings.model)
         try:
@@ -71,6 +88,8 @@ class Target:
             within_s=settings.sessions.handoff_timeout_s,
             grace_s=settings.target.drain_timeout_s,
         )
+        host = ray.util.get_node_ip_address() if settings.target.host == "auto" else settings.target.host
+        self._feed_server, self._feed_address = await start_feed_server(self._feeds, host, settings.target.port)
 
     async def _set_up(self, draft_deployment: str | None) -> None:
         self._model = await loading(self._ranks, asyncio.to_thread(_load, self._settings, self._ranks))
@@ -89,40 +108,50 @@ class Target:
             rejection=speculation.verification == "rejection",
         )
         hello = Hello(self.replica_id, self._settings.model, self._model.fingerprint)
-        self._pool = DraftPool(self._proposer, hello)
+        credentials = DraftCredentials.of(self._settings.draft.security, self._token)
+        self._pool = DraftPool(self._proposer, hello, credentials)
         self._watch = ReplicaWatch(self._context.app_name, deployment, "address", self._pool.set_members)
 
-    async def generate(self, request: Request, route: Route | None = None) -> AsyncIterator[Frame]:
-        """Accepted, then a delta per step; or a Failure. Closing the generator frees everything at once.
+    async def generate(self, request: Request, route: Route | None = None, router: str = "") -> AsyncIterator[Frame]:
+        """Accepted, then a delta per step, here or in the feed that `router` has; or a Failure. Closing the generator
+        frees everything at once.
 
         `route` says why the request came here, as whoever routed it filled it in.
         """
         request = replace(request, params=request.params.with_seed())
-        events = asyncio.get_running_loop()
-        left = len(request.choices())
-        with self._exchange.streams.open(request) as stream:
-            frames = stream.frames
+        with self._exchange.streams.open(request) as stream, self._carried(stream, router) as feed:
             try:
                 await self._exchange.arrival(request.session_id)
-                await asyncio.wrap_future(
-                    self._loop.submit(request, lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
-                )
-                assert request.params.seed is not None
-                reason = route.told_by(self.replica_id) if route is not None else ""
-                yield Accepted(self.replica_id, request.params.seed, len(request.token_ids), reason)
-                while left:
-                    frame = await frames.get()
-                    if isinstance(frame, Failure):
-                        yield frame
-                        break
-                    left -= frame.finished
+                await asyncio.wrap_future(self._loop.submit(request, stream.sink(feed)))
+                yield self._accepted(request, route, fed=feed is not None)
+                while (frame := await stream.frames.get()) is not None:
                     yield frame
+                    if isinstance(frame, Failure):
+                        break
             except PacelineError as error:
-                left = 0
+                stream.left = 0
                 yield Failure.of(error, self.replica_id)
             finally:
-                if left:
+                if stream.left:
                     self._loop.abort(request.request_id, request.params.n)
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request with FinishReason.ABORT; whether it ran here."""
+        ran = False
+        for stream in self._exchange.streams.named(request_id):
+            ran |= await asyncio.wrap_future(self._loop.end(stream.request.request_id, stream.request.params.n))
+        return ran
+
+    def _carried(self, stream: OpenStream, router: str) -> AbstractContextManager[Mailbox[Named] | None]:
+        """The feed that the frames of this stream go to, if the router has one; a loss of it ends the stream."""
+        streams = self._exchange.streams
+        return self._feeds.carrying(router, lambda: streams.fail(stream, FEED_LOST, self.replica_id))
+
+    def _accepted(self, request: Request, route: Route | None, *, fed: bool) -> Accepted:
+        assert request.params.seed is not None
+        reason = route.told_by(self.replica_id) if route is not None else ""
+        tokens = len(request.token_ids)
+        return Accepted(self.replica_id, request.params.seed, tokens, reason, self._feed_address, fed)
 
     async def sessions(self) -> list[tuple[str, str, int, bool, int, str]]:
         """(session, replica, tokens held, running, their bytes, tier) of every session held here."""
@@ -168,12 +197,14 @@ class Target:
             "pid": os.getpid(),
             "running": engine.num_running,
             "waiting": engine.num_waiting,
+            "queued_prefill_tokens": engine.queued_prefill_tokens,
             "kv_tokens_total": usage.total,
             "kv_tokens_in_use": usage.in_use,
             "kv_tokens_cached": usage.cached,
             "sessions": sum(each.tier == "device" for each in await self._sessions()),
             "drafted_tokens": engine.tally.drafted,
             "accepted_tokens": engine.tally.accepted,
+            "routers_fed": len(self._feeds.routers),
             "drafters_connected": 0,
             "speculation": self._speculation(),
             "handoff": self._exchange.numbers(),
@@ -247,6 +278,8 @@ class Target:
         """Awaited by Serve on a graceful shutdown, after the last request."""
         if hasattr(self, "_exchange"):  # it may be called while __init__ is still loading
             await self._exchange.finish()
+        if hasattr(self, "_feed_server"):
+            await self._feed_server.stop(grace=None)
         if self._watch is not None:
             self._watch.stop()
         if self._pool is not None:
@@ -271,4 +304,7 @@ def _load(settings: AppSettings, ranks: Ranks | None) -> LoadedModel:
 def _start(model: LoadedModel, proposer: RemoteProposer | None, settings: AppSettings) -> EngineLoop:
     from paceline.engine.loop import EngineLoop
 
-    return EngineLoop(model.engine(proposer, settings.speculation, sessions=settings.sessions))
+    engine = model.engine(
+        proposer, settings.speculation, sessions=settings.sessions, max_queued_prefill_s=MAX_QUEUED_PREFILL_S
+    )
+    return EngineLoop(engine)

@@ -1,7 +1,7 @@
 """From rows of logits to tokens, for the target and for the draft alike: history in, token ids out.
 
-    logits ── min_tokens, logit_bias, penalties ── temperature, top-k, top-p, min-p ── coupled noise ──► token
-              (this module; they need the history)  (processing)                        (coupling)
+    logits ── min_tokens, bias, penalties, grammar ── temperature, top-k, top-p, min-p ── coupled noise ──► token
+              (this module; they need the history)    (processing)                        (coupling)
 
 Inside a verification window each row has its own history: the tokens agreed on, then the candidates above
 it. Row by row that is what plain decoding would see, so speculation changes nothing about the draw.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from paceline.speculation import coupling
+from paceline.speculation.grammar import Matcher
 from paceline.types import SamplingParams, TokenLogprobs
 
 
@@ -23,7 +24,7 @@ class Rows:
     """The `count` consecutive rows of logits that draw tokens of one sequence.
 
     The last row draws the token after `tokens` and `following`, each row above it one token earlier. The
-    first `prompt_length` of `tokens` are the prompt.
+    first `prompt_length` of `tokens` are the prompt. The `matcher` of the parameters' grammar has followed `tokens`.
     """
 
     params: SamplingParams
@@ -31,12 +32,18 @@ class Rows:
     tokens: Sequence[int]
     following: Sequence[int] = ()
     count: int = 1
+    matcher: Matcher | None = None
 
     @property
     def positions(self) -> range:
         """Of the tokens drawn, from the start of the prompt."""
         end = len(self.tokens) + len(self.following)
         return range(end - self.count + 1, end + 1)
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether logits are changed before temperature and filters."""
+        return self.params.adjusts or self.matcher is not None
 
     @property
     def settled(self) -> int:
@@ -90,28 +97,28 @@ def adjust_all(logits: torch.Tensor, batch: Sequence[Rows]) -> torch.Tensor:
     adjusted, start = logits.float().clone(), 0
     for rows in batch:
         end = start + rows.count
-        if rows.params.adjusts:
+        if rows.adjusted:
             adjusted[start:end] = adjust(logits[start:end], rows)
         start = end
     return adjusted
 
 
 def adjust(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Logits after min_tokens, bias and penalties: float32 [count, vocab]; the same tensor if none is set.
+    """Logits after min_tokens, bias, penalties and grammar: float32 [count, vocab]; the same tensor if none is set.
 
     Order and formulas are vLLM's; the repetition penalty is also Transformers' (Keskar et al. 1909.05858).
     """
     params = rows.params
-    if not params.adjusts:
+    if not rows.adjusted:
         return logits
-    logits = logits.float().clone()
+    own, logits = logits, logits.float().clone()
     _mask_ends(logits, rows)
     for token, bias in params.bias.items():
         if token < logits.shape[-1]:
             logits[:, token] += bias
     if params.penalizes:
         logits = _penalized(logits, rows)
-    return logits
+    return logits if rows.matcher is None else _within_grammar(logits, own, rows, rows.matcher)
 
 
 def logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
@@ -131,7 +138,7 @@ def logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Toke
 
 
 def _adjusting(batch: Sequence[Rows]) -> bool:
-    return any(rows.params.adjusts for rows in batch)
+    return any(rows.adjusted for rows in batch)
 
 
 def _mask_ends(logits: torch.Tensor, rows: Rows) -> None:
@@ -140,6 +147,17 @@ def _mask_ends(logits: torch.Tensor, rows: Rows) -> None:
     ends = [token for token in rows.params.stop_token_ids if token < logits.shape[-1]]
     if missing > 0 and ends:
         logits[:missing, ends] = -torch.inf
+
+
+def _within_grammar(logits: torch.Tensor, own: torch.Tensor, rows: Rows, matcher: Matcher) -> torch.Tensor:
+    """-inf for what the grammar refuses. Where min_tokens left nothing else, the grammar wins: its tokens get the
+    model's `own` logits."""
+    refused = matcher.refused(rows.following, rows.count, logits.shape[-1]).to(logits.device)
+    masked = logits.masked_fill_(refused, -torch.inf)
+    if not rows.params.min_tokens:
+        return masked
+    empty = masked.amax(dim=-1, keepdim=True) == -torch.inf
+    return torch.where(empty, own.float().masked_fill(refused, -torch.inf), masked)
 
 
 def _penalized(logits: torch.Tensor, rows: Rows) -> torch.Tensor:

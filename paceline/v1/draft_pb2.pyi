@@ -7,6 +7,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class DraftGrammarKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DRAFT_GRAMMAR_KIND_UNSPECIFIED: _ClassVar[DraftGrammarKind]
+    DRAFT_GRAMMAR_KIND_JSON_SCHEMA: _ClassVar[DraftGrammarKind]
+    DRAFT_GRAMMAR_KIND_REGEX: _ClassVar[DraftGrammarKind]
+    DRAFT_GRAMMAR_KIND_LARK: _ClassVar[DraftGrammarKind]
+
 class DraftFailureReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DRAFT_FAILURE_REASON_UNSPECIFIED: _ClassVar[DraftFailureReason]
@@ -15,6 +22,10 @@ class DraftFailureReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DRAFT_FAILURE_REASON_BUSY: _ClassVar[DraftFailureReason]
     DRAFT_FAILURE_REASON_INTERNAL: _ClassVar[DraftFailureReason]
     DRAFT_FAILURE_REASON_UNSUPPORTED: _ClassVar[DraftFailureReason]
+DRAFT_GRAMMAR_KIND_UNSPECIFIED: DraftGrammarKind
+DRAFT_GRAMMAR_KIND_JSON_SCHEMA: DraftGrammarKind
+DRAFT_GRAMMAR_KIND_REGEX: DraftGrammarKind
+DRAFT_GRAMMAR_KIND_LARK: DraftGrammarKind
 DRAFT_FAILURE_REASON_UNSPECIFIED: DraftFailureReason
 DRAFT_FAILURE_REASON_UNKNOWN_SEQUENCE: DraftFailureReason
 DRAFT_FAILURE_REASON_BASE_MISMATCH: DraftFailureReason
@@ -75,7 +86,7 @@ class StreamingWindow(_message.Message):
     def __init__(self, ctx_size: _Optional[int] = ..., n_keep: _Optional[int] = ..., n_discard: _Optional[int] = ...) -> None: ...
 
 class DraftSampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "stop_token_ids")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "stop_token_ids", "grammar")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +105,7 @@ class DraftSampling(_message.Message):
     LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -105,7 +117,18 @@ class DraftSampling(_message.Message):
     logit_bias: _containers.ScalarMap[int, float]
     min_tokens: int
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    grammar: DraftGrammar
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[_Union[DraftGrammar, _Mapping]] = ...) -> None: ...
+
+class DraftGrammar(_message.Message):
+    __slots__ = ("kind", "source", "ends")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    kind: DraftGrammarKind
+    source: str
+    ends: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, kind: _Optional[_Union[DraftGrammarKind, str]] = ..., source: _Optional[str] = ..., ends: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Advance(_message.Message):
     __slots__ = ("sequence", "base", "tokens", "depth")

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """Missing associated documentation comment in .proto file."""
+    """Large language models: answers, the sessions they belong to, and the replicas that compute them.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -44,10 +45,20 @@ class InferenceStub:
                 request_serializer=paceline_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=paceline_dot_v1_dot_inference__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/paceline.v1.Inference/Abort',
+                request_serializer=paceline_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_inference__pb2.AbortResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/paceline.v1.Inference/Tokenize',
                 request_serializer=paceline_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=paceline_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/paceline.v1.Inference/Detokenize',
+                request_serializer=paceline_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/paceline.v1.Inference/ListModels',
@@ -79,10 +90,31 @@ class InferenceStub:
                 request_serializer=paceline_dot_v1_dot_inference__pb2.CloseSessionRequest.SerializeToString,
                 response_deserializer=paceline_dot_v1_dot_inference__pb2.CloseSessionResponse.FromString,
                 _registered_method=True)
+        self.MoveSession = channel.unary_unary(
+                '/paceline.v1.Inference/MoveSession',
+                request_serializer=paceline_dot_v1_dot_inference__pb2.MoveSessionRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_inference__pb2.Session.FromString,
+                _registered_method=True)
+        self.Status = channel.unary_unary(
+                '/paceline.v1.Inference/Status',
+                request_serializer=paceline_dot_v1_dot_inference__pb2.StatusRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_inference__pb2.StatusResponse.FromString,
+                _registered_method=True)
+        self.Relieve = channel.unary_unary(
+                '/paceline.v1.Inference/Relieve',
+                request_serializer=paceline_dot_v1_dot_inference__pb2.RelieveRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_inference__pb2.RelieveResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/paceline.v1.Inference/Drain',
+                request_serializer=paceline_dot_v1_dot_inference__pb2.DrainRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_inference__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Large language models: answers, the sessions they belong to, and the replicas that compute them.
+    """
 
     def Chat(self, request, context):
         """One turn of a conversation. The stream's first event is `started`, its last `finished`; with n > 1 there
@@ -99,14 +131,30 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Abort(self, request, context):
+        """Ends a request that any client runs on any router. Its stream ends with FINISH_REASON_ABORT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Token ids of a text, or of a conversation as Chat would render it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of token ids.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The models served.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -133,13 +181,45 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetSession(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """One of them.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CloseSession(self, request, context):
         """Drops the session's KV cache and its history. Closing a session nobody holds is NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveSession(self, request, context):
+        """Hands a session's KV cache to another replica, where its next turn goes. NOT_FOUND if no replica holds any, ABORTED
+        if a turn is under way, UNAVAILABLE if no replica can take it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Status(self, request, context):
+        """The replicas, how busy they are, what speculation brings.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Relieve(self, request, context):
+        """Hands some of a target replica's idle sessions, those used last, to the others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Hands all sessions of a target replica to the others, those that are being answered once their turn is over. The
+        replica stays in service and may be given new ones: to be rid of it, lower the number of replicas; it then drains
+        by itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,10 +238,20 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=paceline_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=paceline_dot_v1_dot_inference__pb2.GenerateEvent.SerializeToString,
             ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=paceline_dot_v1_dot_inference__pb2.AbortRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_inference__pb2.AbortResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=paceline_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
                     response_serializer=paceline_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=paceline_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -193,6 +283,26 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=paceline_dot_v1_dot_inference__pb2.CloseSessionRequest.FromString,
                     response_serializer=paceline_dot_v1_dot_inference__pb2.CloseSessionResponse.SerializeToString,
             ),
+            'MoveSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveSession,
+                    request_deserializer=paceline_dot_v1_dot_inference__pb2.MoveSessionRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_inference__pb2.Session.SerializeToString,
+            ),
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=paceline_dot_v1_dot_inference__pb2.StatusRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_inference__pb2.StatusResponse.SerializeToString,
+            ),
+            'Relieve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Relieve,
+                    request_deserializer=paceline_dot_v1_dot_inference__pb2.RelieveRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_inference__pb2.RelieveResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=paceline_dot_v1_dot_inference__pb2.DrainRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_inference__pb2.DrainResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'paceline.v1.Inference', rpc_method_handlers)
@@ -202,7 +312,8 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """Missing associated documentation comment in .proto file."""
+    """Large language models: answers, the sessions they belong to, and the replicas that compute them.
+    """
 
     @staticmethod
     def Chat(request,
@@ -259,6 +370,33 @@ class Inference:
             _registered_method=True)
 
     @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.Inference/Abort',
+            paceline_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
+            paceline_dot_v1_dot_inference__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Tokenize(request,
             target,
             options=(),
@@ -275,6 +413,33 @@ class Inference:
             '/paceline.v1.Inference/Tokenize',
             paceline_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
             paceline_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.Inference/Detokenize',
+            paceline_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            paceline_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -437,6 +602,114 @@ class Inference:
             '/paceline.v1.Inference/CloseSession',
             paceline_dot_v1_dot_inference__pb2.CloseSessionRequest.SerializeToString,
             paceline_dot_v1_dot_inference__pb2.CloseSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.Inference/MoveSession',
+            paceline_dot_v1_dot_inference__pb2.MoveSessionRequest.SerializeToString,
+            paceline_dot_v1_dot_inference__pb2.Session.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.Inference/Status',
+            paceline_dot_v1_dot_inference__pb2.StatusRequest.SerializeToString,
+            paceline_dot_v1_dot_inference__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Relieve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.Inference/Relieve',
+            paceline_dot_v1_dot_inference__pb2.RelieveRequest.SerializeToString,
+            paceline_dot_v1_dot_inference__pb2.RelieveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.Inference/Drain',
+            paceline_dot_v1_dot_inference__pb2.DrainRequest.SerializeToString,
+            paceline_dot_v1_dot_inference__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -117,6 +117,10 @@ class ScriptedTargets(Targets):
                 self.held[n] = replace(session, replica_id="target-9")
         return outcome
 
+    async def abort(self, request_id: str) -> bool:
+        """Of every request it ever got."""
+        return any(request.request_id == request_id for request in self.requests)
+
     async def status(self) -> ClusterStatus:
         return self.cluster
 

@@ -211,3 +211,11 @@ async def test_a_refusal_does_not_echo_a_whole_input(text: str) -> None:
     with pytest.raises(PacelineError) as caught:
         await gateway().prepare_chat(HI, FREE, model=text)
     assert len(caught.value.message) < 200
+
+
+async def test_more_messages_than_are_taken_are_refused_whoever_brings_them() -> None:
+    encoder = PromptEncoder(tokenizer(), max_messages=2, max_chars=10)
+    with pytest.raises(InvalidRequest, match="messages: at most 2 in one request, got 3"):
+        await encoder.chat([*HI, *HI, *HI])
+    with pytest.raises(InvalidRequest, match="messages: 11 characters are more than are taken here, 10"):
+        await encoder.chat([ChatMessage("user", "x" * 11)])

@@ -62,6 +62,35 @@ async def test_a_fork_is_a_session_of_its_own() -> None:
     assert {card["session_id"] for card in listed} == {"s", "t", unnamed["session_id"], "s/1", "s2"}
 
 
+async def test_what_was_said_in_a_session_can_be_read() -> None:
+    async with http() as client:
+        await made(client, session_id="a/b", messages=[{"role": "system", "content": "be brief"}])
+        await client.post("/v1/sessions/a/b/turns", json={"messages": HI})
+        said = (await client.get("/v1/sessions/a/b/messages")).json()["data"]
+    assert [(message["role"], message["content"]) for message in said] == [
+        ("system", "be brief"),
+        ("user", "hi"),
+        ("assistant", "Hello"),
+    ]
+
+
+async def test_calls_of_tools_are_read_as_they_are_sent() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    said = [
+        {"role": "user", "content": "the time?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "noon", "tool_call_id": "c1"},
+    ]
+    async with http() as client:
+        await made(client, session_id="s", messages=said)
+        assert (await client.get("/v1/sessions/s/messages")).json()["data"] == said
+
+
+async def test_nothing_was_said_in_a_session_nobody_knows() -> None:
+    async with http() as client:
+        assert (await client.get("/v1/sessions/nobody/messages")).json()["error"]["code"] == "session_not_found"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "code"),
     [

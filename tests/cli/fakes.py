@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
+from urllib.parse import unquote
 
 MODEL = "tiny"
 DEFAULT_STATUS = {
@@ -58,14 +59,35 @@ def answer_events(
 
 
 class FakeServer:
-    """Answers from `answers`, one after the other, and remembers the bodies it was sent in `requests`."""
+    """Answers from `answers`, one after the other, and remembers the bodies it was sent in `requests`, `paths` and
+    `headers` beside them. `sessions` and `said`, by session, are what it stores."""
 
     def __init__(self) -> None:
         self.answers: list[Sequence[Mapping[str, Any]] | Refusal] = []
         self.requests: list[dict[str, Any]] = []
         self.status: Any = DEFAULT_STATUS
         self.models: Any = {"object": "list", "data": [{"id": MODEL}]}
+        self.sessions: list[dict[str, Any]] = []
+        self.said: dict[str, list[tuple[str, str]]] = {}
+        self.paths: list[str] = []
+        self.headers: list[Mapping[str, str]] = []
         self.url = ""
+
+    def page(self, path: str) -> Refusal:
+        """What is found under a path."""
+        name = unquote(path.removeprefix("/v1/sessions/").removesuffix("/messages"))
+        cards = {card["session_id"]: card for card in self.sessions}
+        if path == "/v1/sessions":
+            found: Any = {"data": self.sessions}
+        elif path.endswith("/messages") and name in self.said:
+            found = {"data": [{"role": role, "content": content} for role, content in self.said[name]]}
+        elif path.startswith("/v1/sessions/") and not path.endswith("/messages") and name in cards:
+            found = cards[name]
+        elif path.startswith("/v1/sessions/"):
+            return refusal(404, "session_not_found", f"nobody holds {name}")
+        else:
+            found = {"/status": self.status, "/v1/models": self.models}.get(path)
+        return Refusal(404, b"nothing here") if found is None else Refusal(200, json.dumps(found).encode())
 
 
 @contextmanager
@@ -87,12 +109,16 @@ def serving(server: FakeServer) -> Iterator[FakeServer]:
 def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = {"/status": server.status, "/v1/models": server.models}.get(self.path)
-            self._send(Refusal(404, b"nothing here") if body is None else Refusal(200, json.dumps(body).encode()))
+            self._send(server.page(self.path))
 
         def do_POST(self) -> None:
+            server.paths.append(self.path)
+            server.headers.append(dict(self.headers.items()))
             server.requests.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            found = server.answers.pop(0)
+            found = {"session_id": "forked"} if self.path.endswith("/fork") else server.answers.pop(0)
+            if isinstance(found, dict):
+                self._send(Refusal(200, json.dumps(found).encode()))
+                return
             if isinstance(found, Refusal):
                 self._send(found)
                 return

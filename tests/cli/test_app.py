@@ -48,6 +48,7 @@ def test_the_commands_are(run: Run) -> None:
         "distill",
         "estimate",
         "models",
+        "keys",
         "bench",
     ]
 

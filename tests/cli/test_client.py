@@ -5,8 +5,16 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from paceline.cli.client import ChatOptions, Client, Message, sse_events
-from paceline.errors import ConfigError, EngineError, InvalidRequest, Overloaded, PacelineError, Unavailable
+from paceline.cli.client import ChatOptions, Client, Message, Step, sse_events
+from paceline.errors import (
+    ConfigError,
+    EngineError,
+    InvalidRequest,
+    Overloaded,
+    PacelineError,
+    Unavailable,
+    UnknownSession,
+)
 from paceline.ports import free_ports
 from paceline.types import Metrics
 from tests.cli.fakes import FakeServer, Refusal, answer_events, refusal
@@ -169,3 +177,65 @@ def test_sse_skips_comments_and_other_fields() -> None:
 def test_sse_refuses_what_is_not_json() -> None:
     with pytest.raises(Unavailable, match="not JSON"):
         list(sse_events(iter(["data: {"])))
+
+
+def test_a_key_is_sent_as_a_bearer_token(server: FakeServer) -> None:
+    server.answers = [answer_events()]
+    with Client(server.url, api_key="sk-1") as client:
+        ask(client)
+    assert {name.lower(): value for name, value in server.headers[0].items()}["authorization"] == "Bearer sk-1"
+
+
+def test_the_key_may_come_from_the_environment(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paceline.cli.client.secret", {"PACELINE_API_KEY": "sk-2"}.get)
+    server.answers = [answer_events()]
+    with Client(server.url) as client:
+        ask(client)
+    assert {name.lower(): value for name, value in server.headers[0].items()}["authorization"] == "Bearer sk-2"
+
+
+def test_a_key_no_header_can_hold_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--api-key: not printable ASCII"):
+        Client("http://x", api_key="schlüssel")
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "remedy"),
+    [
+        (401, {}, "give a key with --api-key or in PACELINE_API_KEY"),
+        (403, {}, "this API key does not allow it; give another one"),
+        (429, {}, "try again shortly"),
+        (429, {"retry_after": "7"}, "try again in 7 s"),
+    ],
+)
+def test_a_refusal_names_its_remedy(
+    client: Client, server: FakeServer, status: int, headers: dict[str, str], remedy: str
+) -> None:
+    server.answers = [refusal(status, "whatever", "no", **headers)]
+    assert failure_of(client).message == f"no; {remedy}"
+
+
+def test_an_appended_turn_goes_to_the_session(client: Client, server: FakeServer) -> None:
+    server.answers = [answer_events()]
+    client.chat(HELLO, ChatOptions("a b/c"), ignore, append=True)
+    assert server.paths == ["/v1/sessions/a%20b%2Fc/turns"]
+    assert "session_id" not in server.requests[0]
+
+
+def test_what_each_step_brought_is_told(client: Client, server: FakeServer) -> None:
+    events = answer_events(["Par"])
+    events[1]["paceline"] = {"token_ids": [1, 2, 3], "verified": {"source": "remote", "drafted": 4, "accepted": 2}}
+    server.answers = [events]
+    steps: list[Step] = []
+    client.chat(HELLO, ChatOptions(), ignore, on_step=steps.append)
+    assert steps == [Step(3, drafted=4, accepted=2)]
+
+
+def test_messages_of_a_session_are_read(client: Client, server: FakeServer) -> None:
+    server.said = {"a/b": [("user", "hi"), ("assistant", "hello")]}
+    assert client.messages("a/b") == [Message("user", "hi"), Message("assistant", "hello")]
+
+
+def test_an_unknown_session_is_said_so(client: Client) -> None:
+    with pytest.raises(UnknownSession):
+        client.messages("nobody")

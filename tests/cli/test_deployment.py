@@ -134,3 +134,39 @@ def test_local_cpu_reserves_no_more_than_two_cores() -> None:
     settings = read_deployment(LOCAL_CPU, Overrides()).settings
     reserved = sum(part.num_replicas * part.num_cpus for part in (settings.target, settings.draft))
     assert reserved + settings.num_routers <= 2
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    for name in ("cert.pem", "key.pem"):
+        (folder / name).touch()
+    return folder / "cert.pem", folder / "key.pem"
+
+
+def test_certificate_and_key_go_to_the_http_port(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    options = read_deployment(None, Overrides(tls_cert=cert, tls_key=key)).config["http_options"]
+    assert (options["ssl_certfile"], options["ssl_keyfile"]) == (str(cert), str(key))
+
+
+def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
+    cert, _ = certificate(tmp_path)
+    with pytest.raises(ConfigError, match="give both"):
+        read_deployment(None, Overrides(tls_cert=cert))
+    with pytest.raises(ConfigError, match="no such file"):
+        read_deployment(None, Overrides(tls_cert=cert, tls_key=tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "told"),
+    [
+        ("0.0.0.0", {}, "whoever reaches 0.0.0.0:8000"),
+        ("127.0.0.1", {}, "gRPC port 9000 listens on every interface"),
+        ("0.0.0.0", {"file": "keys.yaml"}, None),
+    ],
+)
+def test_a_server_that_is_open_to_strangers_says_so(
+    host: str, keys: dict[str, str], told: str | None, tmp_path: Path
+) -> None:
+    file = config_file(tmp_path, args={"api_keys": keys})
+    why = read_deployment(file, Overrides(host=host)).open_to_strangers
+    assert why is None if told is None else told in str(why)

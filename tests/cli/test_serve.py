@@ -110,3 +110,7 @@ def test_ctrl_c_during_the_start_exits_with_130(run: Run, cluster: FakeCluster, 
 
 def test_a_missing_config_is_one_line(run: Run, cluster: FakeCluster) -> None:
     assert run("serve", "nowhere.yaml").err == "error: nowhere.yaml: no such config file\n"
+
+
+def test_a_server_without_keys_warns(served: Outcome) -> None:
+    assert "WARNING: there are no API keys" in served.out

@@ -74,7 +74,7 @@ def test_training_improves_acceptance(made: Outcome) -> None:
 
 def test_nothing_but_the_draft_is_left(made: Outcome) -> None:
     names = {path.name for path in made.path.iterdir()}
-    assert names == {"README.md", "config.json", "model.safetensors", "paceline_draft.json"}
+    assert names == {"README.md", "config.json", "model.safetensors", "paceline_draft.json", "tokenizer.json.xz"}
 
 
 def test_the_card_has_the_tokenizers_fingerprint(made: Outcome, target: Path) -> None:

@@ -5,6 +5,7 @@ That text is kept (tests.distill.continuations), so the draft runs alone here.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from paceline.config import DEFAULT_DRAFT, DEFAULT_MODEL
 from paceline.distill.draft import DraftBody, Tokens
 from paceline.distill.measure import Acceptance, agreements, by_category, steps
 from paceline.models import ModelFiles, load_tokenizer, resolve, tokenizer_fingerprint
-from paceline.models.draft_folder import load_draft, load_tokens, read_card
+from paceline.models.draft_folder import load_draft, load_tokenizer_text, load_tokens, read_card
+from paceline.speculation.grammar import tokenizer_text
 from tests.distill import continuations
 
 MADE = {
@@ -85,3 +87,10 @@ def test_an_engine_takes_the_steps_that_were_counted(
     taken = sum(each.steps for each in metrics)
     counted = sum(steps(agreed, 4) for agreed in agreements(body, tokens, texts))
     assert taken == pytest.approx(counted, rel=0.05)
+
+
+def test_it_compiles_grammars_as_its_target_does(folder: Path, smollm2: ModelFiles) -> None:
+    text = load_tokenizer_text(folder)
+    target = tokenizer_text(load_tokenizer(smollm2.path))
+    assert text is not None and target is not None
+    assert json.loads(text) == json.loads(target)

@@ -56,7 +56,8 @@ class LaunchingRunner(ModelRunner):
     ) -> Launched | None:
         if sum(len(window.token_ids) for window in windows) > self.most_rows:
             return None
-        if any(each.params.adjusts for each in rows):  # what was drawn before is not known
+        # What was drawn before is not known.
+        if any(each.params.adjusts or (each.matcher and feeds is not None) for each in rows):
             return None
         before = self._last
         if feeds is not None:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import pytest
 from paceline.engine.loop import DrafterLoop, EngineLoop
 from paceline.errors import DraftError, EngineError, InvalidRequest, Unavailable
 from paceline.speculation.frames import Advance, Candidates, DraftFailureReason, DraftFrame, Open
-from paceline.types import Delta, Failure, Request, SamplingParams
-from tests import tiny
+from paceline.speculation.grammar import Grammars
+from paceline.types import Delta, Failure, FinishReason, Grammar, Request, SamplingParams
+from tests import schemas, tiny
 
 MODEL = tiny.tiny_llama()
 PROMPT = tiny.prompt(9)
@@ -460,3 +462,82 @@ def test_an_abandoned_drafter_refuses_its_streams(drafting: DrafterLoop) -> None
     with pytest.raises(Unavailable, match="rank 1 was lost"):
         waiting.result(0)
     gate.open()
+
+
+def test_an_ended_request_s_listener_hears_that_it_was_aborted(loop: EngineLoop) -> None:
+    listener = Listener()
+    gate = Gate(loop)
+    loop.submit(request("r", n=2, seed=1, max_tokens=400), listener)
+    ended = loop.end("r", 2)
+    again = loop.end("r", 2)
+    gate.open()
+    assert (ended.result(PATIENCE_S), again.result(PATIENCE_S)) == (True, False)
+    assert listener.heard == [Delta((), "", FinishReason.ABORT, index=index) for index in range(2)]
+    assert loop.call(loop.engine.kv.usage).result(PATIENCE_S).in_use == 0
+
+
+class SlowGrammars(Grammars):
+    """Compiles when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(schemas.tokenizer().to_str(), schemas.EOS)
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def compile(self, grammar: Grammar) -> None:
+        self.asked.set()
+        assert self.go.wait(PATIENCE_S)
+        super().compile(grammar)
+
+
+BOUND = SamplingParams(seed=3, max_tokens=20, grammar=Grammar("regex", "[ab]{5}"))
+
+
+@pytest.fixture
+def compiling() -> Iterator[tuple[EngineLoop, SlowGrammars]]:
+    engine = tiny.engine_for(tiny.tiny_llama(vocab_size=310), decoder=schemas.Text())
+    grammars = engine.grammars = SlowGrammars()
+    made = EngineLoop(engine)
+    yield made, grammars
+    grammars.go.set()
+    made.stop()
+
+
+def test_streams_run_while_a_grammar_is_compiled(compiling: tuple[EngineLoop, SlowGrammars]) -> None:
+    loop, grammars = compiling
+    bound, free = Listener(), Listener()
+    queued = loop.submit(Request("bound", PROMPT, BOUND), bound)
+    assert grammars.asked.wait(PATIENCE_S)
+    loop.submit(Request("free", PROMPT, SamplingParams(temperature=0, max_tokens=5)), free).result(PATIENCE_S)
+    assert (len(free.tokens), queued.done()) == (5, False)
+    grammars.go.set()
+    queued.result(PATIENCE_S)
+    assert set(schemas.tokenizer().decode(bound.tokens)) <= {"a", "b"}
+
+
+def test_a_request_cancelled_while_its_grammar_is_compiled_never_runs(
+    compiling: tuple[EngineLoop, SlowGrammars],
+) -> None:
+    loop, grammars = compiling
+    queued = loop.submit(Request("bound", PROMPT, BOUND), Listener())
+    assert grammars.asked.wait(PATIENCE_S)
+    assert queued.cancel()
+    grammars.go.set()
+    # The worker has one job after the other, and the device's thread takes what it hands over in order.
+    loop.submit(Request("next", PROMPT, replace(BOUND, grammar=Grammar("regex", "c"))), Listener()).result(PATIENCE_S)
+    assert loop.call(lambda: "bound" in loop.engine._by_request).result(PATIENCE_S) is False
+
+
+def test_a_wrong_grammar_is_the_submitters_error(compiling: tuple[EngineLoop, SlowGrammars]) -> None:
+    loop, grammars = compiling
+    grammars.go.set()
+    with pytest.raises(InvalidRequest, match="grammar"):
+        loop.submit(Request("r", PROMPT, replace(BOUND, grammar=Grammar("regex", "("))), Listener()).result(PATIENCE_S)
+
+
+def test_a_drafter_refuses_a_grammar_it_cannot_compile(drafting: DrafterLoop) -> None:
+    heard: list[Candidates] = []
+    drafting.connect("s", heard.extend).result(PATIENCE_S)
+    drafting.apply("s", DraftFrame((Open(4, PROMPT, BOUND, 2, len(PROMPT)),))).result(PATIENCE_S)
+    drafting.call(lambda: None).result(PATIENCE_S)
+    drafting.stop()
+    assert heard == [Candidates(4, len(PROMPT), failure=DraftFailureReason.UNSUPPORTED)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from paceline.engine.engine import Engine
 from paceline.speculation.frames import Advance
 from paceline.speculation.proposer import Proposal, Proposer, Source, Wanted
-from paceline.types import Metrics, SamplingParams, SourceMetrics
+from paceline.types import Delta, Metrics, SamplingParams, SourceMetrics, Verified
 from tests import tiny
 
 MODEL = tiny.tiny_llama()
@@ -54,6 +54,18 @@ def metrics(engine: Engine, **params: object) -> Metrics:
     return last.metrics
 
 
+def deltas(busy: Engine) -> list[Delta]:
+    busy.add(tiny.request(PROMPT, max_tokens=13))
+    return [delta for _, delta in tiny.deltas(busy)]
+
+
+class Letters:
+    """One letter a token, so that characters of the text count its tokens."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return "x" * len(token_ids)
+
+
 def engine(proposer: Prophet, **options: object) -> Engine:
     return tiny.engine_for(MODEL, depth=3, proposer=proposer, **options)  # type: ignore[arg-type]
 
@@ -61,6 +73,23 @@ def engine(proposer: Prophet, **options: object) -> Engine:
 def test_acceptance_is_told_by_source_and_place() -> None:
     """13 tokens: one with the prompt, then four steps of three candidates and one token more, the last cut short."""
     assert metrics(engine(Prophet())).sources == (SourceMetrics("remote", (3, 3, 3), (3, 3, 3)),)
+
+
+def test_a_delta_says_which_of_its_tokens_were_candidates() -> None:
+    first, second, *_ = deltas(engine(Prophet(right=2), decoder=Letters()))
+    assert (first.verified, len(first.token_ids)) == (None, 1)
+    assert second.verified == Verified("remote", drafted=3, accepted=2, chars=2)
+    assert len(second.token_ids) == len(second.text) == 3
+
+
+def test_a_delta_without_candidates_says_nothing_of_them() -> None:
+    assert {delta.verified for delta in deltas(engine(Prophet(late=True)))} == {None}
+
+
+def test_of_a_run_that_ends_the_output_only_what_was_taken_counts() -> None:
+    taken = [(len(delta.token_ids), delta.verified) for delta in deltas(engine(Prophet()))]
+    assert all(found.accepted <= tokens for tokens, found in taken if found is not None)
+    assert sum(tokens for tokens, _ in taken) == 13
 
 
 def test_a_refused_candidate_takes_those_behind_it_along() -> None:

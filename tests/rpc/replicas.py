@@ -9,6 +9,7 @@ from typing import Any
 
 from paceline.engine.loop import DrafterLoop, EngineLoop
 from paceline.rpc.draft_client import DraftPool
+from paceline.rpc.draft_credentials import OPEN, DraftCredentials
 from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.speculation.frames import Hello
 from paceline.speculation.remote import RemoteProposer
@@ -35,9 +36,11 @@ async def until(condition: Callable[[], object]) -> None:
 class DraftReplica:
     """A drafter, its thread and its server, on a port that stays the same."""
 
-    def __init__(self, model: Any = MODEL, fingerprint: str = FINGERPRINT) -> None:
+    def __init__(
+        self, model: Any = MODEL, fingerprint: str = FINGERPRINT, credentials: DraftCredentials = OPEN
+    ) -> None:
         self.loop = DrafterLoop(tiny.drafter_for(model))
-        self.service = DraftService(self.loop, Hello("draft", "tiny-draft", fingerprint))
+        self.service = DraftService(self.loop, Hello("draft", "tiny-draft", fingerprint), credentials)
         self.address = ""
 
     async def start(self) -> None:
@@ -53,8 +56,10 @@ class DraftReplica:
 
 
 @asynccontextmanager
-async def draft_replica(model: Any = MODEL, fingerprint: str = FINGERPRINT) -> AsyncIterator[DraftReplica]:
-    made = DraftReplica(model, fingerprint)
+async def draft_replica(
+    model: Any = MODEL, fingerprint: str = FINGERPRINT, credentials: DraftCredentials = OPEN
+) -> AsyncIterator[DraftReplica]:
+    made = DraftReplica(model, fingerprint, credentials)
     await made.start()
     try:
         yield made
@@ -66,9 +71,9 @@ async def draft_replica(model: Any = MODEL, fingerprint: str = FINGERPRINT) -> A
 class TargetReplica:
     """An engine in its thread, fed by a pool of draft streams."""
 
-    def __init__(self, name: str = "target", timeout_s: float = LONG_S) -> None:
+    def __init__(self, name: str = "target", timeout_s: float = LONG_S, credentials: DraftCredentials = OPEN) -> None:
         self.proposer = RemoteProposer(timeout_s)
-        self.pool = DraftPool(self.proposer, Hello(name, "tiny-target", FINGERPRINT))
+        self.pool = DraftPool(self.proposer, Hello(name, "tiny-target", FINGERPRINT), credentials)
         self.loop = EngineLoop(tiny.engine_for(MODEL, proposer=self.proposer))
 
     async def connect(self, *addresses: str) -> None:
@@ -93,8 +98,10 @@ class TargetReplica:
 
 
 @asynccontextmanager
-async def target_replica(name: str = "target", timeout_s: float = LONG_S) -> AsyncIterator[TargetReplica]:
-    made = TargetReplica(name, timeout_s)
+async def target_replica(
+    name: str = "target", timeout_s: float = LONG_S, credentials: DraftCredentials = OPEN
+) -> AsyncIterator[TargetReplica]:
+    made = TargetReplica(name, timeout_s, credentials)
     try:
         yield made
     finally:

@@ -6,16 +6,9 @@ import pytest
 
 from paceline.api.state import SessionInfo
 from paceline.errors import InvalidRequest
-from paceline.rpc.inference_convert import (
-    delta_events,
-    input_from,
-    params_from,
-    prompt_from,
-    session_message,
-    speculation_from,
-    started_event,
-)
-from paceline.types import Accepted, Delta, FinishReason, Metrics, Request, SamplingParams, TokenLogprobs
+from paceline.rpc.inference_convert import input_from, params_from, prompt_from, speculation_from
+from paceline.rpc.inference_events import delta_events, session_message, started_event
+from paceline.types import Accepted, Delta, FinishReason, Metrics, Request, SamplingParams, TokenLogprobs, Verified
 from paceline.v1 import inference_pb2 as pb
 
 
@@ -92,6 +85,16 @@ def test_tokens_carry_their_log_probabilities_and_their_output() -> None:
         top=[pb.TopLogprob(token_id=7, logprob=-0.25), pb.TopLogprob(token_id=5, logprob=-0.5)],
     )
     assert event.tokens == pb.Tokens(token_ids=[5], text="x", index=3, logprobs=[told], prompt_logprobs=[told, told])
+
+
+def test_accepted_candidates_are_told() -> None:
+    (event,) = delta_events(Delta((5, 6), "xy", verified=Verified("local", drafted=4, accepted=1, chars=1)), Metrics())
+    assert event.tokens.verified == pb.Verified(source="local", drafted=4, accepted=1, chars=1)
+
+
+def test_a_step_without_candidates_tells_none() -> None:
+    (event,) = delta_events(Delta((5,), "x"), Metrics())
+    assert not event.tokens.HasField("verified")
 
 
 def test_a_wrong_parameter_is_named() -> None:

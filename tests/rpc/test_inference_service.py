@@ -4,103 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
+from google.protobuf.json_format import MessageToDict
 
-from paceline.errors import Overloaded, PacelineError, RequestTimeout, Unavailable
-from paceline.rpc.inference_service import InferenceHandlers, RpcFailed
-from paceline.types import Failure
+from paceline.api import ClusterStatus, SessionInfo
+from paceline.errors import (
+    InvalidRequest,
+    Overloaded,
+    PacelineError,
+    RequestTimeout,
+    SessionConflict,
+    Unavailable,
+    UnknownSession,
+)
+from paceline.rpc.inference_server import MAX_MESSAGE_BYTES
+from paceline.rpc.inference_service import InferenceHandlers
+from paceline.sessions.handoff import BUSY, Outcome
+from paceline.types import Delta, Failure, FinishReason
 from paceline.v1 import inference_pb2 as pb
-from paceline.v1 import inference_pb2_grpc as pb_grpc
-from tests.api.scripted import HELLO, MODEL, Hang, ScriptedTargets, gateway, tokenizer
+from tests.api.scripted import ACCEPTED, HELLO, MODEL, Hang, ScriptedTargets, gateway, tokenizer
+from tests.rpc.served import OPTIONS, failed, refused, serving, stub_of
 
 PATIENCE_S = 20.0
-UNARY = ("Tokenize", "ListModels", "CreateSession", "ForkSession", "ListSessions", "GetSession", "CloseSession")
 HI = [pb.Message(role="user", content="hi")]
-
-
-class Context:
-    """What Ray Serve hands a deployment: metadata in, code and details out, and no abort."""
-
-    def __init__(self, metadata: Iterable[tuple[str, str]] = ()) -> None:
-        self.metadata = list(metadata)
-        self.code: grpc.StatusCode | None = None
-        self.details = ""
-
-    def invocation_metadata(self) -> list[tuple[str, str]]:
-        return self.metadata
-
-    def set_code(self, code: grpc.StatusCode) -> None:
-        self.code = code
-
-    def set_details(self, details: str) -> None:
-        self.details = details
-
-
-class Servicer(pb_grpc.InferenceServicer):
-    """Registers the handlers with grpc.aio, as Serve's proxy does with its own server."""
-
-    def __init__(self, handlers: InferenceHandlers) -> None:
-        for name in ("Chat", "Generate"):
-            setattr(self, name, self._streaming(getattr(handlers, name)))
-        for name in UNARY:
-            setattr(self, name, self._unary(getattr(handlers, name)))
-
-    @staticmethod
-    def _streaming(handler: Any) -> Any:
-        async def method(request: Any, context: Any) -> AsyncIterator[Any]:
-            ours = Context(context.invocation_metadata())
-            try:
-                async for event in handler(request, grpc_context=ours):
-                    yield event
-            except RpcFailed:
-                await context.abort(ours.code, ours.details)
-
-        return method
-
-    @staticmethod
-    def _unary(handler: Any) -> Any:
-        async def method(request: Any, context: Any) -> Any:
-            ours = Context(context.invocation_metadata())
-            try:
-                return await handler(request, grpc_context=ours)
-            except RpcFailed:
-                await context.abort(ours.code, ours.details)
-
-        return method
-
-
-@asynccontextmanager
-async def stub_of(targets: ScriptedTargets | None = None, **options: Any) -> AsyncIterator[Any]:
-    server = grpc.aio.server()
-    handlers = InferenceHandlers(gateway(targets, **options))
-    pb_grpc.add_InferenceServicer_to_server(Servicer(handlers), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)]) as channel:
-            yield pb_grpc.InferenceStub(channel)
-    finally:
-        await server.stop(None)
 
 
 async def chat(targets: ScriptedTargets, metadata: Any = None, **fields: Any) -> list[pb.GenerateEvent]:
     async with stub_of(targets) as stub:
         return [event async for event in stub.Chat(pb.ChatRequest(**{"messages": HI, **fields}), metadata=metadata)]
-
-
-async def failed(call: Any) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
-        else:
-            await call
-    return caught.value.code(), caught.value.details()
 
 
 async def test_a_chat_is_started_then_tokens_then_finished() -> None:
@@ -281,18 +217,6 @@ async def test_an_unexpected_error_says_nothing_and_is_logged(caplog: pytest.Log
     assert "secret" in caplog.text
 
 
-async def test_the_error_raised_to_the_server_carries_nothing_of_the_inside() -> None:
-    context = Context()
-    with pytest.raises(RpcFailed) as caught:
-        async for _ in InferenceHandlers(gateway(ScriptedTargets([RuntimeError("secret")]))).Chat(
-            pb.ChatRequest(messages=HI), context
-        ):
-            pass
-    assert str(caught.value) == context.details == "internal error"
-    assert caught.value.__cause__ is None
-    assert caught.value.__suppress_context__
-
-
 async def test_the_deadline_of_the_request_ends_the_work() -> None:
     targets = ScriptedTargets([*HELLO[:2], Hang()])
     async with stub_of(targets, timeout_s=0.01) as stub:
@@ -313,7 +237,206 @@ async def test_a_client_that_cancels_ends_the_work() -> None:
 
 async def test_closing_the_handlers_generator_closes_the_replicas() -> None:
     targets = ScriptedTargets()
-    events = InferenceHandlers(gateway(targets)).Chat(pb.ChatRequest(messages=HI), Context())
+    context = Mock(**{"invocation_metadata.return_value": ()})
+    events = InferenceHandlers(gateway(targets)).Chat(pb.ChatRequest(messages=HI), context)
     await anext(events)
     await events.aclose()
     assert targets.ended == ["closed"]
+
+
+async def test_a_stream_that_fails_says_so_in_an_event_and_in_its_status() -> None:
+    async with stub_of(ScriptedTargets([*HELLO[:2], Failure.of(Overloaded("full", retry_after=2.5))])) as stub:
+        call = stub.Chat(pb.ChatRequest(messages=HI))
+        events = []
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for event in call:
+                events.append(event)  # noqa: PERF401 (the ones before the error count)
+    assert events[-1].failed == pb.Failed(code="rate_limit_exceeded", message="full", retry_after_seconds=2.5)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_an_error_tells_its_code_field_and_pause_in_its_details() -> None:
+    async with stub_of(ScriptedTargets([Failure.of(Overloaded("full", retry_after=2.5))])) as stub:
+        full = await refused(stub.Chat(pb.ChatRequest(messages=HI)))
+        wrong = await refused(stub.Chat(pb.ChatRequest(messages=HI, sampling=pb.SamplingParams(top_p=7))))
+        unknown = await refused(stub.GetSession(pb.GetSessionRequest(session_id="x")))
+    assert (type(full), full.retry_after, full.param) == (Overloaded, 2.5, None)
+    assert (type(wrong), wrong.param, wrong.retry_after) == (InvalidRequest, "top_p", None)
+    assert (type(unknown), unknown.param) == (UnknownSession, "session_id")
+
+
+async def test_a_message_of_any_length_reaches_the_client_cut() -> None:
+    async with stub_of(ScriptedTargets([Failure.of(Unavailable("é" * 100_000))])) as stub:
+        error = await refused(stub.Chat(pb.ChatRequest(messages=HI)))
+    assert (type(error), error.message) == (Unavailable, "é" * 510 + "…")
+
+
+async def test_the_client_s_own_limit_ends_the_work() -> None:
+    for fields, metadata in (({"timeout_seconds": 0.01}, ()), ({}, (("x-request-timeout", "0.01"),))):
+        targets = ScriptedTargets([*HELLO[:2], Hang()])
+        async with stub_of(targets) as stub:
+            code, details = await failed(stub.Chat(pb.ChatRequest(messages=HI, **fields), metadata=metadata))
+        assert (code, details) == (grpc.StatusCode.DEADLINE_EXCEEDED, "the request took longer than 0.01 s")
+        assert targets.ended == ["cancelled"]
+
+
+async def test_the_server_s_limit_holds_for_who_asks_for_more() -> None:
+    targets = ScriptedTargets([*HELLO[:2], Hang()])
+    async with stub_of(targets, timeout_s=0.01) as stub:
+        code, _ = await failed(stub.Generate(pb.GenerateRequest(text="hi", timeout_seconds=1e9)))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize("given", [0.0, -1.0, float("nan"), float("inf")])
+async def test_a_limit_that_is_no_time_is_refused(given: float) -> None:
+    async with stub_of() as stub:
+        error = await refused(stub.Chat(pb.ChatRequest(messages=HI, timeout_seconds=given)))
+    assert (type(error), error.param) == (InvalidRequest, "timeout_seconds")
+
+
+async def test_a_limit_in_the_metadata_that_is_no_number_is_refused() -> None:
+    async with stub_of() as stub:
+        error = await refused(stub.Chat(pb.ChatRequest(messages=HI), metadata=(("x-request-timeout", "soon"),)))
+    assert (type(error), error.param) == (InvalidRequest, "x-request-timeout")
+
+
+async def test_the_deadline_of_the_call_ends_the_work() -> None:
+    targets = ScriptedTargets([*HELLO[:2], Hang()])
+    async with stub_of(targets) as stub:
+        code, _ = await failed(stub.Chat(pb.ChatRequest(messages=HI), timeout=0.3))
+        await asyncio.wait_for(targets.over.wait(), PATIENCE_S)
+    assert (code, targets.ended) == (grpc.StatusCode.DEADLINE_EXCEEDED, ["cancelled"])
+
+
+async def test_a_request_is_aborted_by_its_id() -> None:
+    targets = ScriptedTargets()
+    async with stub_of(targets) as stub:
+        events = [event async for event in stub.Chat(pb.ChatRequest(messages=HI))]
+        known = await stub.Abort(pb.AbortRequest(request_id=events[0].started.request_id))
+        unknown = await stub.Abort(pb.AbortRequest(request_id="chatcmpl-x"))
+        unnamed = await refused(stub.Abort(pb.AbortRequest()))
+    assert (known.aborted, unknown.aborted, unnamed.param) == (True, False, "request_id")
+
+
+async def test_an_aborted_output_finishes_as_such() -> None:
+    async with stub_of(ScriptedTargets([ACCEPTED, Delta((), "", FinishReason.ABORT)])) as stub:
+        events = [event async for event in stub.Chat(pb.ChatRequest(messages=HI))]
+    assert events[-1].finished.reason == pb.FINISH_REASON_ABORT
+
+
+async def test_token_ids_become_text_again() -> None:
+    async with stub_of() as stub:
+        ids = (await stub.Tokenize(pb.TokenizeRequest(text="hä?"))).token_ids
+        back = await stub.Detokenize(pb.DetokenizeRequest(token_ids=ids))
+        wrong = await refused(stub.Detokenize(pb.DetokenizeRequest(token_ids=[262])))
+    assert (back.text, wrong.param) == ("hä?", "token_ids")
+
+
+async def test_a_session_is_moved() -> None:
+    async with stub_of() as stub:
+        moved = await stub.MoveSession(pb.MoveSessionRequest(session_id="s2"))
+        busy = await refused(stub.MoveSession(pb.MoveSessionRequest(session_id="s/1")))
+    assert (moved.replica_id, type(busy)) == ("target-9", SessionConflict)
+
+
+async def test_a_replica_is_relieved_of_sessions() -> None:
+    async with stub_of() as stub:
+        relief = await stub.Relieve(pb.RelieveRequest(replica_id="target-2", sessions=1))
+        none = await refused(stub.Relieve(pb.RelieveRequest(replica_id="target-2")))
+        unknown = await refused(stub.Relieve(pb.RelieveRequest(replica_id="x", sessions=1)))
+    assert dict(relief.moved) == {"s2": "target-9"}
+    assert (none.param, unknown.param) == ("sessions", "replica_id")
+    assert unknown.message == "replica_id: no target replica 'x' here"
+
+
+async def test_a_replica_is_drained_of_what_is_idle_at_the_deadline() -> None:
+    targets = ScriptedTargets()
+    targets.held.append(SessionInfo("s3", "target-1", 5, False))
+    async with stub_of(targets) as stub:
+        drained = await stub.Drain(pb.DrainRequest(replica_id="target-1", timeout_seconds=0))
+    assert (dict(drained.moved), dict(drained.stay)) == ({"s3": "target-9"}, {"s/1": BUSY})
+
+
+async def test_a_drain_waits_for_a_turn_under_way() -> None:
+    class Ending(ScriptedTargets):
+        async def hand_off(self, *args: Any, **options: Any) -> Outcome | None:
+            outcome = await super().hand_off(*args, **options)
+            self.held = [replace(session, running=False) for session in self.held]
+            return outcome
+
+    async with stub_of(Ending()) as stub:
+        drained = await stub.Drain(pb.DrainRequest(replica_id="target-1"))
+    assert (dict(drained.moved), dict(drained.stay)) == ({"s/1": "target-9"}, {})
+
+
+async def test_the_status_has_counts_and_everything_else() -> None:
+    speculation = {"late": 3, "sources": {"remote": {"drafted": [4, 2], "accepted": [3, 1], "wasted": 5}}}
+    target = {"replica_id": "t", "running": 2, "warnings": ["slow"], "speculation": speculation, "ranks": None}
+    targets = ScriptedTargets()
+    targets.cluster = ClusterStatus((target,), ({"replica_id": "d", "load": 0.5},), {"holder": 4}, 1)
+    async with stub_of(targets) as stub:
+        status = await stub.Status(pb.StatusRequest())
+    (told,) = status.targets
+    assert (status.model, told.running, told.late_drafts, list(told.warnings)) == (MODEL, 2, 3, ["slow"])
+    assert list(told.sources) == [pb.SourceCounts(source="remote", drafted=[4, 2], accepted=[3, 1], wasted=5)]
+    assert MessageToDict(told.details) == target
+    assert MessageToDict(status.drafts[0].details) == {"replica_id": "d", "load": 0.5}
+    assert (dict(status.router.routes), status.router.resumptions) == ({}, 0)  # its own, nothing seen yet
+
+
+async def test_a_replica_of_another_version_is_told_of_as_far_as_it_goes() -> None:
+    targets = ScriptedTargets()
+    targets.cluster = ClusterStatus(({"running": "many", "speculation": [1], "warnings": 7, "sessions": -1},))
+    async with stub_of(targets) as stub:
+        (told,) = (await stub.Status(pb.StatusRequest())).targets
+    assert (told.replica_id, told.running, told.sessions, list(told.warnings)) == ("", 0, 0, [])
+
+
+async def test_a_grammar_reaches_the_replica() -> None:
+    targets = ScriptedTargets()
+    async with stub_of(targets) as stub:
+        for grammar in (pb.Grammar(json_schema="{}"), pb.Grammar(regex="a+"), pb.Grammar(lark='start: "a"')):
+            sampling = pb.SamplingParams(grammar=grammar)
+            [_ async for _ in stub.Generate(pb.GenerateRequest(text="hi", sampling=sampling))]
+        empty = pb.SamplingParams(grammar=pb.Grammar())
+        refusal = await refused(stub.Generate(pb.GenerateRequest(text="hi", sampling=empty)))
+    found = [(request.params.grammar.kind, request.params.grammar.source) for request in targets.requests]
+    assert found == [("json_schema", "{}"), ("regex", "a+"), ("lark", 'start: "a"')]
+    assert refusal.param == "grammar"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"messages": HI * 5000}, "messages"),
+        ({"messages": HI, "sampling": pb.SamplingParams(stop_token_ids=range(1 << 21))}, "stop_token_ids"),
+    ],
+)
+async def test_more_entries_than_anybody_needs_are_refused_uncounted(fields: dict[str, Any], named: str) -> None:
+    async with stub_of() as stub:
+        error = await refused(stub.Chat(pb.ChatRequest(**fields)))
+    assert (type(error), error.param) == (InvalidRequest, named)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"\xff", b"\x0a\xff\xff", b"\x12\x04\x12\x02\xc3\x28", b"\x0a\x02\xed\xa0"],
+    ids=["wrong tag", "truncated", "text in a message that is not UTF-8", "half a surrogate pair"],
+)
+async def test_bytes_that_are_no_message_are_an_invalid_argument(raw: bytes) -> None:
+    async with serving(InferenceHandlers(gateway())) as address, grpc.aio.insecure_channel(address, OPTIONS) as channel:
+        for name in ("Chat", "Tokenize"):
+            many = channel.unary_stream if name == "Chat" else channel.unary_unary
+            error = await refused(many(f"/paceline.v1.Inference/{name}")(raw))
+            assert (type(error), error.message.partition(" not ")[0]) == (InvalidRequest, "the request is")
+
+
+async def test_a_request_that_is_too_large_is_not_parsed() -> None:
+    async with serving(InferenceHandlers(gateway())) as address, grpc.aio.insecure_channel(address, OPTIONS) as channel:
+        error = await refused(channel.unary_unary("/paceline.v1.Inference/Tokenize")(bytes(MAX_MESSAGE_BYTES + 1)))
+    assert (type(error), "at most" in error.message) == (InvalidRequest, True)
+
+
+def test_the_handlers_are_the_methods_of_the_proto() -> None:
+    methods = {method.name for method in pb.DESCRIPTOR.services_by_name["Inference"].methods}
+    assert {name for name in vars(InferenceHandlers) if name[0].isupper()} == methods

@@ -45,8 +45,8 @@ def test_only_serving_imports_ray(layer: str) -> None:
     assert within(imported_by(layer), "ray") == []
 
 
-@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer not in ("rpc", "serving", "v1")])
-def test_only_rpc_and_serving_import_grpc(layer: str) -> None:
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer not in ("client", "rpc", "serving", "v1")])
+def test_only_rpc_serving_and_the_client_import_grpc(layer: str) -> None:
     assert within(imported_by(layer), "grpc") == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from paceline.config import AppSettings
 from paceline.errors import InvalidRequest
-from paceline.serving.router import _load
+from paceline.serving.router import Router, _load
 from paceline.sessions.window import StreamingWindow
 from paceline.types import SamplingParams
+from paceline.v1 import inference_pb2 as pb
 from tests import tiny
 from tests.engine.families import model_of
 
@@ -33,3 +35,8 @@ def test_a_family_that_cannot_shift_is_known_by_its_configuration(tmp_path: Path
     _, windows = _load(settings(tmp_path, "OPT"))
     with pytest.raises(InvalidRequest, match="ctx_size: no streaming window with this model: opt has learned"):
         windows.resolve(SamplingParams(ctx_size=64))
+
+
+def test_every_rpc_is_a_method_that_takes_the_context() -> None:
+    for method in pb.DESCRIPTOR.services_by_name["Inference"].methods:
+        assert list(inspect.signature(getattr(Router, method.name)).parameters) == ["self", "request", "grpc_context"]

@@ -47,9 +47,17 @@ def _named(names, ids, inside, NAMED: tl.constexpr):
 
 
 @triton.jit
-def _totals(logits, names, ids, inside, start, temperature, NAMED: tl.constexpr):
-    """What a row's draw maximizes, float64; -inf outside. Greedy rows, of temperature 0, have no noise."""
+def _values(logits, mask, masked, ids, inside):
+    """A row's logits, float32; -inf outside, and in a `masked` row where its mask, 32 tokens a word, has a 0."""
     values = tl.load(logits + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    words = tl.load(mask + (ids >> 5), mask=inside & (masked != 0), other=-1)
+    return tl.where(((words >> (ids & 31)) & 1) != 0, values, float("-inf"))
+
+
+@triton.jit
+def _totals(logits, mask, masked, names, ids, inside, start, temperature, NAMED: tl.constexpr):
+    """What a row's draw maximizes, float64; -inf outside. Greedy rows, of temperature 0, have no noise."""
+    values = _values(logits, mask, masked, ids, inside)
     found = values.to(tl.float64)
     if temperature > 0:
         found = _gumbel(start, _named(names, ids, inside, NAMED)) + (values / temperature).to(tl.float64)
@@ -58,24 +66,27 @@ def _totals(logits, names, ids, inside, start, temperature, NAMED: tl.constexpr)
 
 @triton.jit
 def draw_chunks(
-    logits, stride, vocab, names, starts, temperatures, best,
+    logits, stride, vocab, masks, words, masked, names, starts, temperatures, best,
     NAMED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, row): about the best total of a chunk of a row, `best` float32 [rows, chunks].
 
-    `names`, int32 [vocab], are the tokens of the columns if they are NAMED. In float32, where logarithms are cheap:
-    within some 1e-5 of what `_totals` says.
+    Rows that are `masked`, int32 [rows], have masks in `masks`, int32 [rows, words]: a bit for each column. `names`,
+    int32 [vocab], are the tokens of the columns if they are NAMED. In float32, where logarithms are cheap: within some
+    1e-5 of what `_totals` says.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1)
     start = tl.load(starts + row)
     temperature = tl.load(temperatures + row)
+    bound = tl.load(masked + row)
+    mask = masks + row.to(tl.int64) * words
     i = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     for first in range(0, CHUNK, BLOCK):
         ids = chunk * CHUNK + first + i
         inside = ids < vocab
-        values = tl.load(logits + row.to(tl.int64) * stride + ids, mask=inside, other=float("-inf")).to(tl.float32)
+        values = _values(logits + row.to(tl.int64) * stride, mask, bound, ids, inside)
         if temperature > 0:
             # All 53 bits, rounded: a small u, of the likeliest winners, keeps its digits; 1 - u would lose them.
             u = (2 * (_bits(start, _named(names, ids, inside, NAMED)) >> 11).to(tl.int64) + 1).to(
@@ -89,7 +100,8 @@ def draw_chunks(
 
 @triton.jit
 def draw_rows(
-    logits, stride, vocab, names, starts, temperatures, log_min_ps, top_ps, top_ks, best, chunks, tokens,
+    logits, stride, vocab, masks, words, masked, names, starts, temperatures, log_min_ps, top_ps, top_ks,
+    best, chunks, tokens,
     NAMED: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (row): the best of the row that its filters leave, looked for where `draw_chunks` found the best.
@@ -97,6 +109,8 @@ def draw_rows(
     row = tl.program_id(0)
     start = tl.load(starts + row)
     mine = logits + row.to(tl.int64) * stride
+    bound = tl.load(masked + row)
+    mask = masks + row.to(tl.int64) * words
     i = tl.arange(0, BLOCK)
     c = tl.arange(0, CHUNKS)
     found = tl.load(best + row * chunks + c, mask=c < chunks, other=float("-inf"))
@@ -109,7 +123,7 @@ def draw_rows(
         at = tl.zeros((BLOCK,), tl.int32)
         for first in range(0, CHUNK, BLOCK):
             ids = chunk * CHUNK + first + i
-            sums = _totals(mine, names, ids, ids < vocab, start, tl.load(temperatures + row), NAMED)
+            sums = _totals(mine, mask, bound, names, ids, ids < vocab, start, tl.load(temperatures + row), NAMED)
             at = tl.where(sums > leading, ids, at)
             leading = tl.maximum(leading, sums)
         lead = tl.max(leading, axis=0)
@@ -126,7 +140,7 @@ def draw_rows(
     if filtered:
         tops = tl.full((BLOCK,), float("-inf"), tl.float32)
         for first in range(0, vocab, BLOCK):
-            scores = tl.load(mine + first + i, mask=first + i < vocab, other=float("-inf")) / temperature
+            scores = _values(mine, mask, bound, first + i, first + i < vocab) / temperature
             tops = tl.maximum(tops, scores)
         highest = tl.max(tops, axis=0)
         tries = 0
@@ -136,7 +150,7 @@ def draw_rows(
             above = tl.zeros((BLOCK,), tl.float64)
             total = tl.zeros((BLOCK,), tl.float64)
             for first in range(0, vocab, BLOCK):
-                scores = tl.load(mine + first + i, mask=first + i < vocab, other=float("-inf")) / temperature
+                scores = _values(mine, mask, bound, first + i, first + i < vocab) / temperature
                 mass = tl.exp(scores - highest).to(tl.float64)
                 total += mass
                 above += tl.where(scores > own, mass, 0.0)
@@ -154,8 +168,9 @@ def draw_rows(
                 place = tl.zeros((BLOCK,), tl.int32)
                 for first in range(0, vocab, BLOCK):
                     others = first + i
-                    scores = tl.load(mine + others, mask=others < vocab, other=float("-inf")) / temperature
-                    rest = _totals(mine, names, others, (others < vocab) & (scores > own), start, temperature, NAMED)
+                    scores = _values(mine, mask, bound, others, others < vocab) / temperature
+                    left = (others < vocab) & (scores > own)
+                    rest = _totals(mine, mask, bound, names, others, left, start, temperature, NAMED)
                     place = tl.where(rest > next_best, others, place)
                     next_best = tl.maximum(next_best, rest)
                 second = tl.max(next_best, axis=0)

@@ -76,6 +76,7 @@ class StepBuffers:
             "temperatures": (np.float32, by_row),
             "log_min_ps": (np.float32, by_row),
             "top_ks": (np.int32, by_row),
+            "masked": (np.int32, by_row),
             "first_rows": (np.int32, by_sequence),
             "lengths": (np.int32, by_sequence),
             "starts": (np.int32, by_sequence),
@@ -126,16 +127,18 @@ class StepBuffers:
         self._write_windows(host, windows)
         count = sum(len(window.token_ids) for window in windows)
         host["feeds"][:count] = -1
-        host["temperatures"][:count] = 0
+        host["temperatures"][:count] = host["masked"][:count] = 0
         for row, feed in (feeds or {}).items():
             host["feeds"][row] = feed
         if draws:
             params, positions = sampling.by_row(draws)
             if params != self._columns.params:
                 self._columns = _Columns.of(params)
-            self._columns.write(host, sampled_rows(windows), positions)
+            sampled = sampled_rows(windows)
+            self._columns.write(host, sampled, positions)
+            host["masked"][sampled] = [each.matcher is not None for each in draws for _ in range(each.count)]
         beyond, idle = slice(count, rows), slice(len(windows), sequences)
-        for name in ("ids", "positions", "slots", "temperatures"):
+        for name in ("ids", "positions", "slots", "temperatures", "masked"):
             host[name][beyond] = 0
         host["feeds"][beyond] = -1
         host["lengths"][idle] = host["ends"][idle] = 0
@@ -168,12 +171,37 @@ class StepBuffers:
 
 
 def drawn_on_device(draws: Sequence[Rows]) -> bool:
-    """Whether the device draws rows like these: without their history, and under no two filters that depend on each
-    other."""
+    """Whether the device draws rows like these: without their history but for a grammar's mask, and under no two
+    filters that depend on each other."""
     return not any(
         rows.params.adjusts or (rows.params.top_k > 0 and rows.params.top_p < 1 and not rows.params.greedy)
         for rows in draws
     )
+
+
+def packed_masks(draws: Sequence[Rows], names: np.ndarray | None, vocab: int) -> tuple[list[int], np.ndarray]:
+    """Of rows that draw within grammars, which of all the rows they are, and the tokens they may draw: int32
+    [rows, words], a bit for each of `vocab` columns. `names` are the tokens of the columns, None for 0, 1, …."""
+    found: list[int] = []
+    masks, start = [], 0
+    for rows in draws:
+        if rows.matcher is not None:
+            width = vocab if names is None else int(names[-1]) + 1
+            refused = rows.matcher.refused(rows.following, rows.count, width).numpy()
+            masks.append(~(refused if names is None else refused[:, names]))
+            found += range(start, start + rows.count)
+        start += rows.count
+    if not found:
+        return [], np.zeros((0, words_of(vocab)), dtype=np.int32)
+    bits = np.concatenate(masks)
+    padded = np.zeros((len(bits), 32 * words_of(vocab)), dtype=bool)
+    padded[:, :vocab] = bits
+    return found, np.packbits(padded, axis=1, bitorder="little").view(np.int32)
+
+
+def words_of(vocab: int) -> int:
+    """Of a mask."""
+    return -(-vocab // 32)
 
 
 def sampled_rows(windows: Sequence[Window]) -> list[int]:

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from paceline.engine.attention import Window
 from paceline.engine.gpu import draws, kernels
 from paceline.engine.gpu.attention import SHORT
 from paceline.engine.gpu.body import Body
-from paceline.engine.gpu.inputs import Batch, StepBuffers, drawn_on_device, sampled_rows
+from paceline.engine.gpu.inputs import Batch, StepBuffers, drawn_on_device, packed_masks, sampled_rows, words_of
 from paceline.engine.key_shift import KeyShift
 from paceline.engine.kv_blocks import BLOCK, BlockPool
 from paceline.engine.kv_entry import KVGeometry
@@ -107,6 +108,7 @@ class DeviceRunner(Runner):
         self._captured: dict[tuple[int, int, Shape], _Graph] = {}
         self._memory: Any = None
         self._names: torch.Tensor | None = None
+        self._host_names: np.ndarray | None = None
         chunks = -(-self.vocab_size // draws.CHUNK)
         device = geometry.device
         self._logits: torch.Tensor | None = None
@@ -115,6 +117,7 @@ class DeviceRunner(Runner):
             self._logits = torch.empty((MOST_GRAPH_ROWS, self.vocab_size), device=device) if place is None else place
         self._tokens = torch.zeros(MOST_GRAPH_ROWS, dtype=torch.long, device=device)
         self._best = torch.empty((MOST_GRAPH_ROWS, chunks), device=device)
+        self._masks = torch.zeros((MOST_GRAPH_ROWS, words_of(self.vocab_size)), dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int32, device=device)
         self._drawn: list[int] = []
         """The rows that drew, of the step launched last."""
@@ -166,9 +169,12 @@ class DeviceRunner(Runner):
         shape = Shape.of(windows, self._sequences)
         if len(windows) > self._sequences or shape is None or not drawn_on_device(rows):
             return None
+        if feeds is not None and any(each.matcher for each in rows):
+            return None  # a mask depends on the token that nobody has seen
         # Windows that are fed have one row each, so the n-th is row n.
         fed = None if feeds is None else {row: self._drawn[feed] for row, feed in enumerate(feeds)}
         self._buffers.load(windows, rows, fed, shape.rows, shape.sequences)
+        self._mask(windows, rows)
         count = sum(len(window.token_ids) for window in windows)
         if self._graphs:
             logits = self._replay(shape, windows)[:count]
@@ -177,6 +183,14 @@ class DeviceRunner(Runner):
             logits = self._step(replace(batch, ids=self._ids[:count]))
         self._drawn = sampled_rows(windows)
         return DeviceLaunch(logits, *self._reading(count), self._drawn)
+
+    def _mask(self, windows: Sequence[Window], rows: Sequence[Rows]) -> None:
+        """Bring masks to the device, of the rows that have one."""
+        bound, masks = packed_masks(rows, self._host_names, self.vocab_size)
+        if bound:
+            sampled = sampled_rows(windows)
+            where = torch.tensor([sampled[row] for row in bound], device=self.device)
+            self._masks[where] = torch.from_numpy(masks).to(self.device)
 
     def _reading(self, count: int) -> tuple[torch.Tensor, Any]:
         """The first tokens, on their way to host memory, and what happens when they are there."""
@@ -199,6 +213,7 @@ class DeviceRunner(Runner):
     def name_columns(self, names: torch.Tensor) -> None:
         """Draw with the noise of these tokens, int64 [vocab], in place of 0, 1, …: before anything is launched."""
         self._names = names.to(self.device, torch.int32)
+        self._host_names = names.cpu().numpy()
 
     def warm_up(self, memory: KVMemory) -> int:
         """Capture what decoding needs, and windows of one sequence. Returns how many graphs there are."""
@@ -261,11 +276,13 @@ class DeviceRunner(Runner):
         chunks = self._best.shape[1]
         named, names = self._names is not None, self._names
         draws.draw_chunks[(chunks, count)](
-            logits, logits.stride(0), vocab, names, inputs["counters"], inputs["temperatures"], self._best,
+            logits, logits.stride(0), vocab, self._masks, self._masks.stride(0), inputs["masked"], names,
+            inputs["counters"], inputs["temperatures"], self._best,
             NAMED=named, CHUNK=draws.CHUNK, BLOCK=1024, num_warps=4,
         )  # fmt: skip
         draws.draw_rows[(count,)](
-            logits, logits.stride(0), vocab, names, inputs["counters"], inputs["temperatures"],
+            logits, logits.stride(0), vocab, self._masks, self._masks.stride(0), inputs["masked"], names,
+            inputs["counters"], inputs["temperatures"],
             inputs["log_min_ps"], inputs["top_ps"], inputs["top_ks"], self._best, chunks, self._tokens,
             NAMED=named, CHUNKS=1 << (chunks - 1).bit_length(), CHUNK=draws.CHUNK, BLOCK=1024, num_warps=8,
         )  # fmt: skip

@@ -88,8 +88,8 @@ class ShardedRunner(Runner):
     def launch(
         self, windows: Sequence[Window], rows: Sequence[Rows], feeds: Sequence[int] | None = None
     ) -> Launched | None:
-        if not self.launches or not drawn_on_device(rows):
-            return None
+        if not self.launches or not drawn_on_device(rows) or any(each.matcher for each in rows):
+            return None  # grammars are rank 0's, which draws by itself then
         fed = None if feeds is None else tuple(feeds)
         launched = self.leader.do(Op.LAUNCH, windows_said(windows), draws_said(rows), fed)
         assert launched is None or isinstance(launched, Launched)

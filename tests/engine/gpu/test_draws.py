@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton, which also interprets its kernels on a CPU, is not installed")
 
 from paceline.engine.gpu import draws
-from paceline.engine.gpu.inputs import drawn_on_device
+from paceline.engine.gpu.inputs import drawn_on_device, words_of
 from paceline.speculation import coupling
 from paceline.speculation.sampling import Rows
-from paceline.types import SamplingParams
+from paceline.types import Grammar, SamplingParams
 
 VOCAB, CHUNK, BLOCK = 1000, 256, 128
 KINDS = {
@@ -31,8 +32,13 @@ KINDS = {
 
 
 def drawn(
-    logits: torch.Tensor, params: list[SamplingParams], positions: range, names: torch.Tensor | None = None
+    logits: torch.Tensor,
+    params: list[SamplingParams],
+    positions: range,
+    names: torch.Tensor | None = None,
+    allowed: dict[int, torch.Tensor] | None = None,
 ) -> list[int]:
+    """`allowed` are the masks, bool [vocab], of rows that have one."""
     rows, vocab = logits.shape
     chunks = -(-vocab // CHUNK)
     starts = [coupling.signed(start) for start in coupling.counters(params, positions)]
@@ -40,10 +46,14 @@ def drawn(
     temperatures = torch.tensor([each.temperature for each in params])
     best = torch.empty(rows, chunks)
     tokens = torch.full((rows,), -1)
+    masks, masked = masks_of(allowed or {}, rows)
     draws.draw_chunks[(chunks, rows)](
         logits,
         logits.stride(0),
         vocab,
+        masks,
+        masks.stride(0),
+        masked,
         names,
         counters,
         temperatures,
@@ -53,13 +63,27 @@ def drawn(
         BLOCK=BLOCK,
     )
     draws.draw_rows[(rows,)](
-        logits, logits.stride(0), vocab, names, counters, temperatures,
+        logits, logits.stride(0), vocab, masks, masks.stride(0), masked, names, counters, temperatures,
         torch.tensor([each.min_p for each in params]).log(),
         torch.tensor([each.top_p for each in params], dtype=torch.float64),
         torch.tensor([each.top_k for each in params], dtype=torch.int32),
         best, chunks, tokens, NAMED=names is not None, CHUNKS=1 << (chunks - 1).bit_length(), CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
     return tokens.tolist()
+
+
+def masks_of(allowed: dict[int, torch.Tensor], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The words, and which rows have any; those of others are not to be looked at."""
+    bits = torch.zeros(rows, words_of(VOCAB) * 32, dtype=torch.bool)
+    for row, its in allowed.items():
+        bits[row, : len(its)] = its
+    packed = np.packbits(bits.numpy(), axis=1, bitorder="little").view(np.int32)
+    return torch.from_numpy(packed), torch.tensor([row in allowed for row in range(rows)], dtype=torch.int32)
+
+
+def unmasked(rows: int) -> tuple[torch.Tensor, int, torch.Tensor]:
+    masks, masked = masks_of({}, rows)
+    return masks, masks.stride(0), masked
 
 
 def some_logits(rows: int, scale: float = 3.0) -> torch.Tensor:
@@ -81,6 +105,28 @@ def test_rows_of_all_kinds_together() -> None:
     assert drawn(logits, params, positions) == expected
 
 
+@pytest.mark.parametrize("share", [0.5, 0.01, 0.0015])
+def test_masked_rows_draw_as_if_the_others_had_no_probability(share: float) -> None:
+    params = [replace(each, seed=seed) for seed, each in enumerate(KINDS.values())] * 2
+    logits, positions = some_logits(len(params), scale=1.0), range(len(params))
+    chance = torch.Generator().manual_seed(1)
+    allowed = {row: torch.rand(VOCAB, generator=chance) < share for row in range(0, len(params), 2)}
+    for its in allowed.values():
+        its[-1] = True
+    masked = logits.clone()
+    for row, its in allowed.items():
+        masked[row, ~its] = -torch.inf
+    expected = coupling.columns_by_definition(masked, params, positions).tolist()
+    assert drawn(logits, params, positions, allowed=allowed) == expected
+
+
+def test_a_row_whose_mask_leaves_nothing_ends_with_some_token() -> None:
+    params = [replace(each, seed=1) for each in KINDS.values()]
+    nothing = {row: torch.zeros(VOCAB, dtype=torch.bool) for row in range(len(params))}
+    found = drawn(some_logits(len(params)), params, range(len(params)), allowed=nothing)
+    assert all(0 <= token < VOCAB for token in found)
+
+
 def test_columns_draw_with_the_noise_of_the_tokens_they_stand_for() -> None:
     params, logits, positions = [replace(KINDS["top_p"], seed=seed) for seed in range(8)], some_logits(8), range(8)
     names = torch.randperm(50 * VOCAB, generator=torch.Generator().manual_seed(0))[:VOCAB].sort().values
@@ -93,8 +139,9 @@ def test_totals_in_float32_are_far_nearer_than_chunks_are_looked_through_for() -
     counters = torch.tensor([coupling.signed(start) for start in coupling.counters(params, range(32))])
     best, names = torch.empty(32, 1), None
     draws.draw_chunks[(1, 32)](
-        logits, logits.stride(0), VOCAB, names, counters, torch.ones(32), best, NAMED=False, CHUNK=1024, BLOCK=1024
-    )
+        logits, logits.stride(0), VOCAB, *unmasked(32), names, counters, torch.ones(32), best,
+        NAMED=False, CHUNK=1024, BLOCK=1024,
+    )  # fmt: skip
     noise = torch.cat([coupling.gumbel(seed, [seed], VOCAB) for seed in range(32)])
     exact = (logits.double() + noise).amax(dim=1)
     assert (best[:, 0].double() - exact).abs().max() < draws.NEAR.value / 20
@@ -123,6 +170,7 @@ def test_a_row_that_is_no_distribution_ends_with_some_token(kind: str, value: fl
         (SamplingParams(min_tokens=3), False),
         (SamplingParams(logit_bias={3: 1.0}), False),
         (SamplingParams(temperature=0.0, top_k=5, top_p=0.5), True),
+        (SamplingParams(grammar=Grammar("regex", "a")), True),
     ],
 )
 def test_what_a_device_can_draw(params: SamplingParams, possible: bool) -> None:

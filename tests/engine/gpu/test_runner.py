@@ -25,9 +25,10 @@ from paceline.engine.kv_cache import KVEntry, SlabKVCache
 from paceline.engine.lean import NotLeanError
 from paceline.engine.reduced_vocab import ReducedVocabRunner
 from paceline.speculation import sampling
+from paceline.speculation.grammar import Matcher
 from paceline.speculation.sampling import Rows
-from paceline.types import SamplingParams
-from tests import tiny
+from paceline.types import Grammar, SamplingParams
+from tests import schemas, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")
 
@@ -329,3 +330,58 @@ def test_an_engine_over_it_says_what_the_models_own_code_says() -> None:
     each = [tiny.request(text[:5], str(n), max_tokens=5) for n, text in enumerate(TEXTS)]
     found = tiny.run(tiny.engine_for(model, runner=runner()), *each)
     assert found == tiny.run(tiny.engine_for(model), *each)
+
+
+DIGITS = SamplingParams(temperature=0.8, seed=5, grammar=Grammar("regex", "[0-9]{2,}[ab]"))
+
+
+def bound(output: Sequence[int] = ()) -> Matcher:
+    assert DIGITS.grammar is not None
+    return schemas.grammars().matcher(DIGITS.grammar, output)
+
+
+def test_a_launch_draws_within_a_grammar_at_all_rows_of_a_verification() -> None:
+    texts = Texts(runner(), (SEEDED, DIGITS))
+    one, two, letter = (schemas.ids(text)[0] for text in "12z")
+    drafted = [[3, 4], [one, two, letter]]
+    pairs = list(zip(texts.entries, texts.texts, drafted, strict=True))
+    windows = [Window(entry, [text[-1], *more], 1 + len(more)) for entry, text, more in pairs]
+    rows = [Rows(SEEDED, 9, texts.texts[0], drafted[0], 3), Rows(DIGITS, 9, texts.texts[1], drafted[1], 4, bound())]
+    launched = texts.runner.launch(windows, rows)
+    assert launched is not None
+    expected = [token for run in sampling.draw(texts.runner.run(windows), rows) for token in run]
+    assert launched.tokens() == expected
+    assert schemas.tokenizer().decode(expected[3:5]).isdigit()
+
+
+def test_a_mask_does_not_outlast_its_launch() -> None:
+    texts = Texts(runner(), (SEEDED, SEEDED))
+    rows = texts.rows()
+    texts.runner.launch(texts.last(), [rows[0], Rows(DIGITS, 9, texts.texts[1], matcher=bound())])
+    launched = texts.runner.launch(texts.last(), rows)
+    assert launched is not None
+    assert [[token] for token in launched.tokens()] == sampling.draw(texts.runner.run(texts.last()), rows)
+
+
+def test_a_token_nobody_has_seen_is_not_followed_by_one_within_a_grammar() -> None:
+    texts = Texts(runner(), (SEEDED, DIGITS))
+    rows = [texts.rows()[0], Rows(DIGITS, 9, texts.texts[1], matcher=bound())]
+    assert texts.runner.launch(texts.last(), rows) is not None
+    windows = [Window(entry, [0], 1, 1) for entry in texts.entries]
+    assert texts.runner.launch(windows, rows, range(2)) is None
+
+
+def test_a_draft_over_a_part_of_the_vocabulary_draws_within_a_grammar() -> None:
+    kept = torch.arange(3, 3 + 2 * SHAPE["vocab_size"], 2)
+    draft = ReducedVocabRunner(runner(), kept, (torch.arange(310) // 2).clamp(max=SHAPE["vocab_size"] - 1))
+    geometry = draft.kv_geometry()
+    kv = SlabKVCache(geometry, 512, 128, memory=draft.kv_memory(geometry, 512, 128))
+    text = [7, 99, 250, 300]
+    entry = kv.reserve(text, 20)
+    assert entry is not None
+    rows = [Rows(DIGITS, 4, text, matcher=bound())]
+    launched = draft.launch([Window(entry, text, sample=1)], rows)
+    assert launched is not None
+    expected = sampling.draw(draft.run([Window(entry, text, sample=1)]), rows, draft.columns)
+    assert [launched.tokens()] == expected
+    assert schemas.tokenizer().decode(expected[0]).isdigit()
