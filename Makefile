@@ -51,8 +51,9 @@ stubs-check: $(STAMP)  ## fail if the stubs differ from protos/
 	&& diff -r -x __pycache__ -x __init__.py "$$tmp/paceline/v1" paceline/v1 \
 	&& echo "stubs match protos/"
 
-docs: $(STAMP)  ## regenerate the configuration table and CLI help in README and docs
+docs: $(STAMP)  ## regenerate the tables and references in README and docs
 	$(BIN)/python -m paceline.cli.reference --write
+	$(BIN)/python -m tests.api.field_cases
 
 docs-check: $(STAMP)  ## fail if they differ from the code
 	$(BIN)/python -m paceline.cli.reference --check

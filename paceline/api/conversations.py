@@ -26,6 +26,8 @@ from paceline.types import Delta, FinishReason, Frame, Request
 logger = logging.getLogger(__name__)
 
 STORE_TIMEOUT_S = 2.0
+KEPT_RESPONSES = 64
+"""Of one session; each is written again with every turn. Older ones cannot be asked for."""
 RECOGNIZED = "conv-"
 """Begins the names of sessions whose clients name none."""
 
@@ -165,7 +167,7 @@ class Conversations:
         before = before or SessionSummary(turn.session_id, created=now)
         answer = _answer(turn, text)
         messages = (*turn.messages, answer) if turn.messages else ()
-        noted = dict([turn.noting(answer, last, len(output))] if turn.noting is not None else ())
+        noted = [turn.noting(answer, last, len(output))] if turn.noting is not None else []
         await self._store.put(
             Session(
                 turn.session_id,
@@ -178,7 +180,7 @@ class Conversations:
                 updated=now,
                 tools=turn.tools,
                 instructions=turn.instructions,
-                responses={**turn.responses, **noted},
+                responses=dict([*turn.responses.items(), *noted][-KEPT_RESPONSES:]),
             )
         )
         if turn.recognizable:

@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from paceline.api.conversations import Conversations, Turn, unknown_session
 from paceline.api.deadline import bounded
+from paceline.api.fitting import Fitting, GrammarCheck
 from paceline.api.logprobs import TokenTexts
 from paceline.api.prompts import (
     ChatMessage,
@@ -37,7 +38,7 @@ from paceline.sessions.handoff import BUSY, Outcome
 from paceline.sessions.history import Session
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.store import MemoryStore, SessionStore
-from paceline.types import Frame, Grammar, Prompt, Request, SamplingParams
+from paceline.types import Frame, Prompt, Request, SamplingParams
 
 CONTROL_TIMEOUT_S = 10.0
 """How long a question about sessions or status may take."""
@@ -49,8 +50,6 @@ CHARS_PER_TOKEN = 64
 
 T = TypeVar("T")
 
-GrammarCheck = Callable[[Grammar], None]
-"""Raises InvalidRequest for a grammar that the replicas could not hold an output to."""
 NO_TOOLS = ToolUse()
 
 
@@ -126,10 +125,8 @@ class Gateway:
         limits = limits or LimitSettings()
         chars = CHARS_PER_TOKEN * max_model_len if limits.max_prompt_chars == "auto" else limits.max_prompt_chars
         self._prompts = PromptEncoder(tokenizer, tool_call_parser, chars, limits.max_messages)
-        self._check_grammar = check_grammar
+        self._fitting = Fitting(self._prompts, windows or WindowRules(max_model_len), scheduling_policy, check_grammar)
         self._request_timeout_s = request_timeout_s
-        self._scheduling_policy = scheduling_policy
-        self._windows = windows or WindowRules(max_model_len)
         self._max_resumptions = max_resumptions
         self._seen = RouterCounts()
         self._store = store or MemoryStore(SESSION_TTL_S)
@@ -168,13 +165,13 @@ class Gateway:
     ) -> Prepared:
         """One turn of a conversation, all of whose messages are given. Raises InvalidRequest naming the field."""
         self.check_model(model)
-        self._check_priority(priority)
+        self._fitting.check_priority(priority)
         known = check_messages(messages)
         if session_id is not None:
             check_session_id(session_id)
         check_tools(tools.offered)
         token_ids = await self._prompts.chat(known, tools.offered)
-        fitted = self._fit("messages", len(token_ids), await self._constrained(params, tools))
+        fitted = self._fitting.fit("messages", len(token_ids), await self._fitting.constrained(params, tools))
         names = self._conversations
         turn = await (names.recognize(known) if session_id is None else names.named(session_id, known))
         request = self._chat_request(token_ids, fitted, turn.session_id, speculate, priority)
@@ -230,20 +227,26 @@ class Gateway:
         Raises InvalidRequest naming the field.
         """
         self.check_model(model)
-        self._check_priority(priority)
+        self._fitting.check_priority(priority)
         known = check_messages(messages, source)
         check_tools(tools.offered)
         check_unicode("instructions", instructions)
         # Instructions and functions stand at the beginning: with others, all of it is rendered anew.
         same = (offered_json(tools), instructions) == (session.tools, session.instructions)
+        said, new = (list(session.messages), known) if session.messages else (known, [])
         token_ids = await self._prompts.turn(
-            session.token_ids if same else (), instructed(instructions, session.messages), known, tools.offered
+            session.token_ids if same else (), instructed(instructions, said), new, tools.offered
         )
         if params.seed is None:
             params = replace(params, seed=session.seed)
-        fitted = self._fit(source, len(token_ids), await self._constrained(params, tools))
-        said = (*session.messages, *known)
-        turn = Turn(session.session_id, said, appends=True, instructions=instructions, responses=session.responses)
+        fitted = self._fitting.fit(source, len(token_ids), await self._fitting.constrained(params, tools))
+        turn = Turn(
+            session.session_id,
+            (*session.messages, *known),
+            appends=True,
+            instructions=instructions,
+            responses=session.responses,
+        )
         request = self._chat_request(token_ids, fitted, session.session_id, speculate, priority)
         return self._calling(request, turn, tools)
 
@@ -263,14 +266,13 @@ class Gateway:
         `default_max_tokens` stands in for `params.max_tokens` None, and shrinks to what the context leaves.
         """
         self.check_model(model)
-        self._check_priority(priority)
+        self._fitting.check_priority(priority)
         session = None if session_id is None else check_session_id(session_id)
         token_ids = await self._prompts.prompt(prompt)
-        params = self._windows.resolve(await self._constrained(params, NO_TOOLS))
+        params = await self._fitting.constrained(params, NO_TOOLS)
         if params.max_tokens is None and default_max_tokens is not None:
-            room = max(1, self._windows.longest(params) - len(token_ids))
-            params = replace(params, max_tokens=min(default_max_tokens, room))
-        fitted = self._fit("prompt", len(token_ids), params)
+            params = replace(params, max_tokens=self._fitting.at_most(default_max_tokens, len(token_ids), params))
+        fitted = self._fitting.fit("prompt", len(token_ids), params)
         request = Request(f"cmpl-{uuid4().hex}", token_ids, fitted, session, speculate, priority=priority)
         return Prepared(request, None if session is None else Turn(session))
 
@@ -431,52 +433,6 @@ class Gateway:
         readers = self.readers(tools)
         kept = replace(turn, tools=offered_json(tools), reader=readers and readers(request, 0))
         return Prepared(request, kept, tools)
-
-    async def _constrained(self, params: SamplingParams, tools: ToolUse) -> SamplingParams:
-        """The parameters that hold the model to the functions it may or must call. Raises InvalidRequest for a grammar
-        that cannot be held to."""
-        dialect = self._prompts.tools
-        if tools.callable:
-            grammar = dialect.grammar(tools, params.grammar)
-            params = replace(params, grammar=grammar, shown_token_ids=dialect.shown_ids)
-        if params.grammar is not None:
-            check_unicode("response_format", params.grammar.source)
-            if self._check_grammar is not None:
-                await asyncio.to_thread(self._check_grammar, params.grammar)
-        return params
-
-    def _check_priority(self, priority: int) -> None:
-        if priority and self._scheduling_policy == "fcfs":
-            raise InvalidRequest(
-                f"priority: {priority} has no effect here, where who came first goes first; leave it out, or have the "
-                "server run with target.engine.scheduling_policy: priority",
-                param="priority",
-            )
-
-    def _fit(self, source: str, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        """The parameters with the window, `max_tokens` and the seed resolved. Raises InvalidRequest if they name tokens
-        the model lacks, or if prompt and output exceed its context."""
-        self._prompts.check_ids("stop_token_ids", params.stop_token_ids)
-        self._prompts.check_ids("logit_bias", tuple(params.bias))
-        return self._within_context(source, prompt_tokens, self._windows.resolve(params)).with_seed()
-
-    def _within_context(self, source: str, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        context = self._windows.longest(params)
-        room = context - prompt_tokens
-        if room < 1:
-            raise InvalidRequest(
-                f"{source}: {prompt_tokens} tokens leave no room for an answer in the model's context of {context}",
-                param=source,
-            )
-        if params.max_tokens is None:
-            return replace(params, max_tokens=room)
-        if params.max_tokens > room:
-            raise InvalidRequest(
-                f"max_tokens: {params.max_tokens} and a prompt of {prompt_tokens} tokens exceed the model's context "
-                f"of {context}; at most {room} fit",
-                param="max_tokens",
-            )
-        return params
 
 
 def _stays(session_id: str, why: str) -> PacelineError:

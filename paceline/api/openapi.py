@@ -24,6 +24,8 @@ TAGS = {
     "Operation": "Health, status and metrics.",
 }
 
+DONE = "[DONE]"
+
 _PREFIXES = {"/v1/sessions": "Sessions", "/v1/replicas": "Operation", "/v1/": "OpenAI"}
 _TOKENS = ("/tokenize", "/detokenize")
 
@@ -105,5 +107,12 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
             answers[status] = {"description": text, "content": {"application/json": schema}}
     answers["200"]["description"] = "The answer."
     if path in _EVENTS and "requestBody" in operation:
-        event = {"schema": {"$ref": f"#/components/schemas/{_EVENTS[path].__name__}"}}
-        answers["200"]["content"]["text/event-stream"] = event
+        answers["200"]["content"]["text/event-stream"] = {"schema": _event_schema(_EVENTS[path])}
+
+
+def _event_schema(data: type[BaseModel]) -> dict[str, Any]:
+    """Of one Server-Sent Event: JSON of this kind or an error, or the mark of the end, which is no JSON."""
+    options = [{"$ref": f"#/components/schemas/{name}"} for name in (data.__name__, Error.__name__)]
+    told = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": options}}
+    properties = {"event": {"type": "string"}, "data": {"anyOf": [{"const": DONE}, told]}}
+    return {"type": "object", "required": ["data"], "properties": properties}

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
+from paceline.api.json_scan import ValueScan
 from paceline.api.tool_forms import Form
 from paceline.sessions.history import ToolCall
 
@@ -28,7 +29,6 @@ _HEADER = re.compile(
 )
 _NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w*)?\[ARGS\]\s*(?=\{)")
 _NAME_SO_FAR = re.compile(r"\s*[\w.-]*(?:\[[\w\]]*)*\s*")
-_STRUCTURE = re.compile(r'["\\{}\[\]]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class ToolCallReader:
         self._state = _State.TEXT
         self._buffer = ""
         self._lead = ""  # what was taken since the mark, given back if no call follows
-        self._scan = _Scan()
+        self._scan = ValueScan()
         self._list = False
         self._nested = False  # whether the arguments are part of an object
         self._began = False  # whether anything but space has been read
@@ -166,7 +166,7 @@ class ToolCallReader:
         if stripped[0] == "{":
             self._take(len(self._buffer) - len(stripped))
             self._state = _State.HEADER
-            self._scan = _Scan()
+            self._scan = ValueScan()
             return True
         if stripped[0] == "[" and not self._list:
             self._take(len(self._buffer) - len(stripped) + 1)
@@ -224,7 +224,7 @@ class ToolCallReader:
         self._drop(len(written))
         if end is None:
             return False
-        self._scan = _Scan(depth=1)
+        self._scan = ValueScan(depth=1)
         self._state = _State.REST if self._nested else _State.AFTER
         return True
 
@@ -268,7 +268,7 @@ class ToolCallReader:
         self.count += 1
         self._nested = nested
         self._lead = ""
-        self._scan = _Scan()
+        self._scan = ValueScan()
         self._state = _State.ARGUMENTS
         digest = hashlib.sha256(f"{self._seed}/{self.count}".encode()).hexdigest()
         self._emit(CallBegins(self.count - 1, digest[:CALL_ID_CHARS], name))
@@ -295,47 +295,6 @@ class ToolCallReader:
     def _emit(self, event: Event) -> None:
         if self._parallel or isinstance(event, Content) or event.index == 0:
             self._events.append(event)
-
-
-class _Scan:
-    """Where a JSON value ends in a growing text, by its quotes and brackets."""
-
-    def __init__(self, depth: int = 0) -> None:
-        self._depth = depth
-        self._at = 0
-        self._quoted = False
-        self._escaped = False
-
-    def end(self, text: str) -> int | None:
-        """The length of the text that the value takes; None if it goes on. Looks at no character twice."""
-        while self._at < len(text):
-            if self._escaped:
-                self._escaped = False
-                self._at += 1
-                continue
-            found = _STRUCTURE.search(text, self._at)
-            self._at = found.end() if found else len(text)
-            if found and self._closes(found[0]):
-                return self._at
-        return None
-
-    def moved(self, length: int) -> None:
-        """So much was cut from the front of the text."""
-        self._at = max(0, self._at - length)
-
-    def _closes(self, character: str) -> bool:
-        if self._quoted:
-            self._quoted = character != '"'
-            self._escaped = character == "\\"
-            return False
-        if character == '"':
-            self._quoted = True
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
-            return self._depth <= 0
-        return False
 
 
 def read_whole(reader: ToolCallReader, text: str) -> tuple[str, tuple[ToolCall, ...]]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from paceline.api.tool_forms import FORMS, Form, ParserName, form_of
 from paceline.api.tool_parsing import ToolCallReader, is_object
 from paceline.sessions.history import ChatMessage, ToolCall
+from paceline.speculation.grammar_source import embedded
 from paceline.types import Grammar
 
 ToolChoice = Literal["none", "auto", "required"]
@@ -130,10 +131,16 @@ class ToolDialect:
         elif answer is not None and (not self.form.mark or self.form.name == "llama3_json"):
             return self._one_object(tools, answer)
         elif answer is not None:
-            start = ["start: answer | calls", f"answer: %json {answer.source}"]
+            start = ["start: answer | calls", f"answer: {embedded(json.loads(answer.source))}"]
         else:
             return self._between_text(tools, use.parallel)
         return self._lark(start, tools, use.parallel)
+
+    def spelled(self, grammar: Grammar) -> Grammar:
+        """The same grammar with the mark as text: one that compiles without knowing this tokenizer."""
+        if self._mark_id is None:
+            return grammar
+        return replace(grammar, source=grammar.source.replace(f"<[{self._mark_id}]>", as_json(self.form.mark)))
 
     def _one_object(self, tools: Sequence[Tool], answer: Grammar) -> Grammar:
         """The answer or one call, where nothing but its keys tells a call from an answer: as one JSON Schema."""
@@ -186,7 +193,10 @@ class ToolDialect:
         lines += [body[name], "call: " + " | ".join(f"call_{n}" for n in range(len(tools)))]
         for n, tool in enumerate(tools):
             opening = f'{{"name": {json.dumps(tool.name)}, "{self.form.arguments}": '
-            lines += [f'call_{n}: {as_json(opening)} arguments_{n} "}}"', f"arguments_{n}: %json {tool.parameters}"]
+            lines += [
+                f'call_{n}: {as_json(opening)} arguments_{n} "}}"',
+                f"arguments_{n}: {embedded(json.loads(tool.parameters))}",
+            ]
         return Grammar("lark", "\n".join(lines) + "\n")
 
 

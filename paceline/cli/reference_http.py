@@ -49,10 +49,19 @@ def _operation(title: str, operation: Schema) -> Iterator[str]:
     if "requestBody" in operation:
         rows.append(f"- Body: {_words(_content(operation['requestBody'])['application/json']['schema'])}")
     for kind, content in _content(operation["responses"]["200"]).items():
-        rows.append(f"- Answer, `{kind}`: {_words(content['schema']) if content.get('schema') else 'text'}")
+        rows.append(f"- Answer, `{kind}`: {_answer(kind, content.get('schema'))}")
     errors = [status for status in operation["responses"] if status != "200"]
     rows.append(f"- Errors: {', '.join(errors)}")
     yield "\n".join(rows) + "\n"
+
+
+def _answer(kind: str, schema: Schema | None) -> str:
+    if not schema:
+        return "text"
+    if kind != "text/event-stream":
+        return _words(schema)
+    _, told = schema["properties"]["data"]["anyOf"]
+    return f"events of {_words(told['contentSchema'])}"
 
 
 def _parameter(parameter: Schema) -> str:

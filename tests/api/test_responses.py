@@ -249,6 +249,16 @@ async def test_a_deleted_response_is_gone_and_its_session_with_the_last() -> Non
     assert (left, sessions, len(await store.summaries())) == ([404, 200], 1, 0)
 
 
+async def test_a_session_keeps_its_last_responses_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paceline.api.conversations.KEPT_RESPONSES", 2)
+    store, sent = MemoryStore(60), [None]
+    for _ in range(3):
+        sent.append((await go_on(store, sent[-1], "hi", ScriptedTargets()))["id"])
+    async with http(store=store) as client:
+        found = [(await client.get(f"{PATH}/{name}")).status_code for name in sent[1:]]
+    assert found == [404, 200, 200]
+
+
 async def test_a_response_that_is_not_to_be_stored_is_not() -> None:
     store, targets = MemoryStore(60), ScriptedTargets()
     sent = await post({"store": False}, targets, store=store)
@@ -274,6 +284,13 @@ async def test_a_stored_response_is_not_streamed() -> None:
     assert (response.status_code, response.json()["error"]["param"]) == (400, "stream")
 
 
+async def test_instructions_and_a_system_message_are_one() -> None:
+    targets = ScriptedTargets()
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    await post({"instructions": "Be kind.", "input": said}, targets)
+    assert prompt(targets).count("<|system|>") == 1
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input": None}, "input"),
     ({"input": []}, "input"),
@@ -287,6 +304,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"instructions": 3}, "instructions"),
     ({"previous_response_id": 3}, "previous_response_id"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"max_output_tokens": 600}, "max_output_tokens"),
     ({"temperature": -1}, "temperature"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
     ({"text": {"format": {"type": "json_object", "schema": {}}}}, "text.format.schema"),

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from paceline.api.tool_forms import FORMS, ParserName
 from paceline.api.tool_parsing import read_whole
 from paceline.api.tools import Tool, ToolDialect, ToolUse, offered_json, tools_from_json
+from paceline.speculation.grammar import check_grammar
 from paceline.types import Grammar
 from tests.api.scripted import tokenizer
 
@@ -120,6 +121,18 @@ def test_with_a_format_of_the_answer_it_is_that_or_calls(form: ParserName) -> No
     assert takes(grammar, written(form, OSLO))
     assert not takes(grammar, written(form, ("weather", '{"city": "Bonn"}')), whole=False)
     assert not takes(grammar, "Words.", whole=False)
+
+
+@FORM
+@pytest.mark.parametrize(
+    ("use", "answer"),
+    [(ToolUse(USE.tools, "required"), None), (USE, None), (ToolUse((CLOCK, WEATHER)), ANSWER)],
+    ids=["required", "strict", "answer"],
+)
+def test_every_grammar_passes_the_check_at_the_edge(form: ParserName, use: ToolUse, answer: Grammar | None) -> None:
+    grammar = dialect(form).grammar(use, answer)
+    assert grammar is not None
+    check_grammar(dialect(form).spelled(grammar))
 
 
 @FORM

@@ -44,7 +44,10 @@ class Actor(scripted.ScriptedTargets):
 
     async def generate(self, request: Request) -> AsyncIterator[Frame]:
         params, prompt = request.params, self.words.decode(list(request.token_ids))
-        tokens = self.words.encode(self._line(request, prompt), add_special_tokens=False)[: params.max_tokens]
+        line = self._line(request, prompt)
+        for stop in params.stop:
+            line = line.partition(stop)[0]
+        tokens = self.words.encode(line, add_special_tokens=False)[: params.max_tokens]
         yield Accepted("target-1", params.seed or 0, len(request.token_ids))
         told = tuple(map(_likely, request.token_ids[1:])) if params.prompt_logprobs is not None else ()
         before = ""
