@@ -23,7 +23,7 @@ from paceline.serving.handles import ServeTargets
 from paceline.sessions.handoff import Move
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.stores import open_store
-from paceline.types import Grammar
+from paceline.speculation.grammar_check import check_grammar
 from paceline.v1 import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Router:
             max_resumptions=settings.max_resumptions,
             store=await asyncio.to_thread(open_store, settings.sessions.store, settings.sessions.ttl_s),
             tool_call_parser=settings.tool_call_parser,
-            check_grammar=_check_grammar,
+            check_grammar=check_grammar,
             limits=settings.limits,
         )
         self._rpc = InferenceAccess(self._gateway, self._keys)
@@ -145,12 +145,6 @@ class Router:
         if hasattr(self, "_gateway"):
             await self._gateway.close()
             await self._targets.close()
-
-
-def _check_grammar(grammar: Grammar) -> None:
-    from paceline.speculation.grammar import check_grammar  # imports torch; the application builder does without
-
-    check_grammar(grammar)
 
 
 def _load(settings: AppSettings) -> tuple[Any, WindowRules]:
