@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from paceline.api.tool_forms import FORMS, ParserName
 from paceline.api.tool_parsing import read_whole
 from paceline.api.tools import Tool, ToolDialect, ToolUse, offered_json, tools_from_json
-from paceline.speculation.grammar import check_grammar
+from paceline.speculation.grammar_check import check_grammar
 from paceline.types import Grammar
 from tests.api.scripted import tokenizer
 
