@@ -16,6 +16,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tests.fuzz.grpc import Errors
 
@@ -40,21 +41,12 @@ async def own_server() -> AsyncIterator[str]:
 async def fuzz(url: str, seconds: int, seed: int, *options: str) -> int:
     """What schemathesis ends with: 0 if it found nothing."""
     program = Path(sys.executable).with_name("schemathesis")
-    bounds = (
-        "--max-time",
-        str(seconds),
-        "--seed",
-        str(seed),
-        "--request-timeout",
-        "30",
-        "--continue-on-failure",
-        "--workers",
-        "4",
-    )
-    process = await asyncio.create_subprocess_exec(
-        program, "run", f"{url}/openapi.json", "--checks", CHECKS, *bounds, *options
-    )
-    return await process.wait()
+    bounds = f"--max-time {seconds} --seed {seed} --request-timeout 30 --continue-on-failure --workers 4".split()
+    with TemporaryDirectory() as kept:  # what it remembers from one run to the next
+        process = await asyncio.create_subprocess_exec(
+            program, "run", f"{url}/openapi.json", "--checks", CHECKS, *bounds, *options, cwd=kept
+        )
+        return await process.wait()
 
 
 async def run(options: argparse.Namespace) -> int:
