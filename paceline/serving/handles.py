@@ -75,9 +75,7 @@ class ServeTargets(Targets):
             self._feeds.offer(accepted.feed)
         return accepted.fed
 
-    def _watch(
-        self, response: DeploymentResponseGenerator, fed: asyncio.Queue[Frame | Exception]
-    ) -> asyncio.Task[None]:
+    def _watch(self, response: DeploymentResponseGenerator, fed: Arrivals) -> asyncio.Task[None]:
         """Of a request whose deltas come in the feed: its call ends with it, or says what went wrong."""
         task = asyncio.create_task(_rest(response, fed))
         self._watches.add(task)
