@@ -29,7 +29,8 @@ def tokenizer() -> Tokenizer:
     special = [AddedToken(name, special=True) for name in ("<pad>", "<bos>", "<eos>")]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     found.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(show_progress=False, vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     return found
 
