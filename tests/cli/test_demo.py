@@ -114,7 +114,11 @@ def test_it_takes_free_ports(shown: Outcome, cluster: FakeCluster) -> None:
 
 def test_it_deploys_local_cpu(shown: Outcome, cluster: FakeCluster) -> None:
     assert cluster.deployment is not None
-    assert cluster.deployment["applications"][0]["args"]["target"] == {"num_replicas": 2, "num_cpus": 0.25}
+    assert cluster.deployment["applications"][0]["args"]["target"] == {
+        "num_replicas": 2,
+        "num_cpus": 0.25,
+        "host": "127.0.0.1",
+    }
 
 
 def test_without_local_cpu_it_deploys_the_default(

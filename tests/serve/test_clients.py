@@ -144,7 +144,7 @@ def test_sessions_spread_over_the_targets(server: Server) -> None:
         ({"max_tokens": 9000}, 400, "max_tokens"),
         ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "messages"),
         ({"no_such_field": 1}, 400, "no_such_field"),
-        ({"response_format": {"type": "xml"}}, 400, "response_format"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format.type"),
     ],
 )
 def test_bad_input_is_refused_by_name(server: Server, change: dict[str, object], status: int, param: str) -> None:

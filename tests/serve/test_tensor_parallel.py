@@ -20,7 +20,7 @@ import pytest
 from paceline.serving.cluster import Endpoints, LocalCluster
 from tests.serve.conftest import Server, chat_all, chat_tokens
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.slow]  # a second application: a minute to start
 
 NAME = "two-ranks"
 RANKS = {"num_replicas": 1, "num_cpus": 0.1}
