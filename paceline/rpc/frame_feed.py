@@ -169,9 +169,6 @@ class FeedReader:
                     for name, frame in unpack(message) if message else ():
                         if (listener := self._listeners.get(name)) is not None:
                             listener(frame)
-                            # So that it is on its way to the client before the step's next frame is begun: else all
-                            # of them take each stage of that way together, and every one is as late as the last.
-                            await asyncio.sleep(0)
         except grpc.aio.AioRpcError as error:
             logger.info("no feed from %s: %s: %s", feed.address, error.code().name, error.details())
         except (PacelineError, ValueError, TypeError):
