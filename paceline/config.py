@@ -16,10 +16,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
+from paceline.config_autoscaling import AutoscalingSettings as AutoscalingSettings
 from paceline.config_base import Auto, Positive, Settings
 from paceline.config_security import ApiKeySettings as ApiKeySettings
 from paceline.config_security import DraftSecurity as DraftSecurity
 from paceline.config_security import LimitSettings as LimitSettings
+from paceline.config_telemetry import TelemetrySettings as TelemetrySettings
 from paceline.errors import ConfigError, InvalidRequest
 from paceline.ports import is_loopback
 from paceline.sessions.window import DEFAULT_N_KEEP, HALF, StreamingWindow
@@ -391,6 +393,8 @@ class AppSettings(Settings):
     sessions: SessionSettings = Field(default_factory=SessionSettings)
     api_keys: ApiKeySettings = Field(default_factory=ApiKeySettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
+    autoscaling: AutoscalingSettings = Field(default_factory=AutoscalingSettings)
+    telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
 
     @property
     def public_name(self) -> str:
