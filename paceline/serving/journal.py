@@ -80,7 +80,9 @@ class Journal:
             if decision.changes:
                 self._note_change(decision)
                 changed = True
-            signals = {reason.value: wants for (pool, reason), wants in decisions.signals.items() if pool is decision.pool}
+            signals = {
+                reason.value: wants for (pool, reason), wants in decisions.signals.items() if pool is decision.pool
+            }
             self._pools[decision.pool.value] = {
                 "wanted": decision.replicas,
                 "running": running.get(decision.pool, 0),
