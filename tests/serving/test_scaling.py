@@ -258,7 +258,7 @@ def test_what_each_signal_asks_for_is_told(rig: Rig) -> None:
 
 
 def test_what_does_not_change_is_not_written_with_every_look(rig: Rig) -> None:
-    for _ in range(3):
+    for _ in range(4):
         rig.look(context(TARGET, 2), context(DRAFT, 1))
     assert rig.store.puts == 2  # at once, and after five seconds
 
