@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paceline.autoscaling.policy import Policy
+from paceline.autoscaling.simulate.front import Front
 from paceline.autoscaling.simulate.looks import Reporting, drafts_seen, targets_seen
 from paceline.autoscaling.simulate.profile import Array, Pace, Profile
 from paceline.autoscaling.simulate.record import Record, Recorder, empty
@@ -16,11 +17,12 @@ from paceline.autoscaling.simulate.replicas import FIELDS, Drafting, Replicas, T
 from paceline.autoscaling.simulate.routing import level_out
 from paceline.autoscaling.simulate.traces import Arrivals
 from paceline.autoscaling.snapshot import Decision, Snapshot
+from paceline.sessions.placement import HOLDER_FREE
 
 SESSION_S = 600.0
 """A session is held for so long on average after its last request."""
-PASSED_OVER = 2.0
-"""A session's holder with so many times the mean load, and four more, is passed over."""
+LOAD_BOUND = 1.5
+"""A session's holder with so many times the mean load is passed over, as the router does by default."""
 LAST = 0.5
 """A leaving replica with less than so many sequences has done its work: what is left of it goes to the others."""
 DRAIN_LIMIT_S = 3600.0
@@ -51,6 +53,7 @@ class Simulation:
         self._pace = Pace(conditions.profile)
         self._rng = np.random.default_rng(conditions.seed)
         self.replicas = Replicas(self._pace, self._dt, 2 * conditions.max_replicas + 64)
+        self._front = Front(arrivals)
         self._leaving = np.zeros(0, dtype=bool)
         self._starting: list[float] = []
         self._starting_drafts: list[float] = []
@@ -83,7 +86,8 @@ class Simulation:
             if n % max(1, ticks // 200) == 0:
                 on_progress(n / ticks)
         for _ in range(int(DRAIN_LIMIT_S / self._dt)):
-            if self.replicas["running"].sum() + self.replicas["waiting"].sum() < 0.01:
+            inside = self.replicas["running"].sum() + self.replicas["waiting"].sum()
+            if self._front.waiting + inside < 0.01:
                 break
             self._step(None)
         on_progress(1.0)
@@ -101,31 +105,36 @@ class Simulation:
         self._enter(len(started))
         self._drafts += sum(ready <= self._time for ready in self._starting_drafts)
         self._starting_drafts = [ready for ready in self._starting_drafts if ready > self._time]
-        shares = self._route(n) if n is not None else np.zeros((4, len(self.replicas)))
-        done = self.replicas.tick(*shares, Drafting(self._served))
+        if n is not None:
+            self._front.come(n, self._time)
+        shares, refused_s = self._route()
+        done = self.replicas.tick(*shares, refused_s, Drafting(self._served))
         self._draft(done)
         self._note(n, done)
         self._depart()
         self._time += self._dt
 
-    def _route(self, n: int) -> Array:
-        """Requests, prompt tokens to compute, contexts and outputs, by replica."""
-        arrivals, replicas = self._arrivals, self.replicas
-        count, follows = arrivals.requests[n], arrivals.follows[n]
-        if count <= 0:
-            return np.zeros((4, len(replicas)))
-        load = replicas["running"] + replicas["waiting"]
-        open_ = ~self._leaving
-        near = np.where(load <= PASSED_OVER * load[open_].mean() + 4, replicas["sessions"], 0.0) * open_
-        homes = near / replicas["sessions"][open_].sum() if near.sum() > 0 else np.zeros(len(replicas))
-        home = follows * homes
-        away = level_out(np.where(open_, load + home, np.inf), count - home.sum())
-        cached = arrivals.follow_cached[n] / max(follows, 1e-9)
-        context = (arrivals.prompt[n] / count) * (home + away)
-        sessions = replicas["sessions"]
+    def _route(self) -> tuple[Array, float]:
+        """Requests, prompt tokens to compute, contexts and outputs, by replica; and how long they had been refused."""
+        replicas, open_ = self.replicas, ~self._leaving
+        room = np.where(open_, replicas.room, 0.0)
+        crowd, refused_s = self._front.take(float(room.sum()), self._time)
+        if not crowd.requests:
+            return np.zeros((4, len(replicas))), 0.0
+        load, sessions = replicas["running"] + replicas["waiting"], replicas["sessions"]
+        bound = max(LOAD_BOUND * float(load[open_].mean()), HOLDER_FREE)
+        held = float(sessions[open_].sum())
+        homes = np.where(open_ & (load < bound), sessions / held, 0.0) if held > 0 else np.zeros(len(replicas))
+        home = np.minimum(crowd.follows * homes, room)
+        stay = float(home.sum())
+        away = level_out(np.where(open_, load + home, np.inf), crowd.requests - stay, room - home)
+        long, cached = (tokens / max(crowd.follows, 1e-9) for tokens in (crowd.follow_prompt, crowd.follow_cached))
+        other = max(crowd.prompt - stay * long, 0.0) / max(crowd.requests - stay, 1e-9)  # of those that go anywhere
+        context = long * home + other * away
         sessions *= math.exp(-self._dt / SESSION_S)
         sessions += away
-        return np.stack([home + away, context - cached * home, context, (arrivals.output[n] / count) * (home + away)])
+        output = (crowd.output / crowd.requests) * (home + away)
+        return np.stack([home + away, np.maximum(context - cached * home, 0.0), context, output]), refused_s
 
     def _draft(self, done: Tick) -> None:
         """Which share of the drafts that are wanted the drafters can give in the next tick."""
@@ -154,7 +163,8 @@ class Simulation:
                 "completed": float(done.completed.sum()),
                 "tokens": float(done.tokens.sum()),
                 "prefilled": float(done.prefilled.sum()),
-                "waiting": dt * float(self.replicas["waiting"].sum()),
+                "waiting": dt * (float(self.replicas["waiting"].sum()) + self._front.waiting),
+                "refused": dt * self._front.waiting,
                 "replica_s": dt * machines if n is not None else 0.0,
                 "draft_s": dt * (self._drafts + len(self._starting_drafts)) if n is not None else 0.0,
             },
@@ -169,6 +179,7 @@ class Simulation:
             num_drafts=self._drafts + len(self._starting_drafts),
             targets=targets_seen(self.replicas, ~self._leaving, self._reporting, self._served),
             drafts=() if asked is None else drafts_seen(self._drafts, self._draft_busy, asked),
+            has_drafts=asked is not None,
         )
         decisions = self._policy.decide(snapshot)
         for decision in (decisions.target, decisions.draft):

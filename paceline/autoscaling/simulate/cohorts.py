@@ -32,6 +32,7 @@ class Cohorts:
         self._tick = tick
         self._depth = max(8, int(memory_s / tick))
         self._came = np.zeros((slots, self._depth))
+        self._before = np.zeros(self._depth)
         self._head = np.zeros(slots, dtype=np.int64)
         self._left = np.zeros(slots)
         self._backlog = np.zeros(slots, dtype=bool)
@@ -39,11 +40,17 @@ class Cohorts:
     def clear(self, slot: int) -> None:
         self._backlog[slot] = False
 
-    def pass_(self, now: int, slots: Indices, came: Array, admitted: Array, rate: Array, waiting: Array) -> Waits:
-        """Tick number `now`: who came, how many were admitted, at most at `rate` a second, and how many wait still."""
+    def pass_(
+        self, now: int, slots: Indices, came: Array, admitted: Array, rate: Array, waiting: Array, before_s: float
+    ) -> Waits:
+        """Tick number `now`: who came, how many were admitted, at most at `rate` a second, and how many wait still.
+
+        Those who came had waited elsewhere for `before_s` seconds.
+        """
+        self._before[now % self._depth] = before_s
         at_once = ~self._backlog[slots] & (waiting <= NOBODY)
         quick, slow = np.flatnonzero(at_once), np.flatnonzero(~at_once)
-        parts = [(quick, np.zeros(len(quick)), admitted[quick])]
+        parts = [(quick, np.full(len(quick), before_s), admitted[quick])]
         if len(slow):
             self._join(now, slots[slow], came[slow])
             parts += self._leave(now, slots[slow], slow, admitted[slow], rate[slow])
@@ -72,7 +79,8 @@ class Cohorts:
             whole = np.maximum(self._came[mine, head % self._depth], left)
             came = head + (whole - left + take / 2) / np.maximum(whole, NOBODY)
             leaves = now * self._tick + (done[active] + take / 2) / np.maximum(rate[active], NOBODY)
-            parts.append((place[active], np.maximum(leaves - came * self._tick, 0.0), take))
+            before = self._before[head % self._depth]
+            parts.append((place[active], np.maximum(leaves - came * self._tick, 0.0) + before, take))
             rest[active] -= take
             done[active] += take
             self._left[mine] = left - take

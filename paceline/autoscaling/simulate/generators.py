@@ -23,6 +23,8 @@ LONGEST = 20.0
 FEW = 3_000_000
 """Up to so many requests each is drawn; of more, only the sums of each tick."""
 
+RISE_S = 30.0
+
 
 @dataclass(frozen=True)
 class Sessions:
@@ -90,18 +92,19 @@ def poisson(count: int, tick: float, rng: Generator) -> Array:
 
 
 def bursts(count: int, tick: float, rng: Generator) -> Array:
-    """A rate that switches (a Markov-modulated Poisson process): quiet for 10 minutes on average, then 3 to 6 times as
-    much for 2; and every hour or so a spike of one minute, 8 times the quiet rate.
+    """A rate that switches (a Markov-modulated Poisson process): quiet for 10 minutes on average, then 1.5 to 3 times
+    as much for 5; and every hour or so a spike of two minutes, 4 times the quiet rate. Either comes up in 30 seconds.
     """
     rate = np.ones(count)
     at = 0.0
     while at < count * tick:
-        quiet, loud = rng.exponential(600.0), rng.exponential(120.0)
-        rate[_span(at + quiet, at + quiet + loud, tick)] = rng.uniform(3.0, 6.0)
+        quiet, loud = rng.exponential(600.0), rng.exponential(300.0)
+        rate[_span(at + quiet, at + quiet + loud, tick)] = rng.uniform(1.5, 3.0)
         at += quiet + loud
     for spike in np.cumsum(rng.exponential(3600.0, 2 + int(count * tick / 1800))):
-        rate[_span(spike, spike + 60.0, tick)] = 8.0
-    return rate
+        rate[_span(spike, spike + 120.0, tick)] = 4.0
+    rise = max(1, round(RISE_S / tick))
+    return np.convolve(np.pad(rate, (rise - 1, 0), mode="edge"), np.ones(rise) / rise, mode="valid")
 
 
 def diurnal(count: int, tick: float, rng: Generator) -> Array:

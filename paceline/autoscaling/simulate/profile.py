@@ -50,6 +50,7 @@ class Profile(Settings):
     prefill_tokens_per_s: Annotated[float, Field(gt=0)]
     chunk_tokens: Positive = Field(description="Prompt tokens in a step in which sequences decode.")
     max_num_seqs: Positive = Field(description="Sequences in one step.")
+    max_queued_requests: Positive = Field(64, description="Requests that wait; one more is refused, and comes again.")
     kv_tokens: Positive
     start_s: Seconds = Field(description="Seconds a replica takes to start.")
     start_spread: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Its standard deviation, as a share.")

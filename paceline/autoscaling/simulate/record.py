@@ -20,13 +20,13 @@ STRIDE = 7
 """Without a divisor in common with the number of points: long prompts are not those who wait long."""
 SERIES = (
     "seconds", "wanted", "running", "leaving", "drafts", "requests", "admitted", "completed", "good", "tokens",
-    "prefilled", "waiting", "replica_s", "draft_s",
+    "prefilled", "waiting", "refused", "replica_s", "draft_s",
 )  # fmt: skip
 
 
 @dataclass
 class Record:
-    """Sums over each window; `wanted`, `running`, `leaving`, `drafts` and `waiting` are integrals over time."""
+    """Sums over each window; `wanted`, `running`, `leaving`, `drafts`, `waiting` and `refused` are integrals over time."""
 
     window_s: float
     sums: Array

@@ -14,7 +14,7 @@ import numpy as np
 from paceline.autoscaling.simulate.cohorts import NOBODY, Cohorts, Indices, Waits
 from paceline.autoscaling.simulate.profile import Array, Pace
 
-FIELDS = ("waiting", "queued", "context", "output", "running", "remaining", "kv", "sessions", "busy")
+FIELDS = ("waiting", "queued", "context", "output", "running", "remaining", "kv", "sessions", "busy", "cadence", "capacity")
 SMOOTHED_S = 5.0
 """What replicas report is of about so many seconds."""
 LONG_PROMPT = 3.0
@@ -88,6 +88,11 @@ class Replicas:
     def report(self, name: str) -> Array:
         return self.reported[REPORTED.index(name)]
 
+    @property
+    def room(self) -> Array:
+        """Requests each can take in the next tick: its queue has so many places, and some leave it meanwhile."""
+        return np.maximum(self._pace.profile.max_queued_requests + self["capacity"] - self["waiting"], 0.0)
+
     def add(self, count: int) -> None:
         """So many more, empty."""
         slots = [self._free.pop() for _ in range(count)]
@@ -107,9 +112,12 @@ class Replicas:
         self.state, self.reported = self.state[:, mask], self.reported[:, mask]
         return held
 
-    def tick(self, came: Array, prompt: Array, context: Array, output: Array, drafting: Drafting) -> Tick:
-        """One tick: per replica, requests that came, their prompt tokens to compute, their contexts and outputs."""
-        waiting, queued, contexts, outputs, running, remaining, kv, _, busy = self.state
+    def tick(self, came: Array, prompt: Array, context: Array, output: Array, refused_s: float, drafting: Drafting) -> Tick:
+        """One tick: per replica, requests that came, their prompt tokens to compute, their contexts and outputs.
+
+        They had been refused for `refused_s` seconds on average.
+        """
+        waiting, queued, contexts, outputs, running, remaining, kv, _, busy, cadence, capacity = self.state
         arrived_prompt = prompt
         waiting += came
         queued += prompt
@@ -127,7 +135,7 @@ class Replicas:
         )
         most = np.minimum(
             prefill_rate * self._dt / np.maximum(mean_prompt, 1.0),
-            self._seats(running, remaining, mean_output, step, tokens_per_step, decoding),
+            self._seats(running, remaining, mean_output, np.maximum(step, cadence) / tokens_per_step),
         )
         most = np.minimum(most, self._room(kv, running, busy, remaining, step, mean_context, mean_output))
         admitted = np.minimum(waiting, most)
@@ -145,8 +153,8 @@ class Replicas:
             self._dt, running, remaining, admitted, new_output, steps * tokens_per_step
         )
         kv[:] = (kv + new_context + tokens) * running / np.maximum(running + completed, NOBODY)
-        busy[:] = mean_running
-        waits = self._cohorts.pass_(self.now, self.slot, came, admitted, most / self._dt, waiting)
+        busy[:], cadence[:], capacity[:] = mean_running, 1.0 / steps, most
+        waits = self._cohorts.pass_(self.now, self.slot, came, admitted, most / self._dt, waiting, refused_s)
         self.now += 1
         active = np.minimum(mean_running, 1.0)
         chunks = prefilled / (self._pace.profile.chunk_tokens * steps * self._dt)
@@ -175,13 +183,11 @@ class Replicas:
         served = pays * drafting.served
         return plain, plain + served * (verify - plain), 1.0 + served * (gain - 1.0), pays
 
-    def _seats(
-        self, running: Array, remaining: Array, mean_output: Array, step: Array, per_step: Array, decoding: Array
-    ) -> Array:
+    def _seats(self, running: Array, remaining: Array, mean_output: Array, token_s: Array) -> Array:
         """Requests that find a seat in the tick: those free, and those that sequences leave."""
         most = self._pace.profile.max_num_seqs
         left = np.where(running > NOBODY, remaining / np.maximum(running, NOBODY), np.maximum(mean_output, 1.0))
-        gone = np.maximum(left, 1.0) * step / per_step
+        gone = np.maximum(left, 1.0) * token_s
         shrink = np.exp(-self._dt / gone)
         # n(dt) = in·gone·(1 - shrink) + n·shrink = most, solved for in
         rate = (most - running * shrink) / (gone * (1.0 - shrink))

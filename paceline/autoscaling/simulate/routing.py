@@ -9,8 +9,10 @@ from paceline.autoscaling.simulate.profile import Array
 ROUNDS = 12
 
 
-def level_out(load: Array, amount: float) -> Array:
-    """How `amount` is shared out so that those who get some end at one level; an infinite load gets nothing."""
+def level_out(load: Array, amount: float, room: Array) -> Array:
+    """How `amount` is shared out so that those who get some end at one level, none above its room; an infinite load
+    gets nothing. There has to be room for it all.
+    """
     if amount <= 0:
         return np.zeros(len(load))
     low = float(load.min())
@@ -22,4 +24,10 @@ def level_out(load: Array, amount: float) -> Array:
         else:
             high = level
     given = np.maximum(high - load, 0.0)
-    return np.asarray(given * (amount / given.sum()))
+    given *= amount / given.sum()
+    over = float(np.maximum(given - room, 0.0).sum())
+    if over > 0:
+        given = np.minimum(given, room)
+        left = np.where(np.isinf(load), 0.0, room - given)
+        given += left * (over / max(float(left.sum()), 1e-12))
+    return np.asarray(given)
