@@ -40,7 +40,7 @@ class Trend:
         level = 2 * self._once - self._twice
         rise = (self._once - self._twice) / memory * ahead - noise * level
         base = max(level, value)
-        return min(max(1.0, (level + rise) / base), MOST_GROWTH) if base > 0 else 1.0
+        return min(1.0 + max(0.0, rise) / base, MOST_GROWTH) if base > 0 else 1.0
 
 
 class Forecast:
