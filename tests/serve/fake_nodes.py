@@ -40,8 +40,8 @@ def autoscaling_ray(
     idle_s: float,
     environment: Mapping[str, str],
 ) -> Iterator[str]:
-    """The cluster's address. Nodes with the resources `worker` come when they are asked for, up to `max_workers`, and go
-    after `idle_s` of doing nothing."""
+    """The cluster's address. Nodes with the resources `worker` come when they are asked for, up to `max_workers`, and
+    go after `idle_s` of doing nothing."""
     port = free_port()
     address = f"{get_node_ip_address()}:{port}"  # a driver finds it by no other
     config = folder / "autoscaling.json"
