@@ -62,7 +62,7 @@ class Ranges:
     """A histogram as somebody told it."""
 
     bounds: tuple[float, ...]
-    counts: tuple[int, ...]
+    counts: tuple[float, ...]
     total: float
 
     @classmethod
@@ -70,15 +70,17 @@ class Ranges:
         """None of what is no histogram: who tells it may be of another version."""
         if not isinstance(told, Mapping):
             return None
-        bounds, counts, total = told.get("bounds"), told.get("counts"), told.get("sum")
-        if not (_numbers(bounds) and _numbers(counts) and _numbers([total]) and len(counts) == len(bounds) + 1):
+        bounds, counts, total = _numbers(told.get("bounds")), _numbers(told.get("counts")), _numbers([told.get("sum")])
+        if not total or len(counts) != len(bounds) + 1:
             return None
-        return cls(tuple(bounds), tuple(counts), total)
+        return cls(bounds, counts, total[0])
 
-    def cumulative(self) -> list[int]:
+    def cumulative(self) -> list[float]:
         """As Prometheus counts: how many were at most each bound; last, how many there were."""
         return list(itertools.accumulate(self.counts))
 
 
-def _numbers(values: Any) -> bool:
-    return isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
+def _numbers(values: Any) -> tuple[float, ...]:
+    """None of them if one is no number."""
+    known = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
+    return tuple(values) if known else ()

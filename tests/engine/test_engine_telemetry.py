@@ -19,6 +19,8 @@ from tests.engine.by_hand import PLENTY
 
 MODEL = tiny.tiny_llama()
 RUNNER = tiny.ours(MODEL)
+SLABS = Slabs(tiny.geometry_of(RUNNER), 512)
+LONG = tiny.prompt(100)
 LENGTHS = {"a": 12, "b": 1, "c": 7}
 """Tokens each request asks for."""
 PROMPTS = {name: tiny.prompt(20 + 5 * n, seed=n) for n, name in enumerate(LENGTHS)}
@@ -152,16 +154,24 @@ def test_prefix_hits_are_the_tokens_found() -> None:
     assert found == len(prompt) - 1
 
 
-@pytest.mark.parametrize("tier", ["host", "disk"])
-def test_hits_are_told_by_the_tier_they_came_from(tmp_path: Path, tier: str) -> None:
-    files = KVFiles(tmp_path, "a model", PLENTY, 3600.0) if tier == "disk" else None
-    slabs = Slabs(tiny.geometry_of(RUNNER), 512)
-    engine = tiny.engine_for(MODEL, runner=RUNNER, tiers=KVTiers(slabs, PLENTY if tier == "host" else 0, files))
-    prompt = tiny.prompt(100)
-    tiny.run(engine, tiny.request(prompt, "before", "s", max_tokens=2))
+def test_hits_in_host_memory_are_told_apart() -> None:
+    engine = tiny.engine_for(MODEL, runner=RUNNER, tiers=KVTiers(SLABS, PLENTY))
+    tiny.run(engine, tiny.request(LONG, "before", "s", max_tokens=2))
     engine.kv.evict(engine.kv.usage().total)
-    tiny.run(engine, tiny.request(prompt, "after", "s", max_tokens=2))
-    assert engine.telemetry.kv_hits == {"device": 0, "host": 0, "disk": 0, tier: len(prompt) - 1}
+    tiny.run(engine, tiny.request(LONG, "after", "s", max_tokens=2))
+    assert engine.telemetry.kv_hits == {"device": 0, "host": len(LONG) - 1, "disk": 0}
+
+
+def test_hits_on_disk_are_told_apart(tmp_path: Path) -> None:
+    def engine() -> Engine:
+        files = KVFiles(tmp_path, "a model", PLENTY, 3600.0)
+        return tiny.engine_for(MODEL, runner=RUNNER, tiers=KVTiers(SLABS, 0, files))
+
+    before, after = engine(), engine()
+    tiny.run(before, tiny.request(LONG, session="s", max_tokens=2))
+    before.close(60.0)
+    tiny.run(after, tiny.request(LONG, session="s", max_tokens=2))
+    assert after.telemetry.kv_hits == {"device": 0, "host": 0, "disk": len(LONG) - 1}
 
 
 def test_a_sequence_that_yields_is_a_preemption() -> None:
