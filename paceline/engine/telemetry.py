@@ -13,7 +13,6 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
-from paceline import histogram
 from paceline.engine.sequence import Sequence
 from paceline.histogram import Histogram
 from paceline.types import FinishReason
@@ -36,7 +35,7 @@ class StepTimes:
     """Divides a step: what passed since the last `lap` belongs to the phase that ends now."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.histograms = {phase: Histogram(histogram.PHASE) for phase in Phase}
+        self.histograms = {phase: Histogram("phase") for phase in Phase}
         self._clock = clock
         self._began = self._last = 0.0
         self._spent = dict.fromkeys(Phase, 0.0)
@@ -76,12 +75,10 @@ class EngineTelemetry:
         """The latter by where they were when their request came."""
         self.depth: dict[str, Histogram] = {}
         """Candidates in a window that was verified, by source."""
-        self.step_tokens = Histogram(histogram.STEP_TOKENS)
-        self.ttft, self.gap, self.per_token = (
-            Histogram(bounds) for bounds in (histogram.FIRST_TOKEN, histogram.GAP, histogram.GAP)
-        )
-        self.total, self.queue, self.prefill, self.decode = (Histogram(histogram.REQUEST) for _ in range(4))
-        self.request_prompt, self.request_generation = Histogram(histogram.TOKENS), Histogram(histogram.TOKENS)
+        self.step_tokens = Histogram("step_tokens")
+        self.ttft, self.gap, self.per_token = (Histogram(bounds) for bounds in ("first_token", "gap", "gap"))
+        self.total, self.queue, self.prefill, self.decode = (Histogram("request") for _ in range(4))
+        self.request_prompt, self.request_generation = Histogram("tokens"), Histogram("tokens")
 
     def admitted(self, sequence: Sequence) -> None:
         """For the first time: what of its prompt has KV is known."""
@@ -95,7 +92,7 @@ class EngineTelemetry:
 
     def verified(self, source: str, candidates: int) -> None:
         if source not in self.depth:
-            self.depth[source] = Histogram(histogram.DEPTH)
+            self.depth[source] = Histogram("depth")
         self.depth[source].note(candidates)
 
     def gained(self, sequence: Sequence, tokens: int, now: float) -> None:
