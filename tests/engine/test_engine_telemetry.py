@@ -201,3 +201,20 @@ def test_a_window_of_several_tokens_is_one_gap() -> None:
 def test_the_numbers_are_plain(done: EngineTelemetry) -> None:
     told = done.numbers(preemptions=3)
     assert json.loads(json.dumps(told)) == told
+
+
+def test_sessions_are_counted_once_where_they_are_soonest_at_hand(tmp_path: Path) -> None:
+    files = KVFiles(tmp_path, "a model", PLENTY, 3600.0)
+    before = tiny.engine_for(MODEL, runner=RUNNER, tiers=KVTiers(SLABS, 0, files))
+    for name in ("on disk", "on both"):
+        tiny.run(before, tiny.request(LONG, session=name, max_tokens=2))
+    before.close(60.0)
+    tiers = KVTiers(SLABS, PLENTY, KVFiles(tmp_path, "a model", PLENTY, 3600.0))
+    tiers.sweep()
+    engine = tiny.engine_for(MODEL, runner=RUNNER, tiers=tiers)
+    tiny.run(engine, tiny.request(tiny.prompt(100, seed=5), session="evicted", max_tokens=2))
+    engine.kv.evict(engine.kv.usage().total)
+    tiny.run(engine, tiny.request(LONG, session="on both", max_tokens=2))
+    engine.add(tiny.request(tiny.prompt(9), "runs", "running", max_tokens=4))
+    engine.step()
+    assert engine.session_states() == {"running": 1, "idle": 1, "host": 1, "disk": 1}
