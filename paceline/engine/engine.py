@@ -15,6 +15,7 @@ from paceline.engine.detokenizer import Decoder, Detokenizer, without_wrapping
 from paceline.engine.flight import Flight
 from paceline.engine.kv_cache import KVCache
 from paceline.engine.kv_entry import SessionKV
+from paceline.engine.meters import EngineMeter
 from paceline.engine.restores import Restores, session_states
 from paceline.engine.runner import Runner
 from paceline.engine.sampling import Draws
@@ -112,6 +113,7 @@ class Engine:
         self.tally = SpeculationTally()
         """What became of candidates, of all sequences since the start."""
         self.telemetry = EngineTelemetry(clock)
+        self.meter = EngineMeter(self)
 
     @property
     def has_work(self) -> bool:
@@ -125,6 +127,16 @@ class Engine:
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens of waiting requests, less those whose KV was held when they came."""
         return self._scheduler.backlog.tokens
+
+    @property
+    def missing_tokens(self) -> int:
+        """Tokens that running sequences have to compute before they can go on."""
+        return self._scheduler.missing_tokens
+
+    @property
+    def prefill_seconds_per_token(self) -> float | None:
+        """As measured lately; None before the first prompt."""
+        return self._scheduler.backlog.pace.seconds_per_token
 
     @property
     def num_running(self) -> int:
@@ -149,6 +161,7 @@ class Engine:
             if request.request_id in self._by_request:
                 raise InvalidRequest(f"request_id: {request.request_id!r} is in use", param="request_id")
         matchers = {request.request_id: self._matcher(request) for request in resolved}
+        queued = self.queued_prefill_tokens
         for request in resolved:
             leader = self._by_request.get(request.follows) if request.follows is not None else None
             detokenizer, matcher = self._detokenizer(request), matchers[request.request_id]
@@ -156,6 +169,7 @@ class Engine:
             sequence = Sequence(number, request, detokenizer, matcher, clock, leader)
             self._by_request[request.request_id] = sequence
             self._scheduler.add(sequence)
+        self.meter.arrived(self.queued_prefill_tokens - queued)
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request now, freeing everything it holds. Its last delta, or None if it is not here."""
@@ -165,6 +179,7 @@ class Engine:
         sequence.finish_reason = FinishReason.ABORT
         self.telemetry.aborted()
         self._retire(sequence)
+        self.meter.look()
         return sequence.take_delta()
 
     def step(self) -> dict[str, Delta]:
@@ -309,6 +324,7 @@ class Engine:
             if sequence.finished:
                 self._retire(sequence)
             delta = deltas[sequence.request.request_id] = sequence.take_delta()
+            self.meter.emitted(sequence, len(delta.token_ids), now)
             self.telemetry.gained(sequence, len(delta.token_ids), now)
         return deltas
 
@@ -346,6 +362,7 @@ class Engine:
         """What else the step did counts for its prompts: it is the pace they have beside the streams."""
         times = self.telemetry.step
         times.end()
+        self.meter.stepped(times.elapsed)
         self.telemetry.step_tokens.note(sum(len(part.window.token_ids) for part in step))
         tokens, seconds = sum(part.prompt_tokens for part in step), times.elapsed
         if tokens:
