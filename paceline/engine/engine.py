@@ -15,7 +15,7 @@ from paceline.engine.detokenizer import Decoder, Detokenizer, without_wrapping
 from paceline.engine.flight import Flight
 from paceline.engine.kv_cache import KVCache
 from paceline.engine.kv_entry import SessionKV
-from paceline.engine.restores import Restores, session_states
+from paceline.engine.restores import Restores
 from paceline.engine.runner import Runner
 from paceline.engine.sampling import Draws
 from paceline.engine.scheduler import Scheduled, Scheduler
@@ -198,10 +198,6 @@ class Engine:
         below = self.restores.tiers.sessions() if self.restores is not None else []
         named = {each.session_id for each in here}
         return [*(each for each in below if each.session_id not in named), *here]
-
-    def session_states(self) -> dict[str, int]:
-        """How many there are, as `paceline.engine.restores.session_states` has it."""
-        return session_states(self.kv, self.restores)
 
     def drop_session(self, session_id: str) -> bool:
         """Drop a session's idle KV, wherever it is. Whether there was any."""

@@ -11,7 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from paceline.api.metrics import FAMILIES, Family, prometheus_text
 from paceline.api.request_counts import RequestCounts
 from paceline.api.state import ClusterStatus
-from paceline.engine.telemetry import EngineTelemetry, Phase
+from paceline.engine.engine import Engine
+from paceline.engine.status import status_of
+from paceline.engine.telemetry import Phase
 from paceline.errors import Unavailable
 from tests import tiny
 from tests.api.scripted import MODEL, ScriptedTargets, http
@@ -170,18 +172,18 @@ def test_tiers_are_told_where_there_are_any(name: str, labels: tuple[str, ...], 
     assert key not in samples(TARGET)
 
 
-def telling_engine() -> EngineTelemetry:
-    """Of an engine that answered a request with speculation."""
+def used_engine() -> Engine:
+    """One that answered a request with speculation."""
     engine = tiny.engine_for(tiny.tiny_llama(), lookup=4)
     tiny.run(engine, tiny.request((5, 6, 7, 8) * 8, max_tokens=24))
-    return engine.telemetry
+    return engine
 
 
-ENGINE = telling_engine()
+USED = used_engine()
+ENGINE = USED.telemetry
 FULL = {
     **TIERED,
-    "queued_prefill_tokens": 0,
-    "telemetry": ENGINE.numbers(),
+    **status_of(USED),
     "speculation": {**TARGET["speculation"], "synthetic_acceptance": 0.7},
 }
 
