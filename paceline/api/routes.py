@@ -326,7 +326,7 @@ async def metrics(request: Request, gateway: TheGateway) -> Response:
         cluster = await gateway.status()
     except PacelineError as error:
         logger.warning("no metrics of any replica: %s", error.message)
-        cluster = ClusterStatus()
+        cluster = gateway.with_own_counts(ClusterStatus())
     counts: RequestCounts = request.app.state.requests
     seen = replace(cluster, requests=counts.by_endpoint_and_code)
     return Response(prometheus_text(gateway.model_name, seen), media_type=CONTENT_TYPE)

@@ -68,7 +68,7 @@ def _nearest(held: Sequence[SessionInfo]) -> list[SessionInfo]:
 class ClusterStatus:
     """One mapping for each target and each draft replica that answered.
 
-    `routes` and `resumptions` count what the router that was asked has seen: accepted requests by the reason for
+    `routes` and `resumptions` count what the `router` that was asked has seen: accepted requests by the reason for
     their place, and replicas lost in the middle of an answer; `requests` those over HTTP by the template of their path
     and their status.
     """
@@ -78,3 +78,4 @@ class ClusterStatus:
     routes: Mapping[str, int] = field(default_factory=dict)
     resumptions: int = 0
     requests: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    router: str = ""

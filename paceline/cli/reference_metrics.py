@@ -23,7 +23,8 @@ know when numbers are compared:
   tokens. The mean per token is in `vllm:request_time_per_output_token_seconds`.
 - A request with `n` outputs counts as n. One that was taken over from a lost replica counts at both.
 - Histograms of requests are of those that came to their end; an aborted one is only in `vllm:request_success_total`.
-- What is counted by the router is that of the one router that answers.
+- What routers count has their name for a label: of several routers the one that a scrape comes to answers. Let
+  queries sum over the `rate` of each, and over a time in which each was asked twice.
 """
 
 

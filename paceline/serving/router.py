@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from paceline.api.access import Access
@@ -59,6 +60,7 @@ class Router:
             tool_call_parser=settings.tool_call_parser,
             check_grammar=check_grammar,
             limits=settings.limits,
+            router=serve.get_replica_context().replica_id.unique_id,
         )
         self._rpc = InferenceAccess(self._gateway, self._keys)
 

@@ -278,3 +278,18 @@ async def test_a_request_that_ended_without_a_status_is_counted() -> None:
     with pytest.raises(ConnectionError):
         await counts.counting(silent)({"type": "http"}, None, None)  # type: ignore[arg-type]
     assert counts.by_endpoint_and_code == {("other", "499"): 1}
+
+
+def test_what_a_router_counted_has_its_name() -> None:
+    text = prometheus_text(MODEL, ClusterStatus(resumptions=2, router="r1")).decode()
+    assert 'paceline_resumptions_total{model_name="tiny",router="r1"} 2.0' in text
+
+
+async def test_silent_replicas_leave_what_the_router_counted() -> None:
+    class Silent(ScriptedTargets):
+        async def status(self) -> ClusterStatus:
+            raise Unavailable("the replicas did not answer")
+
+    async with http(Silent()) as client:
+        text = (await client.get("/metrics")).text
+    assert 'paceline_resumptions_total{model_name="tiny",router=""} 0.0' in text

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from paceline.api.metrics.families import FAMILIES
-from paceline.api.metrics.family import Family
+from paceline.api.metrics.family import COMMON, Family
 from paceline.api.state import ClusterStatus
 from paceline.histogram import Ranges
 
@@ -35,8 +35,8 @@ def prometheus_text(model: str, cluster: ClusterStatus) -> bytes:
 
 def _sources(family: Family, model: str, cluster: ClusterStatus) -> Iterator[tuple[tuple[str, ...], Any]]:
     """What its samples are read of, with the values of the common labels."""
-    if family.scope == "router":
-        yield (model,), cluster
+    if family.scope in ("router", "cluster"):
+        yield (model, cluster.router)[: len(COMMON[family.scope])], cluster
         return
     replicas = {"target": cluster.targets, "draft": cluster.drafts, "replica": (*cluster.targets, *cluster.drafts)}
     for replica in replicas[family.scope]:

@@ -239,7 +239,7 @@ HANDOFF = (
 )
 
 ROUTER = (
-    Family("paceline_replicas", "gauge", "Replicas that answered this scrape.", _replicas, ("kind",), "router"),
+    Family("paceline_replicas", "gauge", "Replicas that answered this scrape.", _replicas, ("kind",), "cluster"),
     Family(
         "paceline_requests_total",
         "counter",

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from paceline.histogram import Ranges
 
 Kind = Literal["gauge", "counter", "histogram"]
-Scope = Literal["target", "draft", "replica", "router"]
-"""Whose status is read: that of every target, every drafter, both; or the router's own ClusterStatus."""
+Scope = Literal["target", "draft", "replica", "router", "cluster"]
+"""Whose status is read: that of every target, every drafter, both; what the router that answers counted itself, or what
+any of them would say, both in a ClusterStatus."""
 Sample = tuple[tuple[str, ...], float | Ranges]
 """Values of the labels, and the value."""
 Reader = Callable[[Any], Iterable[Sample]]
@@ -22,7 +23,8 @@ COMMON: Mapping[Scope, tuple[str, ...]] = {
     "target": ("model_name", "replica"),
     "draft": ("model_name", "replica"),
     "replica": ("model_name", "replica"),
-    "router": ("model_name",),
+    "router": ("model_name", "router"),
+    "cluster": ("model_name",),
 }
 """The labels that come before a family's own."""
 
