@@ -16,7 +16,7 @@ from paceline.engine.flight import Flight
 from paceline.engine.kv_cache import KVCache
 from paceline.engine.kv_entry import SessionKV
 from paceline.engine.meters import EngineMeter
-from paceline.engine.restores import Restores, session_states
+from paceline.engine.restores import Restores
 from paceline.engine.runner import Runner
 from paceline.engine.sampling import Draws
 from paceline.engine.scheduler import Scheduled, Scheduler
