@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -23,25 +24,30 @@ class EngineMeter:
         steady = SteadyClock(clock)
         self._recent = Recent(steady)
         self._ttft, self._gap = RecentQuantiles(steady), RecentQuantiles(steady)
+        self._tokens, self._gaps = 0, Counter[float]()
+        """Of the step under way; most of its gaps are the same."""
         self.look()
 
     def arrived(self, prompt_tokens: int) -> None:
         """A request with so many prompt tokens to compute."""
-        self._recent.add("requests", 1.0)
-        self._recent.add("prompt_tokens", prompt_tokens)
+        self._recent.add(requests=1, prompt_tokens=prompt_tokens)
         self.look()
 
     def emitted(self, sequence: Sequence, tokens: int, now: float) -> None:
         """A delta; `sequence.last_token` is still that of the one before it."""
-        self._recent.add("output_tokens", tokens)
+        self._tokens += tokens
         if sequence.last_token:
-            self._gap.note(now - sequence.last_token)
+            self._gaps[now - sequence.last_token] += 1
         else:
             self._ttft.note(sequence.first_token - sequence.arrived)
 
     def stepped(self, seconds: float) -> None:
         """A step is over."""
-        self._recent.add("busy", seconds)
+        self._recent.add(busy=seconds, output_tokens=self._tokens)
+        for gap, times in self._gaps.items():
+            self._gap.note(gap, times)
+        self._tokens = 0
+        self._gaps.clear()
         speculator = self._engine.speculator
         if speculator is not None:
             demand, saved = speculator.demand, speculator.draft_saved_s or 0.0
