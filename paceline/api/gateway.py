@@ -380,9 +380,7 @@ class Gateway:
         """Hand the KV of idle sessions of a replica, those used last, to others. Raises InvalidRequest if there is no
         such replica."""
         outcome = await _bounded(self._targets.hand_off(replica, None, count))
-        if outcome is None:
-            raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
-        return outcome
+        return _of_known(replica, outcome)
 
     async def drain(self, replica: str, timeout_s: float = DRAIN_TIMEOUT_S) -> Outcome:
         """Hand the KV of all sessions of a replica to others, of those being answered once their turn is over, or give
@@ -392,9 +390,7 @@ class Gateway:
         while True:
             held = [info.session_id for info in await _bounded(self._targets.sessions()) if info.replica_id == replica]
             wanted = [name for name in held if name not in refused]
-            outcome = await _bounded(self._targets.hand_off(replica, wanted, len(wanted)))
-            if outcome is None:
-                raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
+            outcome = _of_known(replica, await _bounded(self._targets.hand_off(replica, wanted, len(wanted))))
             drained.arrived |= outcome.arrived
             refused |= {name: why for name, why in outcome.left.items() if why != BUSY}
             busy = {name: why for name, why in outcome.left.items() if why == BUSY}
@@ -438,6 +434,13 @@ class Gateway:
 def _stays(session_id: str, why: str) -> PacelineError:
     kind = SessionConflict if why == BUSY else Unavailable
     return kind(f"session_id: {shown(session_id)} stays where it is: {why}", param="session_id")
+
+
+def _of_known(replica: str, outcome: Outcome | None) -> Outcome:
+    """What a replica handed over. Raises InvalidRequest if there was none to ask."""
+    if outcome is None:
+        raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
+    return outcome
 
 
 async def _bounded(answer: Awaitable[T]) -> T:

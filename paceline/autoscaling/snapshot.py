@@ -135,6 +135,8 @@ class Snapshot:
     num_drafts: int
     targets: tuple[TargetLoad, ...] = ()
     drafts: tuple[DraftLoad, ...] = ()
+    has_drafts: bool = True
+    """Whether there is a pool of drafters at all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import asyncio
 import os
 from typing import TYPE_CHECKING, Any
 
-import ray
 from pydantic import SecretStr
 from ray import serve
 
@@ -15,6 +14,7 @@ from paceline.models import resolve
 from paceline.rpc.draft_credentials import DraftCredentials
 from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.serving.draft_exchange import DraftExchange
+from paceline.serving.hosts import own_host
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
 from paceline.sessions.handoff import Bound, Receipt, Room
@@ -59,7 +59,7 @@ class Draft:
             lambda: ServePeers(context, self._kv_identity),
             within_s=settings.sessions.handoff_timeout_s,
         )
-        host = ray.util.get_node_ip_address() if settings.draft.host == "auto" else settings.draft.host
+        host = own_host(settings.draft.host)
         self._server, self.address = await start_draft_server(self._service, host, settings.draft.port)
         self._settings = settings
         if self._ranks is not None:

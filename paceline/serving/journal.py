@@ -5,6 +5,7 @@ The policy runs in Serve's controller, which no request reaches and which may be
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from paceline.autoscaling.snapshot import Decision, Decisions, Pool
+from paceline.config import AppSettings
 
 logger = logging.getLogger("ray.serve")
 
@@ -57,6 +59,16 @@ def read_journal(app: str, store: KeyValue) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+async def autoscaling_status(settings: AppSettings, app: str, store: KeyValue) -> dict[str, Any]:
+    """For /status: the replicas wanted, and the journal if there is an autoscaler."""
+    wanted = {
+        Pool.TARGET.value: {"wanted": settings.target_replicas.first},
+        Pool.DRAFT.value: {"wanted": settings.draft_replicas.first},
+    }
+    enabled = settings.autoscaling.enabled
+    return {"enabled": enabled, **wanted, **(await asyncio.to_thread(read_journal, app, store) if enabled else {})}
+
+
 class Journal:
     """Writes decisions: each change as a log line, all of it to the store. Never raises: scaling goes on without it."""
 
@@ -67,25 +79,30 @@ class Journal:
         self._counts: dict[str, int] = dict(before.get("counts") or {})
         self._errors, self._error = int(before.get("errors") or 0), str(before.get("error") or "")
         self._pools: dict[str, dict[str, Any]] = {}
+        self._changes: dict[Pool, tuple[int, int]] = {}
+        """What the last look said of each pool: Serve may take a moment to act on it, and it is one change."""
         self._waiting: tuple[str, ...] = ()
         self._due = 0.0
 
     def note(self, decisions: Decisions, running: Mapping[Pool, int], waiting: tuple[str, ...] = ()) -> None:
-        """A look is over. `waiting` says which replicas cannot be started, and why."""
+        """A look is over. `running` names the pools there are; `waiting` says which replicas cannot be started, and why."""
         changed = waiting != self._waiting
         for text in set(waiting) - set(self._waiting):
             logger.warning("autoscaling: %s", text)
         self._waiting = waiting
         for decision in (decisions.target, decisions.draft):
-            if decision.changes:
+            if decision.pool not in running:
+                continue
+            if decision.changes and self._changes.get(decision.pool) != (decision.before, decision.replicas):
                 self._note_change(decision)
                 changed = True
+            self._changes[decision.pool] = decision.before, decision.replicas
             signals = {
                 reason.value: wants for (pool, reason), wants in decisions.signals.items() if pool is decision.pool
             }
             self._pools[decision.pool.value] = {
                 "wanted": decision.replicas,
-                "running": running.get(decision.pool, 0),
+                "running": running[decision.pool],
                 "reason": decision.reason.value,
                 "text": decision.text,
                 "signals": signals,

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import ray
 from pydantic import SecretStr
 from ray import serve
 
@@ -24,6 +23,7 @@ from paceline.rpc.frame_feed import Feeds, start_feed_server
 from paceline.rpc.mailbox import Mailbox
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.exchange import Exchange
+from paceline.serving.hosts import own_host
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
 from paceline.serving.streams import OpenStream
@@ -88,7 +88,7 @@ class Target:
             within_s=settings.sessions.handoff_timeout_s,
             grace_s=settings.target.drain_timeout_s,
         )
-        host = ray.util.get_node_ip_address() if settings.target.host == "auto" else settings.target.host
+        host = own_host(settings.target.host)
         self._feed_server, self._feed_address = await start_feed_server(self._feeds, host, settings.target.port)
 
     async def _set_up(self, draft_deployment: str | None) -> None:
