@@ -130,8 +130,10 @@ class Engine:
 
     @property
     def missing_tokens(self) -> int:
-        """Tokens that running sequences have to compute before they can go on."""
-        return self._scheduler.missing_tokens
+        """Tokens that running sequences have to compute before they can go on. Any thread may ask."""
+        held = ((len(each.tokens), each.entry) for each in list(self._scheduler.running))
+        missing = (tokens - (entry.length if entry is not None else 0) for tokens, entry in held)
+        return sum(tokens for tokens in missing if tokens > 1)
 
     @property
     def prefill_seconds_per_token(self) -> float | None:

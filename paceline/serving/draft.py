@@ -17,6 +17,7 @@ from paceline.serving.draft_exchange import DraftExchange
 from paceline.serving.hosts import own_host
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
+from paceline.serving.reports import DraftReport, Starting
 from paceline.sessions.handoff import Bound, Receipt, Room
 from paceline.speculation.frames import Hello
 
@@ -40,6 +41,7 @@ class Draft:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: AppSettings, token: SecretStr | None = None
     ) -> None:
+        starting = Starting()
         credentials = DraftCredentials.of(settings.draft.security, token)
         context = serve.get_replica_context()
         self.replica_id: str = context.replica_id.unique_id
@@ -64,6 +66,7 @@ class Draft:
         self._settings = settings
         if self._ranks is not None:
             await self._ranks.watch(self._loop.abandon)
+        self._report = DraftReport(self.replica_id, self._loop.meter, starting.done())
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Captured once, after `__init__`."""
@@ -93,9 +96,14 @@ class Draft:
             "kv_tokens_total": usage.total,
             "kv_tokens_in_use": usage.in_use,
             "kv_tokens_cached": usage.cached,
+            **self._report.status(),
             "handoff": self._exchange.numbers(),
             **ranks_status(self._settings.draft, self._ranks),
         }
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Polled by Serve for the policy, `paceline.autoscaling`: a `DraftLoad`'s numbers."""
+        return self._report.load().numbers()
 
     def check_health(self) -> None:
         if self._ranks is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import SecretStr
 from ray import serve
 
+from paceline.autoscaling.presets import resolved
 from paceline.config import AppSettings
 from paceline.engine.status import status_of
 from paceline.errors import PacelineError, Unavailable
@@ -27,6 +28,7 @@ from paceline.serving.exchange import Exchange
 from paceline.serving.hosts import own_host
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
+from paceline.serving.reports import Starting, TargetReport
 from paceline.serving.streams import OpenStream
 from paceline.sessions.handoff import Bound, Move, Outcome, Receipt, Room
 from paceline.sessions.placement import Route
@@ -65,6 +67,7 @@ class Target:
         router_deployment: str,
         token: SecretStr | None = None,
     ) -> None:
+        starting = Starting()
         self._settings = settings
         self._token = token
         self._context = serve.get_replica_context()
@@ -91,6 +94,9 @@ class Target:
         )
         host = own_host(settings.target.host)
         self._feed_server, self._feed_address = await start_feed_server(self._feeds, host, settings.target.port)
+        goals = resolved(settings.autoscaling, cpu=settings.target.on_cpu)
+        assert goals.itl_s != "auto"
+        self._report = TargetReport(self.replica_id, self._loop.engine, goals.itl_s, starting.done())
 
     async def _set_up(self, draft_deployment: str | None) -> None:
         self._model = await loading(self._ranks, asyncio.to_thread(_load, self._settings, self._ranks))
@@ -198,6 +204,7 @@ class Target:
             "routers_fed": len(self._feeds.routers),
             "drafters_connected": 0,
             "speculation": self._speculation(),
+            **self._report.status(),
             "handoff": self._exchange.numbers(),
             "warnings": list(self._warnings()),
             **ranks_status(self._settings.target, self._ranks),
@@ -256,6 +263,10 @@ class Target:
         sessions = held[-MAX_ADVERTISED_SESSIONS:]
         recent = await asyncio.wrap_future(self._loop.call(lambda: kv.recent(MAX_ADVERTISED_ENTRIES)))
         return {"sessions": sorted(sessions), "prefixes": await asyncio.to_thread(sketch, recent)}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Polled by Serve for the policy, `paceline.autoscaling`: a `TargetLoad`'s numbers."""
+        return self._report.load().numbers()
 
     def check_health(self) -> None:
         if self._ranks is not None:
