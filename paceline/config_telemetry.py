@@ -14,8 +14,8 @@ class TelemetrySettings(Settings):
 
     otlp_endpoint: str | None = Field(
         None,
-        description="Where traces go: an OpenTelemetry collector's OTLP address, such as http://localhost:4317 (gRPC) or "
-        "http://localhost:4318/v1/traces (HTTP). null is nowhere. Needs `pip install paceline[otel]`.",
+        description="Where traces go: an OpenTelemetry collector's OTLP address, such as http://localhost:4317 "
+        "(gRPC) or http://localhost:4318/v1/traces (HTTP). null is nowhere. Needs `pip install paceline[otel]`.",
     )
     trace_sample_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="Share of the requests that are traced; one that comes with a `traceparent` follows that."

@@ -312,6 +312,7 @@ async def status(gateway: TheGateway) -> Response:
             targets=[dict(replica) for replica in cluster.targets],
             drafts=[dict(replica) for replica in cluster.drafts],
             router=RouterStatus(routes=dict(cluster.routes), resumptions=cluster.resumptions),
+            autoscaling=dict(cluster.autoscaling),
         )
     )
 

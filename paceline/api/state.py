@@ -76,3 +76,5 @@ class ClusterStatus:
     drafts: tuple[ReplicaStatus, ...] = ()
     routes: Mapping[str, int] = field(default_factory=dict)
     resumptions: int = 0
+    autoscaling: Mapping[str, Any] = field(default_factory=dict)
+    """How many replicas of each pool are wanted, and what the autoscaler decided lately, as it writes it down."""

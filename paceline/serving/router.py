@@ -6,9 +6,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from paceline.api.access import Access
@@ -20,6 +22,7 @@ from paceline.models import load_config, load_tokenizer, resolve
 from paceline.models.positions import shift_refusal
 from paceline.rpc.inference_access import InferenceAccess
 from paceline.serving.handles import ServeTargets
+from paceline.serving.journal import ClusterKeyValue, autoscaling_status
 from paceline.sessions.handoff import Move
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.stores import open_store
@@ -44,7 +47,8 @@ class Router:
         if self._keys is None:
             logger.warning("no api_keys are configured: whoever reaches the HTTP or gRPC port may use it")
         tokenizer, windows = await asyncio.to_thread(_load, settings)
-        self._targets = ServeTargets(target, draft)
+        app = serve.get_replica_context().app_name
+        self._targets = ServeTargets(target, draft, partial(autoscaling_status, settings, app, ClusterKeyValue()))
         self._gateway = Gateway(
             self._targets,
             tokenizer,
