@@ -256,6 +256,8 @@ LINKS: dict[str, Any] = {
     "title": "Paceline",
     "type": "dashboards",
     "tags": ["paceline"],
+    "icon": "external link",
+    "tooltip": "",
     "asDropdown": False,
     "includeVars": True,
     "keepTime": True,
