@@ -138,7 +138,9 @@ class Restores:
         restore.delivered = True
         self._fetch[restored.tier].note(restored.outline.held, restored.seconds)
         # A request of the same session may have computed as much meanwhile.
-        if self._wish(sequence).gained(restored.outline) >= MIN_TOKENS and restored.put_into(self._kv):
+        wish = self._wish(sequence)
+        if wish.gained(restored.outline) >= MIN_TOKENS and restored.put_into(self._kv):
+            sequence.restored = restored.tier, wish.stored
             self.tiers.taken(restored)
             self.restored[restored.tier] += 1
             self.restored_tokens += restored.outline.held
@@ -237,3 +239,12 @@ class Restores:
 
     def _all(self) -> set[_Restore]:
         return {each for each in self._of.values() if each is not None}
+
+
+def session_states(kv: KVCache, restores: Restores | None) -> dict[str, int]:
+    """How many sessions run, lie in the KV cache, in host memory and on disk, each counted where it is soonest at hand.
+    Any thread may ask."""
+    running, held = kv.session_names()
+    places = restores.tiers.places() if restores is not None else {}
+    below = Counter(tier for name, tier in places.items() if name not in held)
+    return {"running": len(running), "idle": len(held - running), "host": below["host"], "disk": below["disk"]}

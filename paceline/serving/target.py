@@ -189,9 +189,12 @@ class Target:
         return {KV_IDENTITY: self._model.kv_identity}
 
     async def status(self) -> dict[str, Any]:
-        """Numbers about this replica, for /status and `paceline status`."""
+        """Numbers about this replica, for /status, /metrics and `paceline status`.
+
+        Read while the engine's thread goes on: its step may take longer than who asks would wait.
+        """
         engine = self._loop.engine
-        usage = await asyncio.wrap_future(self._loop.call(engine.kv.usage))
+        usage, sessions = engine.kv.usage(), engine.session_states()
         numbers: dict[str, Any] = {
             "replica_id": self.replica_id,
             "pid": os.getpid(),
@@ -201,12 +204,14 @@ class Target:
             "kv_tokens_total": usage.total,
             "kv_tokens_in_use": usage.in_use,
             "kv_tokens_cached": usage.cached,
-            "sessions": sum(each.tier == "device" for each in await self._sessions()),
+            "sessions": sessions["running"] + sessions["idle"],
+            "sessions_by_state": sessions,
             "drafted_tokens": engine.tally.drafted,
             "accepted_tokens": engine.tally.accepted,
             "routers_fed": len(self._feeds.routers),
             "drafters_connected": 0,
             "speculation": self._speculation(),
+            "telemetry": engine.telemetry.numbers(engine.preemptions),
             "handoff": self._exchange.numbers(),
             "warnings": list(self._warnings()),
             **ranks_status(self._settings.target, self._ranks),
