@@ -32,8 +32,8 @@ def top(
     """Show what a running server does, anew until Ctrl-C.
 
     Rates, times and shares are of the time between two looks: tokens a second, time to first token and between tokens
-    (p50/p95 in the line of totals, p95 in the rows), the share of candidates accepted, each drafter's load. Below are
-    the last decisions of the autoscaler with their reasons. The busiest replicas come first.
+    the share of candidates accepted, each drafter's load. Below are the last decisions of the autoscaler with their
+    reasons. The busiest replicas come first.
     """
     from paceline.cli.client import Client
     from paceline.cli.console import stdout

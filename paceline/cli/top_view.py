@@ -86,7 +86,7 @@ def totals(look: Look) -> list[Text]:
 
 def target_table(look: Look, lines: int, *, wide: bool) -> Iterator[RenderableType]:
     """A row for each of the busiest targets."""
-    names = ("running", "waiting", "KV", "tok/s", "TTFT", "ITL", "accepted")
+    names = ("running", "waiting", "KV", "tok/s", "TTFT p95", "ITL p95", "accepted")
     table = _table("target", (*names, "in tok/s", "depth", "late/s", "sessions") if wide else names)
     seen = look.interval
     shown, more = _busiest(look.status.targets, "running", lines)
@@ -150,7 +150,7 @@ def decision_lines(look: Look) -> list[str]:
 
 
 def quantiles(seen: Interval, histogram: str) -> str:
-    return "/".join(duration(seen.quantile(q, histogram)) for q in (0.5, 0.95))
+    return ", ".join(f"p{100 * q:.0f} {duration(seen.quantile(q, histogram))}" for q in (0.5, 0.95))
 
 
 def number(value: float | None) -> str:
@@ -189,4 +189,7 @@ def _busiest(replicas: Sequence[Replica], by: str, lines: int) -> tuple[list[Rep
 def _table(first: str, others: Sequence[str]) -> Table:
     table = new_table(first, others)
     table.show_edge = False
+    table.padding = (0, 1, 0, 0)
+    for column in table.columns:
+        column.no_wrap = True
     return table

@@ -62,12 +62,12 @@ def test_a_drafter_has_its_load_in_its_row() -> None:
 def test_the_totals_are_in_one_line() -> None:
     found = printed(look())
     assert "running 3, waiting 1 · 100 tok/s out" in found
-    assert "TTFT 250 ms/475 ms" in found
+    assert "TTFT p50 250 ms, p95 475 ms" in found
     assert "accepted 70%" in found
 
 
 def test_what_a_server_does_not_tell_is_a_dash() -> None:
-    assert "ITL -/- · " in printed(look())
+    assert "ITL p50 -, p95 - · " in printed(look())
 
 
 def test_a_server_that_does_not_scale_itself_has_no_decisions() -> None:
