@@ -114,6 +114,7 @@ class Gateway:
         tool_call_parser: ParserName | Literal["auto"] = "auto",
         check_grammar: GrammarCheck | None = None,
         limits: LimitSettings | None = None,
+        router: str = "",
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
         """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
@@ -128,7 +129,7 @@ class Gateway:
         self._fitting = Fitting(self._prompts, windows or WindowRules(max_model_len), scheduling_policy, check_grammar)
         self._request_timeout_s = request_timeout_s
         self._max_resumptions = max_resumptions
-        self._seen = RouterCounts()
+        self._seen, self._router = RouterCounts(), router
         self._store = store or MemoryStore(SESSION_TTL_S)
         self._conversations = Conversations(self._store, model_name)
         self._scopes = {"": self._conversations}
@@ -405,8 +406,12 @@ class Gateway:
 
     async def status(self) -> ClusterStatus:
         """What the replicas report about themselves, and what this router has seen."""
-        cluster = await _bounded(self._targets.status())
-        return replace(cluster, routes=dict(self._seen.routes), resumptions=self._seen.resumptions)
+        return self.with_own_counts(await _bounded(self._targets.status()))
+
+    def with_own_counts(self, cluster: ClusterStatus) -> ClusterStatus:
+        """With what this router has seen."""
+        seen = self._seen
+        return replace(cluster, routes=dict(seen.routes), resumptions=seen.resumptions, router=self._router)
 
     def check_model(self, name: str | None) -> None:
         """Raise UnknownModel unless `name` is the model served. None and "" stand for it."""

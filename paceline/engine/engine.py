@@ -214,10 +214,6 @@ class Engine:
         named = {each.session_id for each in here}
         return [*(each for each in below if each.session_id not in named), *here]
 
-    def session_states(self) -> dict[str, int]:
-        """How many there are, as `paceline.engine.restores.session_states` has it."""
-        return session_states(self.kv, self.restores)
-
     def drop_session(self, session_id: str) -> bool:
         """Drop a session's idle KV, wherever it is. Whether there was any."""
         below = self.restores is not None and self.restores.tiers.drop(session_id)

@@ -63,6 +63,7 @@ class Router:
             tool_call_parser=settings.tool_call_parser,
             check_grammar=check_grammar,
             limits=settings.limits,
+            router=serve.get_replica_context().replica_id.unique_id,
         )
         self._rpc = InferenceAccess(self._gateway, self._keys)
 

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from ray import serve
 
 from paceline.config import AppSettings
+from paceline.engine.status import status_of
 from paceline.errors import PacelineError, Unavailable
 from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
@@ -189,35 +190,18 @@ class Target:
         return {KV_IDENTITY: self._model.kv_identity}
 
     async def status(self) -> dict[str, Any]:
-        """Numbers about this replica, for /status, /metrics and `paceline status`.
-
-        Read while the engine's thread goes on: its step may take longer than who asks would wait.
-        """
-        engine = self._loop.engine
-        usage, sessions = engine.kv.usage(), engine.session_states()
+        """Numbers about this replica, for /status, /metrics and `paceline status`."""
         numbers: dict[str, Any] = {
             "replica_id": self.replica_id,
             "pid": os.getpid(),
-            "running": engine.num_running,
-            "waiting": engine.num_waiting,
-            "queued_prefill_tokens": engine.queued_prefill_tokens,
-            "kv_tokens_total": usage.total,
-            "kv_tokens_in_use": usage.in_use,
-            "kv_tokens_cached": usage.cached,
-            "sessions": sessions["running"] + sessions["idle"],
-            "sessions_by_state": sessions,
-            "drafted_tokens": engine.tally.drafted,
-            "accepted_tokens": engine.tally.accepted,
+            **status_of(self._loop.engine),
             "routers_fed": len(self._feeds.routers),
             "drafters_connected": 0,
             "speculation": self._speculation(),
-            "telemetry": engine.telemetry.numbers(engine.preemptions),
             "handoff": self._exchange.numbers(),
             "warnings": list(self._warnings()),
             **ranks_status(self._settings.target, self._ranks),
         }
-        if engine.restores is not None:
-            numbers |= engine.restores.status()
         if self._proposer is not None and self._pool is not None:
             sent, received = self._proposer.traffic()
             numbers["drafters_connected"] = len(self._proposer.link_ids)
