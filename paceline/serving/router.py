@@ -9,21 +9,25 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from paceline.api.access import Access
 from paceline.api.gateway import Gateway
 from paceline.api.keys import open_keys
+from paceline.api.observed import Observer
 from paceline.api.routes import create_app
 from paceline.config import AppSettings
 from paceline.models import load_config, load_tokenizer, resolve
 from paceline.models.positions import shift_refusal
 from paceline.rpc.inference_access import InferenceAccess
 from paceline.serving.handles import ServeTargets
+from paceline.serving.logs import join_serve_logs
 from paceline.sessions.handoff import Move
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.stores import open_store
 from paceline.speculation.grammar_check import check_grammar
+from paceline.telemetry.tracing import open_tracer
 from paceline.v1 import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -40,6 +44,10 @@ class Router:
         self, settings: AppSettings, target: DeploymentHandle, draft: DeploymentHandle | None = None
     ) -> None:
         self._settings = settings
+        telemetry = settings.telemetry
+        join_serve_logs(telemetry)
+        self._tracer = open_tracer(telemetry, "paceline-router", serve.get_replica_context().replica_id.unique_id)
+        told = telemetry.log_requests or telemetry.otlp_endpoint is not None
         self._keys = await asyncio.to_thread(open_keys, settings.api_keys)
         if self._keys is None:
             logger.warning("no api_keys are configured: whoever reaches the HTTP or gRPC port may use it")
@@ -59,6 +67,9 @@ class Router:
             tool_call_parser=settings.tool_call_parser,
             check_grammar=check_grammar,
             limits=settings.limits,
+            observer=Observer(self._tracer, settings.public_name, log_requests=telemetry.log_requests)
+            if told
+            else None,
         )
         self._rpc = InferenceAccess(self._gateway, self._keys)
 
@@ -145,6 +156,7 @@ class Router:
         if hasattr(self, "_gateway"):
             await self._gateway.close()
             await self._targets.close()
+            await asyncio.to_thread(self._tracer.close)
 
 
 def _load(settings: AppSettings) -> tuple[Any, WindowRules]:
