@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -23,8 +23,11 @@ CANCELLED = "cancelled"
 class Observer:
     """Watches every request of a front end. Without a tracer and without `log_requests` there is no need of one."""
 
-    def __init__(self, tracer: Tracer, model: str, *, log_requests: bool = False) -> None:
-        self._tracer, self._model, self._log = tracer, model, log_requests
+    def __init__(
+        self, tracer: Tracer, model: str, *, log_requests: bool = False, within: Callable[[], str] = lambda: ""
+    ) -> None:
+        """`within` gives the traceparent of a server in front, in this process, that has a span of its own, or ""."""
+        self._tracer, self._model, self._log, self._within = tracer, model, log_requests, within
 
     def begin(self, request: Request, origin: Origin, timeout_s: float) -> Observed:
         """A request is about to be opened, with so much time."""
@@ -32,7 +35,7 @@ class Observer:
         span = self._tracer.start(
             f"{operation(request)} {self._model}",
             kind="server",
-            parent=origin.traceparent,
+            parent=self._within() or origin.traceparent,
             began=began,
             attributes={**asked(request, self._model), "paceline.request_id": origin.request_id or None},
         )

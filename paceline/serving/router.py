@@ -27,7 +27,7 @@ from paceline.sessions.handoff import Move
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.stores import open_store
 from paceline.speculation.grammar_check import check_grammar
-from paceline.telemetry.tracing import open_tracer
+from paceline.telemetry.tracing import Tracer, open_tracer
 from paceline.v1 import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -44,10 +44,10 @@ class Router:
         self, settings: AppSettings, target: DeploymentHandle, draft: DeploymentHandle | None = None
     ) -> None:
         self._settings = settings
-        telemetry = settings.telemetry
-        join_serve_logs(telemetry)
-        self._tracer = open_tracer(telemetry, "paceline-router", serve.get_replica_context().replica_id.unique_id)
-        told = telemetry.log_requests or telemetry.otlp_endpoint is not None
+        join_serve_logs(settings.telemetry)
+        self._tracer = open_tracer(
+            settings.telemetry, "paceline-router", serve.get_replica_context().replica_id.unique_id
+        )
         self._keys = await asyncio.to_thread(open_keys, settings.api_keys)
         if self._keys is None:
             logger.warning("no api_keys are configured: whoever reaches the HTTP or gRPC port may use it")
@@ -67,9 +67,7 @@ class Router:
             tool_call_parser=settings.tool_call_parser,
             check_grammar=check_grammar,
             limits=settings.limits,
-            observer=Observer(self._tracer, settings.public_name, log_requests=telemetry.log_requests)
-            if told
-            else None,
+            observer=_observer(settings, self._tracer),
         )
         self._rpc = InferenceAccess(self._gateway, self._keys)
 
@@ -157,6 +155,14 @@ class Router:
             await self._gateway.close()
             await self._targets.close()
             await asyncio.to_thread(self._tracer.close)
+
+
+def _observer(settings: AppSettings, tracer: Tracer) -> Observer | None:
+    """None if nobody wants to hear of requests: it would look at every frame."""
+    wanted = settings.telemetry
+    if wanted.otlp_endpoint is None and not wanted.log_requests:
+        return None
+    return Observer(tracer, settings.public_name, log_requests=wanted.log_requests, within=tracer.current)
 
 
 def _load(settings: AppSettings) -> tuple[Any, WindowRules]:

@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Sequence
 from importlib.metadata import version
-from urllib.parse import urlsplit
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -16,7 +15,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from paceline.telemetry.tracing import TRACEPARENT, Attributes, Kind, Span, Tracer, Value, protocol_of
+from paceline.telemetry.tracing import TRACEPARENT, Attributes, Kind, Span, Tracer, Value, otlp_url, protocol_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +24,6 @@ CLOSE_TIMEOUT_S = 3.0
 """What waits for a collector that does not answer is lost then."""
 SCHEDULE_MS = 1000.0
 """Between two exports: a replica that is killed takes so much with it."""
-HTTP_PATH = "/v1/traces"
-"""What OTLP over HTTP has its spans posted to."""
 _KINDS = {"server": trace.SpanKind.SERVER, "internal": trace.SpanKind.INTERNAL}
 _CONTEXT = TraceContextTextMapPropagator()
 
@@ -45,7 +42,7 @@ class OtelTracer(Tracer):
     def exporting(cls, endpoint: str, sample_ratio: float, service: str, instance: str) -> OtelTracer:
         """To a collector. OpenTelemetry's own environment variables hold for what is not said here: headers,
         certificates, compression."""
-        return cls(batched(endpoint), sample_ratio, service, instance)
+        return cls(batched(_exporter(endpoint), endpoint), sample_ratio, service, instance)
 
     def start(
         self,
@@ -60,6 +57,9 @@ class OtelTracer(Tracer):
         context = _CONTEXT.extract({TRACEPARENT: parent}, Context()) if parent else Context()
         span = self._tracer.start_span(name, context, _KINDS[kind], _known(attributes), start_time=began)
         return _OtelSpan(self._tracer, span)
+
+    def current(self) -> str:
+        return traceparent_of(trace.get_current_span())
 
     def close(self) -> None:
         closing = threading.Thread(target=self._provider.shutdown, name="close-tracer", daemon=True)
@@ -114,12 +114,12 @@ class _Reporting(SpanExporter):
         return self._exporter.force_flush(timeout_millis)
 
 
-def batched(endpoint: str) -> SpanProcessor:
+def batched(exporter: SpanExporter, where: str) -> SpanProcessor:
     """What takes ended spans and sends them now and then, in a thread of its own; what is too much is dropped."""
     # They would repeat themselves at every attempt; _Reporting says it once.
     logging.getLogger("opentelemetry.exporter.otlp").setLevel(logging.CRITICAL)
     logging.getLogger("opentelemetry.sdk._shared_internal").setLevel(logging.ERROR)
-    return BatchSpanProcessor(_Reporting(_exporter(endpoint), endpoint), schedule_delay_millis=SCHEDULE_MS)
+    return BatchSpanProcessor(_Reporting(exporter, where), schedule_delay_millis=SCHEDULE_MS)
 
 
 def traceparent_of(span: trace.Span) -> str:
@@ -136,8 +136,7 @@ def _exporter(endpoint: str) -> SpanExporter:
         return OverGrpc(endpoint, timeout=EXPORT_TIMEOUT_S)
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as OverHttp
 
-    path = "" if urlsplit(endpoint).path.strip("/") else HTTP_PATH
-    return OverHttp(endpoint.rstrip("/") + path, timeout=EXPORT_TIMEOUT_S)
+    return OverHttp(otlp_url(endpoint), timeout=EXPORT_TIMEOUT_S)
 
 
 def _known(attributes: Attributes | None) -> dict[str, Value]:

@@ -28,6 +28,7 @@ _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[
 _EXPORTERS = {"grpc": "opentelemetry.exporter.otlp.proto.grpc", "http": "opentelemetry.exporter.otlp.proto.http"}
 _HTTP_PORT = 4318
 """OTLP's own for HTTP; 4317 is gRPC's."""
+_HTTP_PATH = "/v1/traces"
 
 
 class Span(Protocol):
@@ -63,6 +64,10 @@ class Tracer(ABC):
         """A span below `parent`, a traceparent; one that is none, or "", begins a trace."""
 
     @abstractmethod
+    def current(self) -> str:
+        """The traceparent of a span that others, such as Ray Serve, have made current here; "" if nobody has."""
+
+    @abstractmethod
     def close(self) -> None:
         """Send what waits, as far as there is time. May take some seconds."""
 
@@ -91,6 +96,9 @@ class NoTracer(Tracer):
         attributes: Attributes | None = None,  # noqa: ARG002
     ) -> Span:
         return _NoSpan(parent)
+
+    def current(self) -> str:
+        return ""
 
     def close(self) -> None:
         pass
@@ -129,6 +137,12 @@ def protocol_of(endpoint: str) -> Literal["grpc", "http"]:
     """Which of OTLP's two protocols an address is for: HTTP has a path, or HTTP's port."""
     parts = urlsplit(endpoint)
     return "http" if parts.path.strip("/") or parts.port == _HTTP_PORT else "grpc"
+
+
+def otlp_url(endpoint: str) -> str:
+    """The address as an exporter wants it: HTTP has a path of its own for traces."""
+    bare = protocol_of(endpoint) == "http" and not urlsplit(endpoint).path.strip("/")
+    return endpoint.rstrip("/") + _HTTP_PATH if bare else endpoint
 
 
 def checked(traceparent: str | None) -> str:

@@ -154,6 +154,16 @@ async def test_a_traceparent_that_is_none_begins_a_trace() -> None:
     assert parent_of(recorded.spans[CHAT_SPAN]) is None
 
 
+async def test_a_server_in_front_with_a_span_of_its_own_stands_between() -> None:
+    recorded = Recorded()
+    in_front = recorded.tracer.start("proxy", parent=CLIENT)
+    observer = Observer(recorded.tracer, MODEL, within=lambda: in_front.traceparent)
+    async with http(ScriptedTargets(), observer=observer) as client:
+        await client.post("/v1/chat/completions", json=CHAT, headers=HEADERS)
+    in_front.end()
+    assert parent_of(recorded.spans[CHAT_SPAN]) == span_id(recorded.spans["proxy"])
+
+
 async def line(caplog: pytest.LogCaptureFixture, script: Sequence[Frame] = (), **options: Any) -> dict[str, Any]:
     """What the log says of one chat, as JSON."""
     targets = ScriptedTargets(script) if script else ScriptedTargets()

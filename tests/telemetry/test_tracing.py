@@ -14,7 +14,7 @@ from paceline.config import AppSettings, TelemetrySettings
 from paceline.errors import ConfigError
 from paceline.telemetry import tracing
 from paceline.telemetry.otel import OtelTracer
-from paceline.telemetry.tracing import NoTracer, check_packages, checked, open_tracer, protocol_of, trace_id
+from paceline.telemetry.tracing import NoTracer, check_packages, checked, open_tracer, otlp_url, protocol_of, trace_id
 from tests.telemetry.collector import Collector
 from tests.telemetry.recorded import CLIENT, CLIENT_SPAN, CLIENT_TRACE, Recorded, about, parent_of, span_id, trace_of
 
@@ -128,6 +128,27 @@ def test_without_a_tracer_a_client_s_trace_is_passed_on() -> None:
 )
 def test_the_address_says_which_protocol_is_spoken(endpoint: str, protocol: str) -> None:
     assert protocol_of(endpoint) == protocol
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "url"),
+    [
+        ("http://h:4317", "http://h:4317"),
+        ("http://h:4318", "http://h:4318/v1/traces"),
+        ("http://h:4318/", "http://h:4318/v1/traces"),
+        ("https://h/otlp/v1/traces", "https://h/otlp/v1/traces"),
+    ],
+)
+def test_an_exporter_is_given_the_path_that_a_person_left_out(endpoint: str, url: str) -> None:
+    assert otlp_url(endpoint) == url
+
+
+def test_a_span_that_others_made_current_is_known() -> None:
+    recorded = Recorded()
+    assert recorded.tracer.current() == ""
+    with recorded.tracer._tracer.start_as_current_span("theirs"):
+        current = recorded.tracer.current()
+    assert current.split("-")[2] == f"{span_id(recorded.spans['theirs']):016x}"
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:4317", "grpc://localhost:4317", "http://", "http://h:99999", "h"])
