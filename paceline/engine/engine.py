@@ -254,7 +254,11 @@ class Engine:
             self.tally.declined += not sequence.request.speculate
             if self.speculator is not None and sequence.request.speculate:
                 self.speculator.open(
-                    sequence.sequence_id, sequence.tokens, sequence.request.params, sequence.prompt_length
+                    sequence.sequence_id,
+                    sequence.tokens,
+                    sequence.request.params,
+                    sequence.prompt_length,
+                    trace=sequence.request.trace,
                 )
 
     def _propose(self) -> Mapping[int, Proposal]:
