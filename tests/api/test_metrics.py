@@ -293,3 +293,24 @@ async def test_silent_replicas_leave_what_the_router_counted() -> None:
     async with http(Silent()) as client:
         text = (await client.get("/metrics")).text
     assert 'paceline_resumptions_total{model_name="tiny",router=""} 0.0' in text
+
+
+def test_what_the_autoscaler_wants_and_why() -> None:
+    told = {
+        "target": {"wanted": 3, "signals": {"seats": 2.5}},
+        "draft": {"wanted": 1},
+        "counts": {"target/up/seats": 2},
+        "errors": 1,
+        "waiting": ["1 of 3 target replicas run, …"],
+    }
+    text = prometheus_text("m", ClusterStatus(autoscaling=told)).decode()
+    for line in (
+        'paceline_autoscaling_replicas_wanted{model_name="m",pool="target"} 3.0',
+        'paceline_autoscaling_replicas_wanted{model_name="m",pool="draft"} 1.0',
+        'paceline_autoscaling_signal{model_name="m",pool="target",signal="seats"} 2.5',
+        'paceline_autoscaling_decisions_total{model_name="m",pool="target",reason="seats",direction="up"} 2.0',
+        'paceline_autoscaling_decisions_total{model_name="m",pool="draft",reason="gain",direction="down"} 0.0',
+        'paceline_autoscaling_errors_total{model_name="m"} 1.0',
+        'paceline_autoscaling_waiting{model_name="m"} 1.0',
+    ):
+        assert line in text.splitlines(), line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from paceline.api.metrics import speculation
+from paceline.api.metrics import autoscaling, speculation
 from paceline.api.metrics.family import Family, Sample, by_key, by_name, number, number_at, ranges, ranges_by_key
 from paceline.api.state import ClusterStatus
 
@@ -274,5 +274,6 @@ SECTIONS: Mapping[str, tuple[Family, ...]] = {
     "Drafters": speculation.DRAFTERS,
     "Hand-off": HANDOFF,
     "Router": ROUTER,
+    "Autoscaling": autoscaling.FAMILIES,
 }
 FAMILIES = tuple(family for section in SECTIONS.values() for family in section)
