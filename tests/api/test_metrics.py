@@ -188,9 +188,15 @@ FULL = {
 }
 
 
+def whole_cluster() -> ClusterStatus:
+    """Where every number is told."""
+    scaled = {"target": {"wanted": 3, "signals": {"seats": 2.5}}}
+    return ClusterStatus((FULL,), (DRAFT,), {"session": 3}, 1, {("/health", "200"): 2}, autoscaling=scaled)
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_family_has_a_sample_where_its_numbers_are_told(family: Family) -> None:
-    cluster = ClusterStatus((FULL,), (DRAFT,), {"session": 3}, 1, {("/health", "200"): 2})
+    cluster = whole_cluster()
     text = prometheus_text(MODEL, cluster).decode()
     assert all(f"\n{series}{{" in text for series in family.series)
 
@@ -201,7 +207,7 @@ def test_no_name_is_there_twice() -> None:
 
 
 def test_nothing_is_told_that_no_family_names() -> None:
-    cluster = ClusterStatus((FULL,), (DRAFT,), {"session": 3}, 1, {("/health", "200"): 2})
+    cluster = whole_cluster()
     told = {line.split("{")[0] for line in prometheus_text(MODEL, cluster).decode().splitlines() if line[0] != "#"}
     assert told == {name for family in FAMILIES for name in family.series}
 
