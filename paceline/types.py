@@ -220,6 +220,8 @@ class Request:
     client was given already, or None if it had ended; it is empty for a request that begins. The engine takes
     them for output of its own: seeds, penalties, stop strings and limits come out as if nothing had happened.
     `avoid` names the replicas that were lost or failed, so that routing looks elsewhere.
+
+    `trace` is the traceparent (W3C Trace Context) of whoever handed the request on, "" of nobody; it changes nothing.
     """
 
     request_id: str
@@ -232,6 +234,7 @@ class Request:
     priority: int = 0
     resumed: tuple[tuple[int, ...] | None, ...] = ()
     avoid: tuple[str, ...] = ()
+    trace: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         try:

@@ -15,6 +15,7 @@ from paceline.api.conversations import Conversations, Turn, unknown_session
 from paceline.api.deadline import bounded
 from paceline.api.fitting import Fitting, GrammarCheck
 from paceline.api.logprobs import TokenTexts
+from paceline.api.observed import Observer
 from paceline.api.prompts import (
     ChatMessage,
     PromptEncoder,
@@ -38,6 +39,7 @@ from paceline.sessions.handoff import BUSY, Outcome
 from paceline.sessions.history import Session
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.store import MemoryStore, SessionStore
+from paceline.telemetry.requests import NOWHERE, Origin
 from paceline.types import Frame, Prompt, Request, SamplingParams
 
 CONTROL_TIMEOUT_S = 10.0
@@ -93,6 +95,7 @@ class Prepared:
     tools: ToolUse = NO_TOOLS
     timeout_s: float | None = None
     """The client's own limit; the server's holds in any case."""
+    origin: Origin = NOWHERE
 
 
 class Gateway:
@@ -115,6 +118,7 @@ class Gateway:
         check_grammar: GrammarCheck | None = None,
         limits: LimitSettings | None = None,
         router: str = "",
+        observer: Observer | None = None,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
         """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
@@ -130,6 +134,7 @@ class Gateway:
         self._request_timeout_s = request_timeout_s
         self._max_resumptions = max_resumptions
         self._seen, self._router = RouterCounts(), router
+        self._observer = observer
         self._store = store or MemoryStore(SESSION_TTL_S)
         self._conversations = Conversations(self._store, model_name)
         self._scopes = {"": self._conversations}
@@ -280,11 +285,15 @@ class Gateway:
     async def open(self, prepared: Prepared) -> Stream:
         """Start a request. Raises its error if no replica takes it; otherwise the caller closes the stream."""
         request, turn = prepared.request, prepared.turn
+        own = self._request_timeout_s
+        timeout_s = own if prepared.timeout_s is None else min(own, prepared.timeout_s)
+        watched = None if self._observer is None else self._observer.begin(request, prepared.origin, timeout_s)
+        request = request if watched is None else watched.request
         frames = resuming(self._targets.generate, request, self._max_resumptions, seen=self._seen)
         if turn is not None:
             frames = self._conversations.recorded(frames, request, turn)
-        own = self._request_timeout_s
-        timeout_s = own if prepared.timeout_s is None else min(own, prepared.timeout_s)
+        if watched is not None:
+            frames = watched.frames(frames)
         return await Stream.open(frames, timeout_s, request.params.n)
 
     async def abort(self, request_id: str) -> bool:

@@ -26,8 +26,8 @@ class Gain:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._samples: deque[tuple[float, float, float]] = deque()
-        """(seconds that it stands for, gain, all that is saved)"""
+        self._samples: deque[tuple[float, float, float, float]] = deque()
+        """(seconds that it stands for, gain, all that is saved, sequences wanting drafts)"""
         self._drafters = (0, 0)
         self.age = 0.0
 
@@ -41,7 +41,7 @@ class Gain:
         self.age += passed
         if self.age <= 0 or passed <= 0:
             return
-        self._samples.append((passed, pool.gain, pool.saved))
+        self._samples.append((passed, pool.gain, pool.saved, pool.wanted or 0.0))
         self._forget()
 
     def restart(self) -> None:
@@ -49,7 +49,7 @@ class Gain:
         self.age = -SETTLE_S
 
     def _forget(self) -> None:
-        kept = sum(seconds for seconds, _, _ in self._samples)
+        kept = sum(sample[0] for sample in self._samples)
         while len(self._samples) > 1 and kept - self._samples[0][0] >= self._seconds:
             kept -= self._samples.popleft()[0]
 
@@ -61,6 +61,11 @@ class Gain:
     def saved(self) -> float:
         """All drafters together, in a second."""
         return self._mean(2)
+
+    @property
+    def sequences(self) -> float:
+        """Those that wanted drafts meanwhile."""
+        return self._mean(3)
 
     def _mean(self, column: int) -> float:
         weight = sum(sample[0] for sample in self._samples)
@@ -133,7 +138,7 @@ class Worth:
         if self.mean is None:
             return None
         if self.mean >= self._goals.min_gain:
-            self._note_paid(pool, sequences)
+            self._note_paid(pool)
             return None
         if self.gain.age < (TRIAL_S if self._trying else self.patience):
             return None
@@ -143,10 +148,12 @@ class Worth:
     def grew(self, pool: DraftPool) -> None:
         """More drafters are on their way."""
         if self.mean is not None and self._before is None:
-            self._before = (pool.reported, self.gain.saved, pool.wanted or 0.0)
+            self._before = (pool.reported, self.gain.saved, self.gain.sequences)
 
-    def _note_paid(self, pool: DraftPool, sequences: float) -> None:
+    def _note_paid(self, pool: DraftPool) -> None:
         self.pays, self._trying = True, False
+        if self._before is not None and pool.replicas <= self._before[0]:
+            self._before = None
         if self._before is None:
             self.retry.paid(pool.reported)
             return
@@ -154,7 +161,9 @@ class Worth:
         if pool.reported <= drafters:
             return  # those that came do not run yet
         self._before = None
-        expected = saved * sequences / then if then else saved
+        # With fewer sequences there was less to save; with more, the drafters there were had their hands full.
+        sequences = self.gain.sequences
+        expected = saved * min(1.0, sequences / then) if then else saved
         if (self.gain.saved - expected) / (pool.reported - drafters) >= self._goals.min_gain:
             self.retry.paid(pool.reported)
         else:

@@ -16,7 +16,7 @@ from paceline.engine.flight import Flight
 from paceline.engine.kv_cache import KVCache
 from paceline.engine.kv_entry import SessionKV
 from paceline.engine.meters import EngineMeter
-from paceline.engine.restores import Restores, session_states
+from paceline.engine.restores import Restores
 from paceline.engine.runner import Runner
 from paceline.engine.sampling import Draws
 from paceline.engine.scheduler import Scheduled, Scheduler
@@ -130,8 +130,10 @@ class Engine:
 
     @property
     def missing_tokens(self) -> int:
-        """Tokens that running sequences have to compute before they can go on."""
-        return self._scheduler.missing_tokens
+        """Tokens that running sequences have to compute before they can go on. Any thread may ask."""
+        held = ((len(each.tokens), each.entry) for each in list(self._scheduler.running))
+        missing = (tokens - (entry.length if entry is not None else 0) for tokens, entry in held)
+        return sum(tokens for tokens in missing if tokens > 1)
 
     @property
     def prefill_seconds_per_token(self) -> float | None:
@@ -252,7 +254,11 @@ class Engine:
             self.tally.declined += not sequence.request.speculate
             if self.speculator is not None and sequence.request.speculate:
                 self.speculator.open(
-                    sequence.sequence_id, sequence.tokens, sequence.request.params, sequence.prompt_length
+                    sequence.sequence_id,
+                    sequence.tokens,
+                    sequence.request.params,
+                    sequence.prompt_length,
+                    trace=sequence.request.trace,
                 )
 
     def _propose(self) -> Mapping[int, Proposal]:

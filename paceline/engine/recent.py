@@ -51,9 +51,10 @@ class Recent:
         self._advance()
         self._levels.update(values)
 
-    def add(self, name: str, amount: float) -> None:
+    def add(self, **amounts: float) -> None:
         self._advance()
-        self._add(name, amount)
+        for name, amount in amounts.items():
+            self._add(name, amount)
 
     def counted(self, **totals: float) -> None:
         """Of counters since the start: what they grew by since they were told last."""
@@ -110,8 +111,8 @@ class RecentQuantiles:
         self._clock, self._window = clock, round(window_s / BUCKET_S)
         self._buckets: deque[tuple[int, Counter[int]]] = deque()
 
-    def note(self, value: float) -> None:
-        self._current()[round(PER_OCTAVE * math.log2(max(value, 1e-6)))] += 1
+    def note(self, value: float, times: int = 1) -> None:
+        self._current()[round(PER_OCTAVE * math.log2(max(value, 1e-6)))] += times
 
     def at(self, share: float) -> float | None:
         """The value that so many are not above; None if there were none."""

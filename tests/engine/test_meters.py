@@ -106,6 +106,22 @@ def test_a_prompt_being_computed_counts_as_queued(hand: Hand) -> None:
     assert load(engine).queued_prefill_tokens == len(PROMPT) - 16
 
 
+def test_a_step_under_way_need_not_be_waited_for(hand: Hand) -> None:
+    """What is asked while a first long step runs is of the time until now."""
+    engine = metered(hand)
+    engine.add(tiny.request(PROMPT, "a", max_tokens=100))
+    seen = list[TargetLoad]()
+
+    def in_the_middle() -> float:
+        hand.now += 8.0
+        seen.append(load(engine))
+        return 0.0
+
+    engine.telemetry.clock = in_the_middle  # read between sampling and emitting
+    engine.step()
+    assert seen[0].waiting == pytest.approx(1.0)
+
+
 def test_output_tokens_are_those_of_the_deltas(hand: Hand) -> None:
     engine = metered(hand)
     engine.add(tiny.request(PROMPT, "a", max_tokens=8, ignore_eos=True))

@@ -52,7 +52,7 @@ def test_a_level_that_was_never_told_is_not_known(hand: Hand, recent: Recent) ->
 
 
 def test_what_is_past_the_window_is_forgotten(hand: Hand, recent: Recent) -> None:
-    recent.add("tokens", 100)
+    recent.add(tokens=100)
     hand.now += 11.0
     assert recent.rate("tokens") == 0.0
 
@@ -60,18 +60,18 @@ def test_what_is_past_the_window_is_forgotten(hand: Hand, recent: Recent) -> Non
 def test_an_amount_is_a_rate_over_the_window(hand: Hand, recent: Recent) -> None:
     for _ in range(40):
         hand.now += 0.5
-        recent.add("tokens", 7)
+        recent.add(tokens=7)
     assert recent.rate("tokens") == pytest.approx(14.0, rel=0.08)
 
 
 def test_at_first_the_rate_is_over_the_time_there_was(hand: Hand, recent: Recent) -> None:
-    recent.add("tokens", 30)
+    recent.add(tokens=30)
     hand.now += 3.0
     assert recent.rate("tokens") == pytest.approx(10.0)
 
 
 def test_the_first_moment_is_no_infinite_rate(recent: Recent) -> None:
-    recent.add("requests", 1)
+    recent.add(requests=1)
     assert recent.rate("requests") == 1.0
 
 
@@ -93,7 +93,7 @@ def test_a_counter_may_fall(hand: Hand, recent: Recent) -> None:
 
 def test_a_clock_that_goes_back_changes_nothing(hand: Hand, recent: Recent) -> None:
     recent.levels(running=2)
-    recent.add("tokens", 10)
+    recent.add(tokens=10)
     hand.now += 5.0
     before = recent.mean("running"), recent.rate("tokens")
     hand.now -= 500.0
