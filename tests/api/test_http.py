@@ -134,7 +134,7 @@ async def test_the_answer_says_why_it_was_made_where_it_was_made() -> None:
         metrics = (await client.get("/metrics")).text
     assert answer.headers["x-paceline-route"] == "holder"
     assert status["router"] == {"routes": {"holder": 1}, "resumptions": 0}
-    assert 'paceline_routed_requests_total{model_name="tiny",reason="holder"} 1.0' in metrics
+    assert 'paceline_routed_requests_total{model_name="tiny",router="",reason="holder"} 1.0' in metrics
 
 
 async def test_where_nobody_chose_there_is_no_reason() -> None:
