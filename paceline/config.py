@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from paceline.config_autoscaling import AutoscalingSettings as AutoscalingSettings
+from paceline.config_autoscaling import ReplicaRange
 from paceline.config_base import Auto, Positive, Settings
 from paceline.config_security import ApiKeySettings as ApiKeySettings
 from paceline.config_security import DraftSecurity as DraftSecurity
@@ -264,6 +265,11 @@ class TargetSettings(Settings):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="Its port; 0 lets the kernel pick.")
     engine: EngineSettings = Field(default_factory=EngineSettings, description="Its engine.")
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a replica computes there: it is told to, or no GPU is reserved for it."""
+        return self.engine.device == "cpu" or (self.engine.device == "auto" and not self.num_gpus)
+
 
 class DraftSettings(Settings):
     """The replicas that guess."""
@@ -395,6 +401,14 @@ class AppSettings(Settings):
     limits: LimitSettings = Field(default_factory=LimitSettings)
     autoscaling: AutoscalingSettings = Field(default_factory=AutoscalingSettings)
     telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
+
+    @property
+    def target_replicas(self) -> ReplicaRange:
+        return ReplicaRange.of(self.target.num_replicas, self.autoscaling.enabled, self.autoscaling.target)
+
+    @property
+    def draft_replicas(self) -> ReplicaRange:
+        return ReplicaRange.of(self.draft.num_replicas, self.autoscaling.enabled, self.autoscaling.draft)
 
     @property
     def public_name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -105,7 +106,21 @@ class AutoscalingSettings(Settings):
     max_upscale: Annotated[float, Field(gt=1)] = Field(
         2.0, description="In one step the replicas may become so many times as many, and always four more."
     )
-    max_downscale: Share = Field(
-        0.25, description="Share of the replicas that may go in one step, and always one."
-    )
+    max_downscale: Share = Field(0.25, description="Share of the replicas that may go in one step, and always one.")
     interval_s: Seconds = Field(1.0, description="Seconds between two looks at the load.")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRange:
+    """How many replicas of a pool there are at first, and how few or many later; all the same if nothing scales."""
+
+    fewest: int
+    first: int
+    most: int
+
+    @classmethod
+    def of(cls, num_replicas: int, enabled: bool, bounds: TargetScaling | DraftScaling) -> Self:
+        if not enabled:
+            return cls(num_replicas, num_replicas, num_replicas)
+        fewest, most = bounds.min_replicas, bounds.max_replicas
+        return cls(fewest, min(max(num_replicas, fewest), most), most)

@@ -380,3 +380,4 @@ class Status(Answer):
     targets: list[dict[str, Any]]
     drafts: list[dict[str, Any]]
     router: RouterStatus
+    autoscaling: dict[str, Any] = {}

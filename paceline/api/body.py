@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from paceline.api.middleware import limits_of
+from paceline.api.prompts import check_count
 from paceline.config import LimitSettings
 from paceline.errors import InvalidRequest
 
@@ -76,10 +77,8 @@ def loads(body: bytes, limits: LimitSettings) -> Any:
     except ValueError:  # of Python's own bound on digits
         _refuse("an integer has too many digits")
     messages = value.get("messages") if isinstance(value, dict) else None
-    if isinstance(messages, list) and len(messages) > limits.max_messages:
-        raise InvalidRequest(
-            f"messages: at most {limits.max_messages} in one request, got {len(messages)}", param="messages"
-        )
+    if isinstance(messages, list):
+        check_count(len(messages), limits.max_messages)
     return value
 
 

@@ -117,6 +117,7 @@ class Gateway:
         tool_call_parser: ParserName | Literal["auto"] = "auto",
         check_grammar: GrammarCheck | None = None,
         limits: LimitSettings | None = None,
+        router: str = "",
         observer: Observer | None = None,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
@@ -132,7 +133,7 @@ class Gateway:
         self._fitting = Fitting(self._prompts, windows or WindowRules(max_model_len), scheduling_policy, check_grammar)
         self._request_timeout_s = request_timeout_s
         self._max_resumptions = max_resumptions
-        self._seen = RouterCounts()
+        self._seen, self._router = RouterCounts(), router
         self._observer = observer
         self._store = store or MemoryStore(SESSION_TTL_S)
         self._conversations = Conversations(self._store, model_name)
@@ -389,9 +390,7 @@ class Gateway:
         """Hand the KV of idle sessions of a replica, those used last, to others. Raises InvalidRequest if there is no
         such replica."""
         outcome = await _bounded(self._targets.hand_off(replica, None, count))
-        if outcome is None:
-            raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
-        return outcome
+        return _of_known(replica, outcome)
 
     async def drain(self, replica: str, timeout_s: float = DRAIN_TIMEOUT_S) -> Outcome:
         """Hand the KV of all sessions of a replica to others, of those being answered once their turn is over, or give
@@ -401,9 +400,7 @@ class Gateway:
         while True:
             held = [info.session_id for info in await _bounded(self._targets.sessions()) if info.replica_id == replica]
             wanted = [name for name in held if name not in refused]
-            outcome = await _bounded(self._targets.hand_off(replica, wanted, len(wanted)))
-            if outcome is None:
-                raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
+            outcome = _of_known(replica, await _bounded(self._targets.hand_off(replica, wanted, len(wanted))))
             drained.arrived |= outcome.arrived
             refused |= {name: why for name, why in outcome.left.items() if why != BUSY}
             busy = {name: why for name, why in outcome.left.items() if why == BUSY}
@@ -418,8 +415,12 @@ class Gateway:
 
     async def status(self) -> ClusterStatus:
         """What the replicas report about themselves, and what this router has seen."""
-        cluster = await _bounded(self._targets.status())
-        return replace(cluster, routes=dict(self._seen.routes), resumptions=self._seen.resumptions)
+        return self.with_own_counts(await _bounded(self._targets.status()))
+
+    def with_own_counts(self, cluster: ClusterStatus) -> ClusterStatus:
+        """With what this router has seen."""
+        seen = self._seen
+        return replace(cluster, routes=dict(seen.routes), resumptions=seen.resumptions, router=self._router)
 
     def check_model(self, name: str | None) -> None:
         """Raise UnknownModel unless `name` is the model served. None and "" stand for it."""
@@ -447,6 +448,13 @@ class Gateway:
 def _stays(session_id: str, why: str) -> PacelineError:
     kind = SessionConflict if why == BUSY else Unavailable
     return kind(f"session_id: {shown(session_id)} stays where it is: {why}", param="session_id")
+
+
+def _of_known(replica: str, outcome: Outcome | None) -> Outcome:
+    """What a replica handed over. Raises InvalidRequest if there was none to ask."""
+    if outcome is None:
+        raise InvalidRequest(f"replica: no target replica {shown(replica)} here", param="replica")
+    return outcome
 
 
 async def _bounded(answer: Awaitable[T]) -> T:

@@ -129,12 +129,17 @@ class PromptEncoder:
         """The text of some tokens, and of the `special` ones among them."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=not special)
 
+    def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
+        """Raise InvalidRequest if an id is outside the vocabulary."""
+        for token in token_ids:
+            if not 0 <= token < self._vocabulary:
+                raise InvalidRequest(
+                    f"{param}: token id {token} is not in the vocabulary of {self._vocabulary}", param=param
+                )
+
     def _checked_size(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> int:
         """Characters of the messages and the functions. Raises InvalidRequest if they are too many."""
-        if len(messages) > self._max_messages:
-            raise InvalidRequest(
-                f"messages: at most {self._max_messages} in one request, got {len(messages)}", param="messages"
-            )
+        check_count(len(messages), self._max_messages)
         size = _size(messages) + sum(len(tool.parameters) for tool in tools)
         self._check_chars("messages", size)
         return size
@@ -145,14 +150,6 @@ class PromptEncoder:
                 f"{param}: {size} characters are more than are taken here, {self._max_chars} (limits.max_prompt_chars)",
                 param=param,
             )
-
-    def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
-        """Raise InvalidRequest if an id is outside the vocabulary."""
-        for token in token_ids:
-            if not 0 <= token < self._vocabulary:
-                raise InvalidRequest(
-                    f"{param}: token id {token} is not in the vocabulary of {self._vocabulary}", param=param
-                )
 
     def _behind_answer(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> tuple[int, ...]:
         """Token ids of what is rendered behind the marked answer; none if the template moved or changed the mark, or
@@ -180,6 +177,12 @@ class PromptEncoder:
         encoded = self._apply(messages, tools, tokenize=True)
         ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
         return tuple(int(token) for token in ids)
+
+
+def check_count(messages: int, most: int) -> None:
+    """Raise InvalidRequest for more messages than one request may hold."""
+    if messages > most:
+        raise InvalidRequest(f"messages: at most {most} in one request, got {messages}", param="messages")
 
 
 def check_messages(messages: Sequence[ChatMessage], source: str = "messages") -> list[ChatMessage]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from paceline.api.answers import PacelineInfo, SourceInfo
 from paceline.api.logprobs import Offsets
 from paceline.api.tool_parsing import Event, ToolCallReader, gathered
 from paceline.seeds import choice_seed
 from paceline.sessions.history import ToolCall
-from paceline.speculation.telemetry import merged
+from paceline.speculation.telemetry import summed
 from paceline.types import Accepted, Delta, FinishReason, Metrics, Request, TokenLogprobs
 
 CALLED = "tool_calls"
@@ -100,19 +100,13 @@ class Tally:
         """Of all choices. A prompt is counted once, and what of it was cached is what its first reader found."""
         each = [choice.metrics for choice in self.choices]
         prompts = each[:: self.request.params.n]
-        return Metrics(
+        return replace(  # the choices were computed side by side
+            summed(each),
             prompt_tokens=sum(m.prompt_tokens for m in prompts),
             cached_tokens=sum(m.cached_tokens for m in prompts),
-            completion_tokens=sum(m.completion_tokens for m in each),
-            drafted=sum(m.drafted for m in each),
-            accepted=sum(m.accepted for m in each),
-            late=sum(m.late for m in each),
-            steps=sum(m.steps for m in each),
             queue_s=each[0].queue_s,
             ttft_s=min(m.ttft_s for m in each),
             total_s=max(m.total_s for m in each),
-            wasted=sum(m.wasted for m in each),
-            sources=merged(m.sources for m in each),
             resumptions=max(m.resumptions for m in each),
         )
 

@@ -7,7 +7,7 @@ difference of two counters or two clocks. None is "not known": a replica that ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
 
@@ -60,15 +60,15 @@ class _Reported:
     @classmethod
     def of(cls, replica: str, numbers: Mapping[str, Any]) -> Self:
         known = {
-            field.name: float(value)
-            for field in fields(cls)  # type: ignore[arg-type]
-            if isinstance(value := numbers.get(field.name), int | float) and value == value
+            each.name: float(value)
+            for each in fields(cls)  # type: ignore[arg-type]
+            if isinstance(value := numbers.get(each.name), int | float) and value == value
         }
         return cls(replica=replica, **known)  # type: ignore[call-arg]
 
     def numbers(self) -> dict[str, float]:
         """As a replica reports it: what is known."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        named = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
         return {name: float(value) for name, value in named.items() if name != "replica" and value is not None}
 
 
@@ -106,6 +106,8 @@ class TargetLoad(_Reported):
     """Share of the steps of sequences wanting drafts that had none in time, 0 to 1."""
     draft_saved: float | None = None
     """Seconds that drafts save it in a second; negative if they cost more than they save."""
+    busy: float | None = None
+    """Share of the last seconds in which it was in a step, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,8 @@ class Snapshot:
     num_drafts: int
     targets: tuple[TargetLoad, ...] = ()
     drafts: tuple[DraftLoad, ...] = ()
+    has_drafts: bool = True
+    """Whether there is a pool of drafters at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """Of one look at the load."""
+    """Of one look at the load. `signals` has the replicas that each signal asks for, whole or not."""
 
     target: Decision
     draft: Decision
+    signals: Mapping[tuple[Pool, Reason], float] = field(default_factory=dict)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.cli.console import note
-from paceline.cli.stats import several, source_table, summary_line, total
+from paceline.cli.stats import several, source_table, summary_line
 from paceline.errors import ConfigError
+from paceline.speculation.telemetry import merged
 
 if TYPE_CHECKING:
     from paceline.cli.chat import Chat
@@ -79,7 +80,7 @@ def stats(chat: Chat, argument: str) -> None:  # noqa: ARG001
         note(chat.console, "no answers yet")
         return
     note(chat.console, f"session {answers[-1].session_id}: {summary_line(answers)}")
-    if (table := source_table(total([answer.metrics for answer in answers]).sources)) is not None:
+    if (table := source_table(merged(answer.metrics.sources for answer in answers))) is not None:
         chat.console.print(table, style="dim")
 
 

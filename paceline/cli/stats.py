@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from paceline.cli.client import Answer, Step
-from paceline.speculation.telemetry import merged
+from paceline.speculation.telemetry import summed
 from paceline.types import Metrics, SourceMetrics
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def drafts_in_words(metrics: Metrics) -> str:
 
 def summary_line(answers: Sequence[Answer]) -> str:
     """Several answers of a conversation in one line."""
-    metrics = total([answer.metrics for answer in answers])
+    metrics = summed([answer.metrics for answer in answers])
     times = sorted(answer.metrics.ttft_s for answer in answers)
     replicas = ", ".join(dict.fromkeys(answer.replica_id for answer in answers))
     decode_s = metrics.total_s - metrics.ttft_s
@@ -109,20 +109,3 @@ def several(number: int, thing: str) -> str:
 
 def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f}%" if whole else "-"
-
-
-def total(parts: Sequence[Metrics]) -> Metrics:
-    """The sum of several answers."""
-    return Metrics(
-        prompt_tokens=sum(part.prompt_tokens for part in parts),
-        cached_tokens=sum(part.cached_tokens for part in parts),
-        completion_tokens=sum(part.completion_tokens for part in parts),
-        drafted=sum(part.drafted for part in parts),
-        accepted=sum(part.accepted for part in parts),
-        late=sum(part.late for part in parts),
-        steps=sum(part.steps for part in parts),
-        ttft_s=sum(part.ttft_s for part in parts),
-        total_s=sum(part.total_s for part in parts),
-        wasted=sum(part.wasted for part in parts),
-        sources=merged(part.sources for part in parts),
-    )

@@ -13,6 +13,7 @@ import grpc
 from paceline.errors import DraftError, PacelineError
 from paceline.rpc import convert
 from paceline.rpc.draft_credentials import OPEN, DraftCredentials
+from paceline.rpc.listen import listening
 from paceline.rpc.mailbox import Mailbox
 from paceline.speculation.frames import Candidates, Hello
 from paceline.v1 import draft_pb2 as pb
@@ -113,10 +114,6 @@ async def start_draft_server(service: DraftService, host: str, port: int = 0) ->
     """Serve on host:port (0: a free one). Returns the server and its address. Raises OSError if the port is taken."""
     server = grpc.aio.server(options=SERVER_OPTIONS)
     add_DraftServicer_to_server(service, server)
-    bracketed = f"[{host}]" if ":" in host else host
-    try:
-        bound = service.credentials.listen(server, f"{bracketed}:{port}")
-    except RuntimeError as error:
-        raise OSError(f"draft.port: cannot listen on {bracketed}:{port}") from error
+    address = listening(lambda at: service.credentials.listen(server, at), host, port, "draft.port")
     await server.start()
-    return server, f"{bracketed}:{bound}"
+    return server, address

@@ -31,6 +31,7 @@ from paceline.errors import DraftError, PacelineError
 from paceline.rpc.draft_client import CHANNEL_OPTIONS
 from paceline.rpc.draft_server import SERVER_OPTIONS
 from paceline.rpc.frame_codec import Named, pack, unpack
+from paceline.rpc.listen import listening
 from paceline.rpc.mailbox import Mailbox
 from paceline.types import Delta, Failure, FeedAddress
 
@@ -109,13 +110,9 @@ async def start_feed_server(feeds: Feeds, host: str, port: int = 0) -> tuple[grp
     server = grpc.aio.server(options=SERVER_OPTIONS)
     handler = grpc.unary_stream_rpc_method_handler(feeds.subscribe)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
-    bracketed = f"[{host}]" if ":" in host else host
-    try:
-        bound = server.add_insecure_port(f"{bracketed}:{port}")
-    except RuntimeError as error:
-        raise OSError(f"target.port: cannot listen on {bracketed}:{port}") from error
+    address = listening(server.add_insecure_port, host, port, "target.port")
     await server.start()
-    return server, FeedAddress(f"{bracketed}:{bound}", feeds.token)
+    return server, FeedAddress(address, feeds.token)
 
 
 Listener = Callable[[Delta | Failure], None]

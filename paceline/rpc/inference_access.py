@@ -9,7 +9,7 @@ from paceline.api.gateway import Gateway
 from paceline.api.keys import Caller, KeyRing, presented_key
 from paceline.api.owned import seen_by
 from paceline.errors import PacelineError
-from paceline.rpc.inference_service import InferenceHandlers, RpcContext
+from paceline.rpc.inference_service import InferenceHandlers, RpcContext, text_metadata
 
 
 class InferenceAccess:
@@ -38,7 +38,7 @@ class InferenceAccess:
             return
         with ExitStack() as held:
             try:
-                caller = self._keys.caller(presented_key(_texts(grpc_context)))
+                caller = self._keys.caller(presented_key(text_metadata(grpc_context)))
                 held.enter_context(caller.quota.request())
             except PacelineError as error:
                 yield InferenceHandlers(self._gateway, refusal=error)
@@ -51,8 +51,3 @@ class InferenceAccess:
             handlers = self._make(seen_by(self._gateway, caller))
             self._by_name[caller.name] = caller, handlers
         return handlers
-
-
-def _texts(grpc_context: RpcContext) -> dict[str, str]:
-    """Metadata without its binary entries."""
-    return {name: value for name, value in grpc_context.invocation_metadata() or () if isinstance(value, str)}

@@ -107,6 +107,7 @@ def status_message(model: str, max_model_len: int, cluster: ClusterStatus) -> pb
             for replica in cluster.drafts
         ],
         router=pb.RouterStatus(routes=dict(cluster.routes), resumptions=cluster.resumptions),
+        autoscaling=_struct(cluster.autoscaling),
     )
 
 

@@ -185,7 +185,7 @@ class InferenceHandlers:
             yield failed_event(_report(error, grpc_context))
 
     async def _prepare_chat(self, request: pb.ChatRequest, grpc_context: RpcContext) -> Prepared:
-        timeout_s = timeout_from(request, _metadata(grpc_context).get(TIMEOUT_KEY))
+        timeout_s = timeout_from(request, text_metadata(grpc_context).get(TIMEOUT_KEY))
         session_id = request.session_id or _session_id(grpc_context)
         messages, params = messages_from(request.messages), params_from(request.sampling)
         check_calls(messages)
@@ -205,7 +205,7 @@ class InferenceHandlers:
         return replace(prepared, timeout_s=timeout_s, origin=_origin(grpc_context))
 
     async def _prepare_completion(self, request: pb.GenerateRequest, grpc_context: RpcContext) -> Prepared:
-        timeout_s = timeout_from(request, _metadata(grpc_context).get(TIMEOUT_KEY))
+        timeout_s = timeout_from(request, text_metadata(grpc_context).get(TIMEOUT_KEY))
         prepared = await self._gateway.prepare_completion(
             prompt_from(request),
             params_from(request.sampling),
@@ -247,16 +247,16 @@ def _required(name: str, value: str | None) -> str:
 
 
 def _session_id(grpc_context: RpcContext) -> str | None:
-    metadata = _metadata(grpc_context)
+    metadata = text_metadata(grpc_context)
     return next((metadata[key] for key in SESSION_ID_KEYS if metadata.get(key)), None)
 
 
 def _origin(grpc_context: RpcContext) -> Origin:
-    metadata = _metadata(grpc_context)
+    metadata = text_metadata(grpc_context)
     request_id = next((metadata[key] for key in REQUEST_ID_KEYS if metadata.get(key)), "")
     return Origin(checked(metadata.get(TRACEPARENT)), checked_request_id(request_id))
 
 
-def _metadata(grpc_context: RpcContext) -> dict[str, str]:
+def text_metadata(grpc_context: RpcContext) -> dict[str, str]:
     """What the client sent beside the request, as far as it is text."""
     return {key: value for key, value in grpc_context.invocation_metadata() or () if isinstance(value, str)}

@@ -2,6 +2,8 @@
 
 # No `from __future__ import annotations` here: Ray Serve reads the builder's annotation to check `args:`.
 
+from typing import Any
+
 import ray
 from pydantic import SecretStr
 from ray import serve
@@ -9,6 +11,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 
 from paceline.config import AppSettings
+from paceline.config_autoscaling import ReplicaRange
 from paceline.rpc.draft_credentials import new_token
 from paceline.serving import bundles
 from paceline.serving.draft import Draft
@@ -20,6 +23,9 @@ from paceline.telemetry.tracing import check_packages
 
 ROUTING_STATS_PERIOD_S = 2.0
 ROUTER = "Router"
+SCALED_BY = {"autoscaling", "target", "draft"}
+"""Settings that the policy sees: none of them has a secret."""
+HELD_POLICY = "paceline.serving.autoscaling:Held"
 SHUTDOWN_S = 20.0
 """A router or draft that is told to leave is killed after so long."""
 SPARE_S = 3.0
@@ -55,7 +61,7 @@ def _target(args: AppSettings, with_drafts: bool, token: SecretStr | None) -> Ap
         Target,
         name="Target",
         logging_config=logging_config(args.telemetry),
-        num_replicas=args.target.num_replicas,
+        **_count(args, args.target_replicas),
         max_ongoing_requests=engine.max_num_seqs + engine.max_queued_requests + SPARE_REQUESTS,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=args.target.drain_timeout_s + args.sessions.handoff_timeout_s + SPARE_S,
@@ -69,15 +75,41 @@ def _target(args: AppSettings, with_drafts: bool, token: SecretStr | None) -> Ap
 
 
 def _draft(args: AppSettings, token: SecretStr | None) -> Application | None:
-    if args.draft.num_replicas == 0:
+    if args.draft_replicas.most == 0:
         return None
     return serve.deployment(
         Draft,
         name="Draft",
         logging_config=logging_config(args.telemetry),
-        num_replicas=args.draft.num_replicas,
+        **_count(args, args.draft_replicas),
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=SHUTDOWN_S + args.sessions.handoff_timeout_s,
         request_router_config=RequestRouterConfig(request_router_class=SessionRouter),  # knows calls for one replica
         **bundles.options(args.draft),
     ).bind(args, token)
+
+
+def _count(args: AppSettings, replicas: ReplicaRange) -> dict[str, Any]:
+    """Of a deployment, in Ray Serve's words.
+
+    Our policy has delays of its own; Serve's would come on top. It finds the settings in the kwargs of the deployment's
+    policy, and the deployment has one so that Serve's own does not scale it if the application has none.
+    """
+    if not args.autoscaling.enabled:
+        return {"num_replicas": replicas.first}
+    return {
+        "autoscaling_config": {
+            "min_replicas": replicas.fewest,
+            "initial_replicas": replicas.first,
+            "max_replicas": replicas.most,
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": 0.0,
+            "downscale_to_zero_delay_s": 0.0,
+            "look_back_period_s": 5 * args.autoscaling.interval_s,  # Serve asks replicas five times in it
+            "metrics_interval_s": args.autoscaling.interval_s,
+            "policy": {
+                "policy_function": HELD_POLICY,
+                "policy_kwargs": args.model_dump(mode="json", include=SCALED_BY, exclude_defaults=True),
+            },
+        }
+    }

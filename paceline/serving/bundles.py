@@ -30,7 +30,7 @@ def options(settings: TargetSettings | DraftSettings) -> dict[str, Any]:
         return {"ray_actor_options": own, "health_check_period_s": HEALTH_CHECK_PERIOD_S}
     return {
         "ray_actor_options": own,
-        "placement_group_bundles": [_bundle(settings)] * size,
+        "placement_group_bundles": [bundle(settings)] * size,
         # Ranks on sockets sum in shared memory; those on GPUs may be on several hosts, if one has too few.
         "placement_group_strategy": "PACK" if settings.num_gpus else "STRICT_PACK",
         "health_check_period_s": RANKS_HEALTH_CHECK_PERIOD_S,
@@ -43,7 +43,7 @@ def check(settings: AppSettings, nodes: Sequence[Node] | None = None) -> None:
     A model that is not on this machine is left to the replicas.
     """
     checked: list[tuple[str, TargetSettings | DraftSettings, str]] = [("target", settings.target, settings.model)]
-    if settings.draft.num_replicas:
+    if settings.draft_replicas.most:
         checked.append(("draft", settings.draft, settings.draft_model))
     for role, replica, model in checked:
         if replica.engine.tensor_parallel_size > 1:
@@ -61,7 +61,7 @@ def _check_resources(role: str, settings: TargetSettings | DraftSettings) -> Non
             f"{role}.num_gpus to 1",
             param=f"{role}.num_gpus",
         )
-    if not _bundle(settings):
+    if not bundle(settings):
         raise ConfigError(
             f"{role}.num_cpus: nothing is reserved for a rank, so that Ray cannot place {size} of them; set it to the "
             "cores of a rank",
@@ -110,8 +110,8 @@ def _cpu_problem(role: str, settings: TargetSettings | DraftSettings, nodes: Seq
 
 def _gpu_problem(role: str, settings: TargetSettings | DraftSettings, nodes: Sequence[Node]) -> ConfigError | None:
     size = settings.engine.tensor_parallel_size
-    bundle = _bundle(settings)
-    room = sum(int(min(_has(node, name) / amount for name, amount in bundle.items())) for node in nodes)
+    rank = bundle(settings)
+    room = sum(int(min(_has(node, name) / amount for name, amount in rank.items())) for node in nodes)
     if size <= room:
         return None
     gpus = sum(_has(node, "GPU") for node in nodes)
@@ -123,7 +123,7 @@ def _gpu_problem(role: str, settings: TargetSettings | DraftSettings, nodes: Seq
     )
 
 
-def _bundle(settings: TargetSettings | DraftSettings) -> dict[str, float]:
+def bundle(settings: TargetSettings | DraftSettings) -> dict[str, float]:
     """Of one rank, without zeros."""
     wanted = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
     return {name: amount for name, amount in wanted.items() if amount}

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from paceline.config import APP_NAME, IMPORT_PATH, AppSettings, DraftSettings, TargetSettings, parse_settings
+from paceline.config_autoscaling import ReplicaRange
 from paceline.errors import ConfigError, PacelineError, Unavailable
 from paceline.hardware import usable_cores
 from paceline.ports import ALL_INTERFACES, require_free
@@ -26,6 +27,7 @@ from paceline.telemetry.tracing import check_packages
 
 DEPLOY_TIMEOUT_S = 900.0
 POLL_S = 0.25
+POLICY = "paceline.serving.autoscaling:Autoscaler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class LocalCluster:
     """
 
     def __init__(self, deployment: Mapping[str, Any], *, on_status: Callable[[str], None] = lambda _: None) -> None:
-        self._config = share_cores(deployment, usable_cores())
+        self._config = scaled(share_cores(deployment, usable_cores()))
         self._on_status = on_status
         self._started = False
 
@@ -169,6 +171,15 @@ class LocalCluster:
         raise Unavailable(f"the replicas were not up after {DEPLOY_TIMEOUT_S:g} s")
 
 
+def scaled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with our autoscaling policy, if its settings want one and it names none."""
+    found = copy.deepcopy(dict(config))
+    application = _application(found)
+    if parse_settings(application.get("args") or {}).autoscaling.enabled:
+        application.setdefault("autoscaling_policy", {"policy_function": POLICY})
+    return found
+
+
 def share_cores(config: Mapping[str, Any], cores: int) -> dict[str, Any]:
     """The config with every engine's `threads: auto` replaced by its share of the cores.
 
@@ -178,7 +189,7 @@ def share_cores(config: Mapping[str, Any], cores: int) -> dict[str, Any]:
     shared = copy.deepcopy(dict(config))
     args = _application(shared).setdefault("args", {})
     settings = parse_settings(args)
-    threads = max(1, cores // (_processes(settings.target) + _processes(settings.draft)))
+    threads = max(1, cores // _processes(settings))
     for role, engine in (("target", settings.target.engine), ("draft", settings.draft.engine)):
         if engine.threads == "auto" and engine.cores_per_rank == "auto":
             args[role] = {**(args.get(role) or {})}
@@ -201,13 +212,21 @@ def _app_name(config: Mapping[str, Any]) -> str:
 def _cpus(config: Mapping[str, Any]) -> int:
     """CPUs to tell Ray of: what the replicas ask for and a little more, however many there are really."""
     settings: AppSettings = parse_settings(_application(config).get("args") or {})
-    asked = sum(_processes(each) * each.num_cpus for each in (settings.target, settings.draft))
+    asked = sum(_ranks(engine, replicas) * engine.num_cpus for engine, replicas in _pools(settings))
     return max(4, os.cpu_count() or 1, int(asked) + 2)
 
 
-def _processes(settings: TargetSettings | DraftSettings) -> int:
-    """Replicas, with all their ranks."""
-    return settings.num_replicas * settings.engine.tensor_parallel_size
+def _processes(settings: AppSettings) -> int:
+    """Of all replicas that there may be, with all their ranks."""
+    return sum(_ranks(engine, replicas) for engine, replicas in _pools(settings))
+
+
+def _pools(settings: AppSettings) -> tuple[tuple[TargetSettings | DraftSettings, ReplicaRange], ...]:
+    return (settings.target, settings.target_replicas), (settings.draft, settings.draft_replicas)
+
+
+def _ranks(settings: TargetSettings | DraftSettings, replicas: ReplicaRange) -> int:
+    return replicas.most * settings.engine.tensor_parallel_size
 
 
 def _progress(application: Any) -> str:

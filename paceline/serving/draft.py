@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import ray
 from pydantic import SecretStr
 from ray import serve
 
@@ -16,9 +15,11 @@ from paceline.models import resolve
 from paceline.rpc.draft_credentials import DraftCredentials
 from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.serving.draft_exchange import DraftExchange
+from paceline.serving.hosts import own_host
 from paceline.serving.logs import join_serve_logs
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
+from paceline.serving.reports import DraftReport, Starting
 from paceline.sessions.handoff import Bound, Receipt, Room
 from paceline.speculation.frames import Hello
 from paceline.speculation.telemetry import DraftedSequence
@@ -45,6 +46,7 @@ class Draft:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: AppSettings, token: SecretStr | None = None
     ) -> None:
+        starting = Starting()
         credentials = DraftCredentials.of(settings.draft.security, token)
         context = serve.get_replica_context()
         self.replica_id: str = context.replica_id.unique_id
@@ -67,11 +69,12 @@ class Draft:
             lambda: ServePeers(context, self._kv_identity),
             within_s=settings.sessions.handoff_timeout_s,
         )
-        host = ray.util.get_node_ip_address() if settings.draft.host == "auto" else settings.draft.host
+        host = own_host(settings.draft.host)
         self._server, self.address = await start_draft_server(self._service, host, settings.draft.port)
         self._settings = settings
         if self._ranks is not None:
             await self._ranks.watch(self._loop.abandon)
+        self._report = DraftReport(self.replica_id, self._loop.meter, starting.done())
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Captured once, after `__init__`."""
@@ -101,9 +104,14 @@ class Draft:
             "kv_tokens_total": usage.total,
             "kv_tokens_in_use": usage.in_use,
             "kv_tokens_cached": usage.cached,
+            **self._report.status(),
             "handoff": self._exchange.numbers(),
             **ranks_status(self._settings.draft, self._ranks),
         }
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Polled by Serve for the policy, `paceline.autoscaling`: a `DraftLoad`'s numbers."""
+        return self._report.load().numbers()
 
     def check_health(self) -> None:
         if self._ranks is not None:

@@ -31,6 +31,8 @@ HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     # A reload (a router comes or goes) lets the streams of the process before it run for so long.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    # A router that leaves is held open at least so long, so that load balancers can take it off their lists; Ray's 30 s
+    # are for those that poll. HAProxy is told at once, and asks another router if one refuses it.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
 }
 

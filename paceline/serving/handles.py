@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -33,11 +33,17 @@ Arrivals = asyncio.Queue[Frame | Exception]
 class ServeTargets(Targets):
     """Routes by session, streams frames, asks every replica. No error of Ray's leaves it."""
 
-    def __init__(self, target: DeploymentHandle, draft: DeploymentHandle | None) -> None:
+    def __init__(
+        self,
+        target: DeploymentHandle,
+        draft: DeploymentHandle | None,
+        autoscaling: Callable[[], Awaitable[Mapping[str, Any]]] | None = None,
+    ) -> None:
         # Frames that do not come in a feed go over gRPC as well, half the cost of object references.
         self._generate = target.options(method_name="generate", stream=True, _by_reference=False)
         self._target = target
         self._draft = draft
+        self._autoscaling = autoscaling
         self._feeds = FeedReader()
         self._watches: set[asyncio.Task[None]] = set()
 
@@ -115,7 +121,8 @@ class ServeTargets(Targets):
 
     async def status(self) -> ClusterStatus:
         targets, drafts = await asyncio.gather(ask_all(self._target, "status"), self._drafts())
-        return ClusterStatus(tuple(targets), tuple(drafts))
+        scaled = {} if self._autoscaling is None else await self._autoscaling()
+        return ClusterStatus(tuple(targets), tuple(drafts), autoscaling=scaled)
 
     async def _drafts(self) -> list[Any]:
         """That none of them is there is no reason to say nothing of the targets."""

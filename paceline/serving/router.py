@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,6 +23,7 @@ from paceline.models import load_config, load_tokenizer, resolve
 from paceline.models.positions import shift_refusal
 from paceline.rpc.inference_access import InferenceAccess
 from paceline.serving.handles import ServeTargets
+from paceline.serving.journal import ClusterKeyValue, autoscaling_status
 from paceline.serving.logs import join_serve_logs
 from paceline.sessions.handoff import Move
 from paceline.sessions.rules import WindowRules
@@ -52,7 +54,8 @@ class Router:
         if self._keys is None:
             logger.warning("no api_keys are configured: whoever reaches the HTTP or gRPC port may use it")
         tokenizer, windows = await asyncio.to_thread(_load, settings)
-        self._targets = ServeTargets(target, draft)
+        app = serve.get_replica_context().app_name
+        self._targets = ServeTargets(target, draft, partial(autoscaling_status, settings, app, ClusterKeyValue()))
         self._gateway = Gateway(
             self._targets,
             tokenizer,
@@ -67,6 +70,7 @@ class Router:
             tool_call_parser=settings.tool_call_parser,
             check_grammar=check_grammar,
             limits=settings.limits,
+            router=serve.get_replica_context().replica_id.unique_id,
             observer=_observer(settings, self._tracer),
         )
         self._rpc = InferenceAccess(self._gateway, self._keys)

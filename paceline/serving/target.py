@@ -11,11 +11,12 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import ray
 from pydantic import SecretStr
 from ray import serve
 
+from paceline.autoscaling.presets import resolved
 from paceline.config import AppSettings
+from paceline.engine.status import status_of
 from paceline.errors import PacelineError, Unavailable
 from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
@@ -25,9 +26,11 @@ from paceline.rpc.frame_feed import Feeds, start_feed_server
 from paceline.rpc.mailbox import Mailbox
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.exchange import Exchange
+from paceline.serving.hosts import own_host
 from paceline.serving.logs import join_serve_logs
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
+from paceline.serving.reports import Starting, TargetReport
 from paceline.serving.streams import OpenStream
 from paceline.sessions.handoff import Bound, Move, Outcome, Receipt, Room
 from paceline.sessions.placement import Route
@@ -68,6 +71,7 @@ class Target:
         router_deployment: str,
         token: SecretStr | None = None,
     ) -> None:
+        starting = Starting()
         self._settings = settings
         self._token = token
         self._context = serve.get_replica_context()
@@ -94,8 +98,11 @@ class Target:
             within_s=settings.sessions.handoff_timeout_s,
             grace_s=settings.target.drain_timeout_s,
         )
-        host = ray.util.get_node_ip_address() if settings.target.host == "auto" else settings.target.host
+        host = own_host(settings.target.host)
         self._feed_server, self._feed_address = await start_feed_server(self._feeds, host, settings.target.port)
+        goals = resolved(settings.autoscaling, cpu=settings.target.on_cpu)
+        assert goals.itl_s != "auto"
+        self._report = TargetReport(self.replica_id, self._loop.engine, goals.itl_s, starting.done())
 
     async def _set_up(self, draft_deployment: str | None) -> None:
         self._model = await loading(self._ranks, asyncio.to_thread(_load, self._settings, self._ranks))
@@ -204,30 +211,19 @@ class Target:
         return {KV_IDENTITY: self._model.kv_identity}
 
     async def status(self) -> dict[str, Any]:
-        """Numbers about this replica, for /status and `paceline status`."""
-        engine = self._loop.engine
-        usage = await asyncio.wrap_future(self._loop.call(engine.kv.usage))
+        """Numbers about this replica, for /status, /metrics and `paceline status`."""
         numbers: dict[str, Any] = {
             "replica_id": self.replica_id,
             "pid": os.getpid(),
-            "running": engine.num_running,
-            "waiting": engine.num_waiting,
-            "queued_prefill_tokens": engine.queued_prefill_tokens,
-            "kv_tokens_total": usage.total,
-            "kv_tokens_in_use": usage.in_use,
-            "kv_tokens_cached": usage.cached,
-            "sessions": sum(each.tier == "device" for each in await self._sessions()),
-            "drafted_tokens": engine.tally.drafted,
-            "accepted_tokens": engine.tally.accepted,
+            **status_of(self._loop.engine),
             "routers_fed": len(self._feeds.routers),
             "drafters_connected": 0,
             "speculation": self._speculation(),
+            **self._report.status(),
             "handoff": self._exchange.numbers(),
             "warnings": list(self._warnings()),
             **ranks_status(self._settings.target, self._ranks),
         }
-        if engine.restores is not None:
-            numbers |= engine.restores.status()
         if self._proposer is not None and self._pool is not None:
             sent, received = self._proposer.traffic()
             numbers["drafters_connected"] = len(self._proposer.link_ids)
@@ -282,6 +278,10 @@ class Target:
         sessions = held[-MAX_ADVERTISED_SESSIONS:]
         recent = await asyncio.wrap_future(self._loop.call(lambda: kv.recent(MAX_ADVERTISED_ENTRIES)))
         return {"sessions": sorted(sessions), "prefixes": await asyncio.to_thread(sketch, recent)}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Polled by Serve for the policy, `paceline.autoscaling`: a `TargetLoad`'s numbers."""
+        return self._report.load().numbers()
 
     def check_health(self) -> None:
         if self._ranks is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-from paceline.types import SourceMetrics
+from paceline.types import Metrics, SourceMetrics
 
 
 @dataclass(eq=False, slots=True)
@@ -75,6 +75,25 @@ def merged(parts: Iterable[Iterable[SourceMetrics]]) -> tuple[SourceMetrics, ...
             drafted, accepted = _added(before.drafted, each.drafted), _added(before.accepted, each.accepted)
             found[each.source] = SourceMetrics(each.source, drafted, accepted, before.wasted + each.wasted)
     return tuple(found.values())
+
+
+def summed(parts: Sequence[Metrics]) -> Metrics:
+    """What several requests, or several outputs of one, cost one after the other."""
+    return Metrics(
+        prompt_tokens=sum(part.prompt_tokens for part in parts),
+        cached_tokens=sum(part.cached_tokens for part in parts),
+        completion_tokens=sum(part.completion_tokens for part in parts),
+        drafted=sum(part.drafted for part in parts),
+        accepted=sum(part.accepted for part in parts),
+        late=sum(part.late for part in parts),
+        steps=sum(part.steps for part in parts),
+        queue_s=sum(part.queue_s for part in parts),
+        ttft_s=sum(part.ttft_s for part in parts),
+        total_s=sum(part.total_s for part in parts),
+        wasted=sum(part.wasted for part in parts),
+        sources=merged(part.sources for part in parts),
+        resumptions=sum(part.resumptions for part in parts),
+    )
 
 
 def _added(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

@@ -499,18 +499,20 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("model", "max_model_len", "targets", "drafts", "router")
+    __slots__ = ("model", "max_model_len", "targets", "drafts", "router", "autoscaling")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     DRAFTS_FIELD_NUMBER: _ClassVar[int]
     ROUTER_FIELD_NUMBER: _ClassVar[int]
+    AUTOSCALING_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     targets: _containers.RepeatedCompositeFieldContainer[TargetStatus]
     drafts: _containers.RepeatedCompositeFieldContainer[DraftStatus]
     router: RouterStatus
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[TargetStatus, _Mapping]]] = ..., drafts: _Optional[_Iterable[_Union[DraftStatus, _Mapping]]] = ..., router: _Optional[_Union[RouterStatus, _Mapping]] = ...) -> None: ...
+    autoscaling: _struct_pb2.Struct
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[TargetStatus, _Mapping]]] = ..., drafts: _Optional[_Iterable[_Union[DraftStatus, _Mapping]]] = ..., router: _Optional[_Union[RouterStatus, _Mapping]] = ..., autoscaling: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
 class TargetStatus(_message.Message):
     __slots__ = ("replica_id", "running", "waiting", "kv_tokens_total", "kv_tokens_in_use", "kv_tokens_cached", "sessions", "drafters_connected", "sources", "late_drafts", "warnings", "details")

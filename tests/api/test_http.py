@@ -351,6 +351,7 @@ async def test_a_wrong_method_names_the_right_one() -> None:
                 "targets": [{"replica_id": "target-1", "running": 1}],
                 "drafts": [{"replica_id": "draft-1", "load": 0.5}],
                 "router": {"routes": {}, "resumptions": 0},
+                "autoscaling": {},
             },
         ),
         (
