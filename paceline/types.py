@@ -247,6 +247,10 @@ class Request:
             raise InvalidRequest(f"resumed: {len(self.resumed)} outputs of {self.params.n}", param="resumed")
         _check_int("priority", self.priority, low=-MAX_PRIORITY, high=MAX_PRIORITY)
 
+    def within(self, trace: str) -> Request:
+        """The same request, handed on by somebody else."""
+        return self if trace == self.trace else replace(self, trace=trace)
+
     @property
     def output(self) -> tuple[int, ...]:
         """What this output consists of already; nothing unless it is resumed."""

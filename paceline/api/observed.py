@@ -39,7 +39,7 @@ class Observer:
             began=began,
             attributes={**asked(request, self._model), "paceline.request_id": origin.request_id or None},
         )
-        return Observed(replace(request, trace=span.traceparent), span, began, timeout_s, self._log)
+        return Observed(request.within(span.traceparent), span, began, timeout_s, self._log)
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -44,7 +44,7 @@ class Generation:
                 "paceline.resumed_tokens": sum(len(each or ()) for each in request.resumed) or None,
             },
         )
-        return cls(replace(request, trace=span.traceparent), span)
+        return cls(request.within(span.traceparent), span)
 
     def waited(self, began: int) -> None:
         """For keys and values of the session that were on their way from another replica."""
