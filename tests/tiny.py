@@ -101,6 +101,7 @@ def engine_for(
     restore_timeout_s: float = 60.0,
     clock: Callable[[], float] = time.monotonic,
     max_queued_prefill_tokens: int | None = None,
+    engine_clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> Engine:
     """`lookup` is `prompt_lookup_num_tokens`, `settings` are others of SpeculationSettings."""
@@ -126,6 +127,7 @@ def engine_for(
         speculator=speculator,
         speculation=speculation,
         restores=restores,
+        clock=engine_clock,
     )
 
 

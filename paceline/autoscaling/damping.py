@@ -15,7 +15,7 @@ from paceline.autoscaling.goals import PoolGoals
 UP_BAND = 0.05
 """Replicas run fuller than they should by this share before there are more of them."""
 DOWN_BAND, DOWN_REPLICAS = 0.1, 0.3
-"""Fewer replicas have to have this share of them to spare, or this many if that is less."""
+"""Fewer replicas must have this share to spare, of those beyond the first, or this many if that is less."""
 LEAST_DROP = 0.03
 """A pool that would become smaller by less than this share stays."""
 STEP_S = 10.0
@@ -118,4 +118,4 @@ def down_step(replicas: int, goals: PoolGoals) -> int:
 
 def with_room(want: float) -> int:
     """Whole replicas for so much, with some to spare, so that a little more does not bring back what just went."""
-    return ceil(want + min(DOWN_BAND * want, DOWN_REPLICAS))
+    return ceil(want + min(DOWN_BAND * max(0.0, want - 1), DOWN_REPLICAS))

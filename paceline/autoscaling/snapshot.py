@@ -106,6 +106,8 @@ class TargetLoad(_Reported):
     """Share of the steps of sequences wanting drafts that had none in time, 0 to 1."""
     draft_saved: float | None = None
     """Seconds that drafts save it in a second; negative if they cost more than they save."""
+    busy: float | None = None
+    """Share of the last seconds in which it was in a step, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ class Gain:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._samples: deque[tuple[float, float, float]] = deque()
-        """(seconds that it stands for, gain, all that is saved)"""
+        self._samples: deque[tuple[float, float, float, float]] = deque()
+        """(seconds that it stands for, gain, all that is saved, sequences wanting drafts)"""
         self._drafters = (0, 0)
         self.age = 0.0
 
@@ -41,7 +41,7 @@ class Gain:
         self.age += passed
         if self.age <= 0 or passed <= 0:
             return
-        self._samples.append((passed, pool.gain, pool.saved))
+        self._samples.append((passed, pool.gain, pool.saved, pool.wanted or 0.0))
         self._forget()
 
     def restart(self) -> None:
@@ -49,7 +49,7 @@ class Gain:
         self.age = -SETTLE_S
 
     def _forget(self) -> None:
-        kept = sum(seconds for seconds, _, _ in self._samples)
+        kept = sum(sample[0] for sample in self._samples)
         while len(self._samples) > 1 and kept - self._samples[0][0] >= self._seconds:
             kept -= self._samples.popleft()[0]
 
@@ -61,6 +61,11 @@ class Gain:
     def saved(self) -> float:
         """All drafters together, in a second."""
         return self._mean(2)
+
+    @property
+    def sequences(self) -> float:
+        """Those that wanted drafts meanwhile."""
+        return self._mean(3)
 
     def _mean(self, column: int) -> float:
         weight = sum(sample[0] for sample in self._samples)
@@ -121,6 +126,8 @@ class Worth:
         self._trying = False
         self._before: tuple[int, float, float] | None = None
         """Drafters, what they saved, and for how many sequences, before more of them came."""
+        self._late: tuple[int, float] | None = None
+        """Drafters that came because drafts were late, and for how many sequences."""
 
     def look(self, passed: float, pool: DraftPool) -> int | None:
         """How many drafters there may be at most, if that is fewer than there are."""
@@ -133,20 +140,31 @@ class Worth:
         if self.mean is None:
             return None
         if self.mean >= self._goals.min_gain:
-            self._note_paid(pool, sequences)
-            return None
-        if self.gain.age < (TRIAL_S if self._trying else self.patience):
+            self._note_paid(pool)
             return None
         self.pays = False
+        if self.gain.age < (TRIAL_S if self._trying else self.patience):
+            return None
         return self._fewer(pool, sequences)
 
-    def grew(self, pool: DraftPool) -> None:
-        """More drafters are on their way."""
-        if self.mean is not None and self._before is None:
-            self._before = (pool.reported, self.gain.saved, pool.wanted or 0.0)
+    def kept(self, pool: DraftPool) -> int:
+        """Drafters without which drafts would be late again: that they are in time now is no reason to let one go."""
+        if self._late is None:
+            return 0
+        drafters, sequences = self._late
+        return drafters if (pool.wanted or 0.0) * MORE_SEQUENCES >= sequences else 0
 
-    def _note_paid(self, pool: DraftPool, sequences: float) -> None:
+    def grew(self, pool: DraftPool, drafters: int, *, late: bool) -> None:
+        """So many drafters are on their way, because drafts were `late` or for another reason."""
+        if late:
+            self._late = (drafters, pool.wanted or 0.0)
+        if self.mean is not None and self._before is None:
+            self._before = (pool.reported, self.gain.saved, self.gain.sequences)
+
+    def _note_paid(self, pool: DraftPool) -> None:
         self.pays, self._trying = True, False
+        if self._before is not None and pool.replicas <= self._before[0]:
+            self._before = None
         if self._before is None:
             self.retry.paid(pool.reported)
             return
@@ -154,7 +172,9 @@ class Worth:
         if pool.reported <= drafters:
             return  # those that came do not run yet
         self._before = None
-        expected = saved * sequences / then if then else saved
+        # With fewer sequences there was less to save; with more, the drafters there were had their hands full.
+        sequences = self.gain.sequences
+        expected = saved * min(1.0, sequences / then) if then else saved
         if (self.gain.saved - expected) / (pool.reported - drafters) >= self._goals.min_gain:
             self.retry.paid(pool.reported)
         else:
@@ -169,5 +189,5 @@ class Worth:
         fewer = max(goals.min_replicas, before - down_step(before, goals), min(before - 1, paid_for))
         self.retry.in_vain(fewer, sequences)
         self.gain.restart()
-        self._before = None
+        self._before = self._late = None
         return fewer

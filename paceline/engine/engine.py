@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from paceline.config import SpeculationSettings
@@ -15,11 +15,13 @@ from paceline.engine.detokenizer import Decoder, Detokenizer, without_wrapping
 from paceline.engine.flight import Flight
 from paceline.engine.kv_cache import KVCache
 from paceline.engine.kv_entry import SessionKV
+from paceline.engine.meters import EngineMeter
 from paceline.engine.restores import Restores
 from paceline.engine.runner import Runner
 from paceline.engine.sampling import Draws
 from paceline.engine.scheduler import Scheduled, Scheduler
 from paceline.engine.sequence import Sequence
+from paceline.engine.telemetry import EngineTelemetry, Phase
 from paceline.errors import InvalidRequest, ModelError, Overloaded
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.window import DEFAULT_N_KEEP, HALF
@@ -73,6 +75,7 @@ class Engine:
         speculation: SpeculationSettings | None = None,
         restores: Restores | None = None,
         grammars: Grammars | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if runner.columns is not None:
             raise ModelError("a draft over a part of its target's vocabulary is no target: it cannot say the rest")
@@ -109,6 +112,8 @@ class Engine:
         )
         self.tally = SpeculationTally()
         """What became of candidates, of all sequences since the start."""
+        self.telemetry = EngineTelemetry(clock)
+        self.meter = EngineMeter(self)
 
     @property
     def has_work(self) -> bool:
@@ -124,8 +129,24 @@ class Engine:
         return self._scheduler.backlog.tokens
 
     @property
+    def missing_tokens(self) -> int:
+        """Tokens that running sequences have to compute before they can go on. Any thread may ask."""
+        held = ((len(each.tokens), each.entry) for each in list(self._scheduler.running))
+        missing = (tokens - (entry.length if entry is not None else 0) for tokens, entry in held)
+        return sum(tokens for tokens in missing if tokens > 1)
+
+    @property
+    def prefill_seconds_per_token(self) -> float | None:
+        """As measured lately; None before the first prompt."""
+        return self._scheduler.backlog.pace.seconds_per_token
+
+    @property
     def num_running(self) -> int:
         return len(self._scheduler.running)
+
+    @property
+    def preemptions(self) -> int:
+        return self._scheduler.preemptions
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequest if it can never run here, Overloaded if the queue is full."""
@@ -142,12 +163,15 @@ class Engine:
             if request.request_id in self._by_request:
                 raise InvalidRequest(f"request_id: {request.request_id!r} is in use", param="request_id")
         matchers = {request.request_id: self._matcher(request) for request in resolved}
+        queued = self.queued_prefill_tokens
         for request in resolved:
             leader = self._by_request.get(request.follows) if request.follows is not None else None
             detokenizer, matcher = self._detokenizer(request), matchers[request.request_id]
-            sequence = Sequence(next(self._ids), request, detokenizer, matcher, leader=leader)
+            number, clock = next(self._ids), self.telemetry.clock
+            sequence = Sequence(number, request, detokenizer, matcher, clock, leader)
             self._by_request[request.request_id] = sequence
             self._scheduler.add(sequence)
+        self.meter.arrived(self.queued_prefill_tokens - queued)
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request now, freeing everything it holds. Its last delta, or None if it is not here."""
@@ -155,25 +179,32 @@ class Engine:
         if sequence is None:
             return None
         sequence.finish_reason = FinishReason.ABORT
+        self.telemetry.aborted()
         self._retire(sequence)
+        self.meter.look()
         return sequence.take_delta()
 
     def step(self) -> dict[str, Delta]:
         """One forward pass for everything that can run, and the next begun if it can be. Returns what each request
         gained."""
-        began = time.perf_counter()
+        times = self.telemetry.step
+        times.begin()
         flight = self._flight or self._begin()
         if flight is None:
             if self.restores is not None:
                 self.restores.wait(PAUSE_S)
             return {}
         self._flight = flight.begin_next(self._runner, self._scheduler) if self.speculator is None else None
-        step, drawn = flight.landed(self._verification)
+        tokens = flight.wait()
+        times.lap(Phase.FORWARD)
+        step, drawn = flight.landed(tokens, self._verification)
         if self.synthetic_acceptance is not None:
             drawn = synthetic.accept(step, drawn, self.synthetic_acceptance)
-        committed = self._commit(step, drawn)
-        self._note_prefill(sum(part.prompt_tokens for part in step), time.perf_counter() - began)
-        return self._emit(committed)
+        times.lap(Phase.SAMPLE)
+        deltas = self._emit(self._commit(step, drawn))
+        times.lap(Phase.EMIT)
+        self._note_step(step)
+        return deltas
 
     def sessions(self) -> list[SessionKV]:
         """Sessions whose KV is held, each where it is soonest at hand: those on disk, in host memory, then here."""
@@ -207,17 +238,27 @@ class Engine:
 
     def _begin(self) -> Flight | None:
         """The next step, under way; None if nothing can run."""
+        times = self.telemetry.step
         self._admit()
-        step = self._scheduler.schedule(self._propose())
+        times.lap(Phase.SCHEDULE)
+        proposals = self._propose()
+        times.lap(Phase.PROPOSE)
+        step = self._scheduler.schedule(proposals)
+        times.lap(Phase.SCHEDULE)
         return Flight.begin(self._runner, step, self._verification) if step else None
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():
+            self.telemetry.admitted(sequence)
             self.tally.requests += 1
             self.tally.declined += not sequence.request.speculate
             if self.speculator is not None and sequence.request.speculate:
                 self.speculator.open(
-                    sequence.sequence_id, sequence.tokens, sequence.request.params, sequence.prompt_length
+                    sequence.sequence_id,
+                    sequence.tokens,
+                    sequence.request.params,
+                    sequence.prompt_length,
+                    trace=sequence.request.trace,
                 )
 
     def _propose(self) -> Mapping[int, Proposal]:
@@ -273,17 +314,20 @@ class Engine:
             self.kv.truncate(sequence.kv, base + kept)
         if part.proposal is not None and part.candidates:
             sequence.note_verified(part.proposal.source, len(part.candidates), kept)
+            self.telemetry.verified(part.proposal.source, len(part.candidates))
         for tally in (sequence.tally, self.tally):
             if part.proposal is not None:
                 tally.waste(part.proposal.source, part.unused)
                 tally.note(part.proposal.source, len(part.candidates), kept)
 
     def _emit(self, committed: list[Sequence]) -> dict[str, Delta]:
-        deltas = {}
+        deltas, now = {}, self.telemetry.clock()
         for sequence in committed:
             if sequence.finished:
                 self._retire(sequence)
-            deltas[sequence.request.request_id] = sequence.take_delta()
+            delta = deltas[sequence.request.request_id] = sequence.take_delta()
+            self.meter.emitted(sequence, len(delta.token_ids), now)
+            self.telemetry.gained(sequence, len(delta.token_ids), now)
         return deltas
 
     def _retire(self, sequence: Sequence) -> None:
@@ -316,8 +360,13 @@ class Engine:
             raise InvalidRequest("resumed: no text of the grammar begins like this", param="resumed")
         return matcher
 
-    def _note_prefill(self, tokens: int, seconds: float) -> None:
-        """What else the step did counts: it is the pace that prompts have beside the streams."""
+    def _note_step(self, step: list[Scheduled]) -> None:
+        """What else the step did counts for its prompts: it is the pace they have beside the streams."""
+        times = self.telemetry.step
+        times.end()
+        self.meter.stepped(times.elapsed)
+        self.telemetry.step_tokens.note(sum(len(part.window.token_ids) for part in step))
+        tokens, seconds = sum(part.prompt_tokens for part in step), times.elapsed
         if tokens:
             self._scheduler.backlog.pace.note(tokens, seconds)
         if self.restores is not None:

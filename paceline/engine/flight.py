@@ -54,11 +54,15 @@ class Flight:
         step = [Scheduled(part.sequence, window, None, 1) for part, window in zip(self.step, following, strict=True)]
         return Flight(step, launched.logits, launched)
 
-    def landed(self, verification: Verification) -> tuple[list[Scheduled], list[Draws]]:
-        """The parts whose sequences still run, with what they drew. Waits for it."""
-        if self.launched is None:
+    def wait(self) -> list[int] | None:
+        """The tokens of its drawing rows, once they are there; None if they are drawn here."""
+        return self.launched.tokens() if self.launched is not None else None
+
+    def landed(self, tokens: list[int] | None, verification: Verification) -> tuple[list[Scheduled], list[Draws]]:
+        """The parts whose sequences still run, with what they drew: `tokens` are what `wait` brought."""
+        if tokens is None:
             return self.step, sample(self.step, self.logits, verification)
-        drawn = settle(self.step, self.launched.tokens(), self.logits)
+        drawn = settle(self.step, tokens, self.logits)
         landed = [(_known(part), draws) for part, draws in zip(self.step, drawn, strict=True) if _runs(part)]
         return [part for part, _ in landed], [draws for _, draws in landed]
 

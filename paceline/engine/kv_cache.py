@@ -109,6 +109,10 @@ class KVCache(ABC):
         """Session id to (tokens held, running), over all entries that belong to one; about in the order of their use,
         the latest last."""
 
+    @abstractmethod
+    def session_names(self) -> tuple[set[str], set[str]]:
+        """Sessions with a running entry, and all that have any. Any thread may ask."""
+
     @property
     @abstractmethod
     def bytes_per_token(self) -> int:
@@ -120,7 +124,7 @@ class KVCache(ABC):
 
     @abstractmethod
     def usage(self) -> KVUsage:
-        """The account."""
+        """The account. Any thread may ask; another than the owner may see the middle of a change."""
 
     @abstractmethod
     def check(self) -> None:
@@ -266,6 +270,10 @@ class SlabKVCache(KVCache):
             session_id: (max(entry.held for entry in held), any(entry.running for entry in held))
             for session_id, held in self._by_session.items()
         }
+
+    def session_names(self) -> tuple[set[str], set[str]]:
+        running = {entry.session_id for entry in list(self._running)}
+        return {name for name in running if name is not None}, set(self._by_session)
 
     @property
     def bytes_per_token(self) -> int:

@@ -190,6 +190,11 @@ class KVTiers:
             kept = sorted(self._kept.values(), key=lambda each: each.tier == "host")
             return [SessionKV(each.session_id, each.outline.length, False, each.num_bytes, each.tier) for each in kept]
 
+    def places(self) -> dict[str, Tier]:
+        """Of every session the tier it is kept in."""
+        with self._lock:
+            return {name: kept.tier for name, kept in self._kept.items()}
+
     def tier_of(self, session_id: str) -> Tier | None:
         with self._lock:
             kept = self._kept.get(session_id)

@@ -15,9 +15,11 @@ from paceline.engine.draft_streams import DraftStreams
 from paceline.engine.drafter import Drafter
 from paceline.engine.engine import Engine
 from paceline.engine.kv_cache import KVCache
+from paceline.engine.meters import DrafterMeter
 from paceline.errors import EngineError, InvalidRequest, PacelineError, Unavailable
 from paceline.speculation.frames import Candidates, DraftFrame
 from paceline.speculation.grammar import Grammars
+from paceline.speculation.telemetry import DraftedSequence
 from paceline.types import Delta, Failure, FinishReason, Grammar, Request, choice_ids
 
 logger = logging.getLogger(__name__)
@@ -243,11 +245,14 @@ class EngineLoop:
 class DrafterLoop:
     """A drafter in its thread, serving the streams of several targets."""
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, on_close: Callable[[DraftedSequence], object] | None = None) -> None:
+        """`on_close` hears, in the drafter's thread, of every traced sequence that ended; it must not block."""
         self.drafter = drafter
+        self.meter = DrafterMeter(drafter)
+        drafter.on_close = on_close
         self._streams = DraftStreams(drafter)
         self._sinks: dict[str, DraftSink] = {}
-        self._thread = DeviceThread("drafter", lambda: drafter.has_work, self._step, lambda _: self._sinks.clear())
+        self._thread = DeviceThread("drafter", lambda: drafter.has_work, self._timed, lambda _: self._sinks.clear())
         self._compiling = _Compiling(drafter.grammars, self._thread)
         self.call = self._thread.call
 
@@ -284,6 +289,9 @@ class DrafterLoop:
     def abandon(self, error: PacelineError) -> None:
         """Forget every stream at once, although a step may be stuck; refuse whatever comes from now on."""
         self._thread.abandon(error)
+
+    def _timed(self) -> None:
+        self.meter.time(self._step)
 
     def _step(self) -> None:
         for stream, ready in self._streams.step().items():

@@ -138,7 +138,9 @@ class Restores:
         restore.delivered = True
         self._fetch[restored.tier].note(restored.outline.held, restored.seconds)
         # A request of the same session may have computed as much meanwhile.
-        if self._wish(sequence).gained(restored.outline) >= MIN_TOKENS and restored.put_into(self._kv):
+        wish = self._wish(sequence)
+        if wish.gained(restored.outline) >= MIN_TOKENS and restored.put_into(self._kv):
+            sequence.restored = restored.tier, wish.stored
             self.tiers.taken(restored)
             self.restored[restored.tier] += 1
             self.restored_tokens += restored.outline.held

@@ -88,6 +88,8 @@ class Scheduler:
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
     _holds: dict[int, _Hold] = field(default_factory=dict)
+    preemptions: int = 0
+    """Sequences that ran and had to yield."""
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence, or one that lost its KV. Its history rebuilds it: its tokens stay the same."""
@@ -257,6 +259,7 @@ class Scheduler:
         return self._extend(sequence) and sequence.kv.left >= 2
 
     def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
         self.remove(sequence)
         self.add(sequence)
 

@@ -46,6 +46,10 @@ class Sequence:
     _verified: Verified | None = None
     _logprobs: list[TokenLogprobs] = field(default_factory=list)
     _told_prompt: int = 0
+    restored: tuple[str, int] | None = None
+    """The tier that KV came from for it, and how many of its tokens had KV on the device before."""
+    last_token: float = 0.0
+    """When its last delta with tokens was emitted."""
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.token_ids, *self.request.output]

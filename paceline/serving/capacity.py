@@ -14,27 +14,28 @@ Resources = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What the cluster has. `nodes` run; `groups` are the kinds of node that an autoscaler may start, None if there is
-    no autoscaler."""
+    """What the cluster has. `nodes` run; `refused` is what its autoscaler says it cannot provide, now or ever; None if
+    there is no autoscaler."""
 
     nodes: tuple[Resources, ...]
-    groups: tuple[Resources, ...] | None = None
-
-    @property
-    def kinds(self) -> tuple[Resources, ...]:
-        return (*self.nodes, *(self.groups or ()))
+    refused: tuple[Resources, ...] | None = None
 
 
 def cluster_capacity() -> Capacity:
     """Of the Ray cluster this process belongs to. Blocks for some milliseconds."""
     import ray
-    from ray._private.state import state
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
-    config = state.get_cluster_config()
-    if config is None:
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(GcsClient(address=ray.get_runtime_context().gcs_address).get_cluster_status())
+    state = reply.autoscaling_state
+    if not state.autoscaler_state_version:
         return Capacity(nodes)
-    return Capacity(nodes, tuple(dict(group.resources) for group in config.node_group_configs if group.max_count))
+    gangs = (request for gang in state.infeasible_gang_resource_requests for request in gang.requests)
+    refused = (*state.infeasible_resource_requests, *gangs)
+    return Capacity(nodes, tuple(dict(request.resources_bundle) for request in refused))
 
 
 def missing(pool: Pool, settings: AppSettings, wanted: int, running: int, capacity: Capacity) -> str:
@@ -42,12 +43,18 @@ def missing(pool: Pool, settings: AppSettings, wanted: int, running: int, capaci
     replica: TargetSettings | DraftSettings = settings.target if pool is Pool.TARGET else settings.draft
     asked = bundle(replica)
     begin = f"{running} of {wanted} {pool.value} replicas run, and one more needs {_words(asked, replica)}"
-    if not any(_fits(asked, kind) for kind in capacity.kinds):
-        where = "no node of the cluster has that" if capacity.groups is None else "no node that has that can be started"
-        return f"{begin}: {where}; lower {_keys(pool, asked, capacity.kinds)} or add such nodes"
-    if capacity.groups is None:
-        return f"{begin}: every node that has that is full; add nodes or lower autoscaling.{pool.value}.max_replicas"
-    return f"{begin}: waiting for a node"
+    known = any(_fits(asked, node) for node in capacity.nodes)
+    most = f"autoscaling.{pool.value}.max_replicas"
+    if capacity.refused is None:
+        if known:
+            return f"{begin}: every node that has that is full; add nodes or lower {most}"
+        return f"{begin}: no node of the cluster has that; lower {_keys(pool, asked, capacity.nodes)} or add such nodes"
+    if asked not in capacity.refused:
+        return f"{begin}: waiting for a node"
+    if known:
+        return f"{begin}: the cluster's autoscaler starts no more nodes; raise its limits or lower {most}"
+    keys = _keys(pool, asked)
+    return f"{begin}: no node that the cluster's autoscaler may start has that; lower {keys} or add such a kind"
 
 
 def _fits(asked: Resources, node: Resources) -> bool:
@@ -60,9 +67,9 @@ def _words(asked: Resources, replica: TargetSettings | DraftSettings) -> str:
     return each if size == 1 else f"{each} for each of {size} ranks"
 
 
-def _keys(pool: Pool, asked: Resources, kinds: Sequence[Resources]) -> str:
-    """The settings that ask for more than any node has; all of them if no single one does."""
+def _keys(pool: Pool, asked: Resources, nodes: Sequence[Resources] = ()) -> str:
+    """The settings that ask for more than any node has; all of them if that is not known or no single one does."""
     names = {"CPU": f"{pool.value}.num_cpus", "GPU": f"{pool.value}.num_gpus"}
-    most = {name: max((kind.get(name, 0.0) for kind in kinds), default=0.0) for name in asked}
+    most = {name: max((node.get(name, 0.0) for node in nodes), default=amount) for name, amount in asked.items()}
     over = [names[name] for name, amount in asked.items() if amount > most[name]]
     return " and ".join(over or [names[name] for name in asked])

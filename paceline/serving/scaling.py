@@ -108,6 +108,7 @@ class Scaling:
             0 if draft is None else int(draft.target_num_replicas),
             tuple(TargetLoad.of(name, numbers) for name, numbers in self._reports.fresh(target, now)),
             () if draft is None else tuple(DraftLoad.of(name, each) for name, each in self._reports.fresh(draft, now)),
+            has_drafts=draft is not None,
         )
 
     def _tell(self, journal: Journal, decisions: Decisions, pools: Mapping[Pool, Any], now: float) -> None:

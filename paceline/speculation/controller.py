@@ -27,6 +27,7 @@ from operator import itemgetter
 
 from paceline.speculation.acceptance import MAX_DEPTH, Acceptance, Kind
 from paceline.speculation.cost import VerifyCost
+from paceline.speculation.gain import DraftGain
 from paceline.speculation.guard import CREDIT, Guard
 
 LEAST_WORTH = 0.02
@@ -78,6 +79,10 @@ class Spent:
     other_s: float
     used: frozenset[Kind] = frozenset()
     """Kinds of source at work: a draft that was asked, whatever came of it; prompt lookup whose candidates went in."""
+    draft_rows: int = 0
+    """Of the rows drawn, those of drafts' candidates."""
+    added: int = 0
+    """Of the tokens, those that are there because of drafts alone: prompt lookup had not said them too."""
 
 
 Offers = Mapping[int, Sequence[Offer]]
@@ -85,7 +90,13 @@ Offers = Mapping[int, Sequence[Offer]]
 
 
 class Policy(ABC):
-    """Decides on sources and depths: once when a step is over and drafts can be asked, and again when they answered."""
+    """Decides on sources and depths: once when a step is over and drafts can be asked, and again when they answered.
+
+    `cost` is what it knows of a pass by its rows, `gain` what drafts have brought; None of one that knows nothing.
+    """
+
+    cost: VerifyCost | None = None
+    gain: DraftGain | None = None
 
     @abstractmethod
     def ask(self, offers: Offers, prefill: int, wait: Callable[[int], float]) -> dict[int, int]:
@@ -116,7 +127,11 @@ class Policy(ABC):
 
 
 class FixedDepth(Policy):
-    """A number of candidates, whatever they are worth: a draft's if there are any, else prompt lookup's."""
+    """A number of candidates, whatever they are worth: a draft's if there are any, else prompt lookup's.
+
+    Nor does it count what drafts bring: it has no plain steps to hold them against, and nobody who sets a depth wants
+    it undone by sending the drafters away.
+    """
 
     def __init__(self, depth: int) -> None:
         self._depth = depth
@@ -150,7 +165,8 @@ class Controller(Policy):
     """The adaptive depth."""
 
     def __init__(self, cost: VerifyCost) -> None:
-        self.cost = cost
+        self.cost: VerifyCost = cost
+        self.gain: DraftGain = DraftGain()
         self._acceptance = Acceptance()
         self._guard = Guard()
         self._idle = self._probes = 0
@@ -195,16 +211,17 @@ class Controller(Policy):
     def note_step(self, spent: Spent) -> None:
         cost, windows = self.cost, spent.windows
         expected = cost.seconds(spent.drawn, windows, spent.prefill)
-        cost.observe(spent.drawn, windows, spent.prefill, spent.forward_s)
         unit, decode = cost.curve(windows + spent.prefill, windows), cost.curve(windows, windows)
-        other_s = spent.other_s
+        forward_s, other_s = min(spent.forward_s, SURPRISE * expected), spent.other_s
         if Kind.DRAFT in spent.used:
+            self._note_gain(spent, forward_s + other_s)
             other_s = self._forgiving(other_s, unit)
+        cost.observe(spent.drawn, windows, spent.prefill, spent.forward_s)
         self._guard.note(
             windows,
             spent.prefill,
             spent.used,
-            took=min(spent.forward_s, SURPRISE * expected) + other_s,
+            took=forward_s + other_s,
             worth=unit + (spent.tokens - windows) / windows * decode,
             unit=unit,
         )
@@ -214,6 +231,23 @@ class Controller(Policy):
 
     def rests(self, kind: Kind) -> bool:
         return self._guard.suspended(kind)
+
+    def _note_gain(self, spent: Spent, took: float) -> None:
+        """Held against the same step without drafts, which has prompt lookup's candidates all the same. Nothing is
+        forgiven here."""
+        windows, prefill = spent.windows, spent.prefill
+        lookup_s = self.cost.seconds(spent.drawn - spent.draft_rows, windows, prefill)
+        lookup_s -= self.cost.seconds(windows, windows, prefill)
+        without = self._plain_s(windows, prefill) + lookup_s
+        decode = self._plain_s(windows, 0) + lookup_s
+        self.gain.note(took=took, without=without, tokens=spent.tokens, added=spent.added, decode=decode)
+
+    def _plain_s(self, windows: int, prefill: int) -> float:
+        """A step without candidates: as plain steps were measured, else by the curve and what steps have taught."""
+        ratio = self._guard.plain_ratio(windows, prefill)
+        if ratio is None:
+            return self.cost.seconds(windows, windows, prefill)
+        return ratio * self.cost.curve(windows + prefill, windows)
 
     def _forgiving(self, waited_s: float, unit: float) -> float:
         """A wait for drafts as it is charged. One accident must not end speculation for minutes: the n-th is forgiven

@@ -57,6 +57,10 @@ class VerifyCost:
         curve = self.curve(drawn + prefill, windows)
         return max(0.25 * self.scale * curve, self.scale * curve + self.slope * self._unit * drawn)
 
+    def windows_within(self, seconds: float, most: int) -> int:
+        """How many sequences decode in a step of so many seconds, a token each; between 1 and `most`."""
+        return max(1, next((n - 1 for n in range(1, most + 1) if self.seconds(n, n) > seconds), most))
+
     def upwards(self, windows: int, count: int, prefill: int = 0) -> list[float]:
         """Seconds of a step with as many drawn rows as windows, with one more, … with `count` more."""
         self.curve(windows + count + prefill)  # so that all of them are known

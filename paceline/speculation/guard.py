@@ -93,6 +93,10 @@ class Guard:
     def credit(self, kind: Kind) -> float:
         return self._accounts[kind].credit
 
+    def plain_ratio(self, windows: int, prefill: int) -> float | None:
+        """What a plain step of this load takes, over the curve; None while that is unknown."""
+        return self._load(windows, prefill).ratio or None
+
     def note(
         self, windows: int, prefill: int, used: Collection[Kind], *, took: float, worth: float, unit: float
     ) -> None:

@@ -18,6 +18,7 @@ from paceline.speculation.acceptance import Kind, agreeing
 from paceline.speculation.controller import Choice, Controller, FixedDepth, Offer, Policy, Spent
 from paceline.speculation.cost import VerifyCost
 from paceline.speculation.frames import Advance
+from paceline.speculation.gain import DraftDemand
 from paceline.speculation.lookup import Match, PromptLookup
 from paceline.speculation.proposer import Proposal, Proposer, Source, Wanted
 from paceline.types import SamplingParams
@@ -59,6 +60,7 @@ class _State:
     prompt_length: int
     params: SamplingParams
     lookup: PromptLookup | None
+    trace: str = ""
     told: int = 0
     asked: int = 0
     drafted: tuple[int, ...] = ()
@@ -89,16 +91,39 @@ class Speculator:
         self._clock = clock
         self._states: dict[int, _State] = {}
         self._used: frozenset[Kind] = frozenset()
+        self._taken: frozenset[int] = frozenset()
+        self.demand = DraftDemand()
         self._proposed_at = self._own_s = 0.0
 
+    @property
+    def cost(self) -> VerifyCost | None:
+        """What a pass costs by its rows, if that was measured."""
+        return self.policy.cost
+
+    @property
+    def drafts_wanted(self) -> int | None:
+        """Sequences that would take drafts; None if there is no such source."""
+        return None if self._draft is None else len(self._states)
+
+    @property
+    def draft_saved_s(self) -> float | None:
+        """Seconds that drafts have saved, negative if they cost more; None if nobody knows."""
+        return None if self._draft is None or self.policy.gain is None else self.policy.gain.saved_s
+
     def open(
-        self, sequence: int, tokens: Sequence[int], params: SamplingParams, prompt_length: int | None = None
+        self,
+        sequence: int,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        prompt_length: int | None = None,
+        *,
+        trace: str = "",
     ) -> None:
         """A sequence begins. The first `prompt_length` of its tokens are the prompt, None means all."""
         longest = params.window.ctx_size if params.window is not None else None
         lookup = PromptLookup(tokens, longest) if self._lookup_tokens else None
         prompt = len(tokens) if prompt_length is None else prompt_length
-        state = self._states[sequence] = _State(list(tokens), prompt, params, lookup)
+        state = self._states[sequence] = _State(list(tokens), prompt, params, lookup, trace)
         if self._draft is not None and not self.policy.rests(Kind.DRAFT):
             self._introduce(sequence, state)
 
@@ -111,6 +136,8 @@ class Speculator:
         found = {}
         for sequence, choice in choices.items():
             found[sequence] = self._proposal(sequence, choice, fetched)
+        self._taken = frozenset(sequence for sequence, choice in choices.items() if choice.kind is Kind.DRAFT)
+        self.demand.without += len(late)
         kinds = {choice.kind for choice in choices.values()}
         self._used = frozenset(kinds | {Kind.DRAFT} if fetched or late else kinds)
         self._proposed_at = self._clock()
@@ -120,13 +147,14 @@ class Speculator:
     def commit(self, outcomes: Sequence[Outcome], prefilled: int, prefill: int) -> None:
         """A step is over: it `prefilled` prompt tokens beside its decodes, the next will prefill some `prefill`."""
         began = self._clock()
-        for outcome in outcomes:
-            self._learn(outcome)
+        guessed = {outcome.sequence: self._learn(outcome) for outcome in outcomes}
         decoded = [outcome for outcome in outcomes if outcome.decoding]
         if decoded:
             tokens, rows = (sum(counts) for counts in zip(*((len(o.tokens), o.rows) for o in decoded), strict=True))
-            spent = Spent(len(decoded), rows, prefilled, tokens, began - self._proposed_at, self._own_s, self._used)
-            self.policy.note_step(spent)
+            forward_s, (drafts, added) = began - self._proposed_at, self._from_drafts(decoded, guessed)
+            self.policy.note_step(
+                Spent(len(decoded), rows, prefilled, tokens, forward_s, self._own_s, self._used, drafts, added)
+            )
         self._ask({o.sequence: o.room for o in outcomes if not o.finished}, prefill)
         self._own_s = self._clock() - began
 
@@ -137,11 +165,18 @@ class Speculator:
         if self._draft is not None and state is not None and state.told:
             self._draft.close(sequence)
 
-    def _learn(self, outcome: Outcome) -> None:
-        """Compare what each source said with what came, whether it was used or not."""
-        state = self._states.get(outcome.sequence)
+    def _from_drafts(self, decoded: Sequence[Outcome], guessed: Mapping[int, int]) -> tuple[int, int]:
+        """Rows of drafts' candidates, and tokens that came of them and would not have come of prompt lookup."""
+        with_drafts = [outcome for outcome in decoded if outcome.sequence in self._taken]
+        rows = sum(outcome.rows - 1 for outcome in with_drafts)
+        return rows, sum(max(0, len(outcome.tokens) - 1 - guessed[outcome.sequence]) for outcome in with_drafts)
+
+    def _learn(self, outcome: Outcome) -> int:
+        """Compare what each source said with what came, whether it was used or not. How many tokens prompt lookup had
+        right, as far as it may be used."""
+        state, hits = self._states.get(outcome.sequence), 0
         if state is None:
-            return
+            return 0
         if state.drafted:
             self.policy.note_run(outcome.sequence, Kind.DRAFT, 0, *agreeing(state.drafted, outcome.tokens))
         if state.match is not None:
@@ -150,11 +185,12 @@ class Speculator:
         state.asked, state.drafted, state.match, state.guess = 0, (), None, ()
         state.tokens += outcome.tokens
         if state.lookup is None:
-            return
+            return 0
         state.lookup.extend(outcome.tokens)
         state.match = state.lookup.match()
         if state.match is not None:
             state.guess = state.lookup.candidates(state.match, self._lookup_tokens)
+        return 0 if self.policy.rests(Kind.LOOKUP) else hits
 
     def _ask(self, rooms: Mapping[int, int], prefill: int) -> None:
         draft = self._draft
@@ -167,6 +203,7 @@ class Speculator:
             if state is not None and room > 0 and (not state.told or draft.serves(sequence)):
                 offer.append(Offer(Kind.DRAFT, min(room, self._max_depth)))
         depths = self.policy.ask(offers, prefill, draft.latency)
+        self._note_demand(offers, rooms, [depth for depth in depths.values() if depth])
         updates = []
         for sequence in offers:
             state = self._states.get(sequence)
@@ -182,9 +219,21 @@ class Speculator:
         if updates:
             draft.advance(updates)
 
+    def _note_demand(self, offers: Mapping[int, Sequence[Offer]], rooms: Mapping[int, int], asked: list[int]) -> None:
+        """A sequence that no drafter serves wants drafts as the others do; if there are no others, it does."""
+        self.demand.tokens += sum(asked)
+        self.demand.steps += len(asked)
+        told = [name for name in offers if (state := self._states.get(name)) is not None and state.told]
+        served = [name for name in told if any(offer.kind is Kind.DRAFT for offer in offers[name])]
+        if self.policy.rests(Kind.DRAFT) or (served and not asked):
+            return
+        left = sum(rooms[name] > 0 for name in told) - len(served)
+        self.demand.steps += left
+        self.demand.without += left
+
     def _introduce(self, sequence: int, state: _State) -> None:
         assert self._draft is not None
-        self._draft.open(sequence, state.tokens[: state.prompt_length], state.params)
+        self._draft.open(sequence, state.tokens[: state.prompt_length], state.params, state.trace)
         state.told = state.prompt_length
 
     def _fetch(self, wanted: Sequence[Wanted]) -> tuple[Mapping[int, Proposal], frozenset[int]]:

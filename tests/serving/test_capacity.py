@@ -23,9 +23,15 @@ def test_what_no_node_has_names_the_setting_to_lower() -> None:
     )
 
 
-def test_what_no_node_that_can_be_started_has_either() -> None:
-    text = missing(Pool.TARGET, SETTINGS, 2, 1, Capacity((CPU_NODE,), groups=(CPU_NODE,)))
-    assert "no node that has that can be started; lower target.num_gpus" in text
+def test_what_the_autoscaler_cannot_provide_at_all() -> None:
+    asked = {"CPU": 4.0, "GPU": 1.0}
+    text = missing(Pool.TARGET, SETTINGS, 2, 1, Capacity((CPU_NODE,), refused=(asked,)))
+    assert "no node that the cluster's autoscaler may start has that; lower target.num_cpus and target.num_gpus" in text
+
+
+def test_an_autoscaler_at_its_limits() -> None:
+    text = missing(Pool.TARGET, SETTINGS, 2, 1, Capacity((GPU_NODE,), refused=({"CPU": 4.0, "GPU": 1.0},)))
+    assert "starts no more nodes; raise its limits or lower autoscaling.target.max_replicas" in text
 
 
 def test_nodes_that_are_full_need_more_nodes() -> None:
@@ -33,8 +39,8 @@ def test_nodes_that_are_full_need_more_nodes() -> None:
     assert text.endswith("every node that has that is full; add nodes or lower autoscaling.target.max_replicas")
 
 
-def test_what_a_node_that_can_be_started_has_is_waited_for() -> None:
-    text = missing(Pool.TARGET, SETTINGS, 2, 1, Capacity((CPU_NODE,), groups=(GPU_NODE,)))
+def test_what_the_autoscaler_does_not_refuse_is_waited_for() -> None:
+    text = missing(Pool.TARGET, SETTINGS, 2, 1, Capacity((CPU_NODE,), refused=({"CPU": 64.0},)))
     assert text.endswith("waiting for a node")
 
 

@@ -69,3 +69,13 @@ def test_a_row_of_costs_is_what_each_of_them_is() -> None:
     cost = VerifyCost(POINTS, window_s=0.001)
     cost.observe(4, 1, 0, 0.02)
     assert cost.upwards(2, 9, 5) == [cost.seconds(drawn, 2, 5) for drawn in range(2, 12)]
+
+
+def test_sequences_within_a_time_are_those_of_the_last_step_that_keeps_it() -> None:
+    cost = VerifyCost({1: 0.01, 11: 0.02})
+    assert cost.windows_within(0.0151, 64) == 6
+
+
+def test_at_least_one_sequence_decodes_and_at_most_so_many() -> None:
+    cost = VerifyCost({1: 0.01, 11: 0.02})
+    assert (cost.windows_within(0.001, 64), cost.windows_within(1.0, 64)) == (1, 64)
