@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, exp
 
 from paceline.autoscaling.goals import PoolGoals
 
@@ -18,6 +18,9 @@ DOWN_BAND, DOWN_REPLICAS = 0.1, 0.3
 """Fewer replicas must have this share to spare, of those beyond the first, or this many if that is less."""
 LEAST_DROP = 0.03
 """A pool that would become smaller by less than this share stays."""
+REMEMBERED_S, NOISE = 60.0, 1.1
+"""What is held against going down is the mean of the load over so many seconds, so many times as much for its noise:
+the few seconds in which new replicas work off a queue are no load to keep them for."""
 STEP_S = 10.0
 """Of time that one step is for."""
 ALWAYS_UP, ALWAYS_DOWN = 4, 1
@@ -82,14 +85,19 @@ class Damping:
     def __init__(self, goals: PoolGoals) -> None:
         self._goals = goals
         self._time = 0.0
+        self._lasting: float | None = None
         self._lows = Peak(goals.upscale_delay_s)
         self._highs = Peak(goals.downscale_delay_s)
         self._fewest, self._most = Peak(STEP_S), Peak(STEP_S)
 
-    def settle(self, passed: float, before: int, want: float) -> Settled:
-        """How many in place of `before`, `passed` seconds after the last look, if `want` would do now."""
+    def settle(self, passed: float, before: int, want: float, lasting: float | None = None) -> Settled:
+        """How many in place of `before`, `passed` seconds after the last look, if `want` would do now.
+
+        `lasting` is what of it is remembered, as its mean over a while and some noise; without it that is all.
+        """
         self._time += passed
-        low, high = -self._lows.add(self._time, -want), self._highs.add(self._time, want)
+        kept = want if lasting is None else NOISE * self._mean(passed, lasting)
+        low, high = -self._lows.add(self._time, -want), max(want, self._highs.add(self._time, kept))
         fewest, most = -int(self._fewest.add(self._time, -before)), int(self._most.add(self._time, before))
         aim = before
         if self._lows.is_full and low > before * (1 + UP_BAND):
@@ -98,6 +106,11 @@ class Damping:
             aim = max(enough, self._down_from(most, before))
         replicas = bounded(aim, self._goals)
         return Settled(replicas, high, replicas != aim)
+
+    def _mean(self, passed: float, lasting: float) -> float:
+        before = lasting if self._lasting is None else self._lasting
+        self._lasting = lasting + (before - lasting) * exp(-passed / REMEMBERED_S)
+        return self._lasting
 
     def _up_from(self, fewest: int, before: int) -> int:
         return max(before, fewest + ALWAYS_UP, int(fewest * min(self._goals.max_upscale, 1e6)))

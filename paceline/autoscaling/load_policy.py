@@ -53,7 +53,7 @@ class _Targets:
         if strongest is None:
             return _unknown(Pool.TARGET, before, goals.target, pool.reported), {}
         signal, want = strongest
-        settled = self._damping.settle(passed, before, want)
+        settled = self._damping.settle(passed, before, want, targets.lasting(pool, goals, growth))
         reason = _reason(settled, before, signal, goals.target)
         text = targets.told(signal, pool, goals, ahead) + _ending(settled, before, want, goals.target)
         return Decision(Pool.TARGET, before, settled.replicas, reason, text), asked

@@ -96,7 +96,7 @@ Loads = Sequence[TargetLoad] | Sequence[DraftLoad]
 
 def _known(loads: Loads, name: str, least: float = 0.0, most: float = LARGEST) -> list[float]:
     values = map(attrgetter(name), loads)
-    return [min(value, most) for value in values if value is not None and least <= value < inf]
+    return [value if value < most else most for value in values if value is not None and least <= value < inf]
 
 
 def _total(loads: Loads, name: str, least: float = 0.0, most: float = LARGEST) -> float | None:

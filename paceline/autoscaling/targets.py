@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from paceline.autoscaling.goals import Goals
 from paceline.autoscaling.loads import TargetPool
@@ -53,6 +54,14 @@ def forecast(pool: TargetPool, goals: Goals, growth: tuple[float, float]) -> flo
     if pool.kv_in_use is not None:
         filled.append(pool.kv_in_use * requests)
     return max(filled) / goals.target.utilization if filled else None
+
+
+def lasting(pool: TargetPool, goals: Goals, growth: tuple[float, float] = (1.0, 1.0)) -> float | None:
+    """What the load would ask for if nobody waited. A queue is gone once replicas are there, and need not be held for
+    as long as the load that was there beside it.
+    """
+    want = forecast(replace(pool, waiting=0.0), goals, growth)
+    return None if want is None else filled_up(want, pool)
 
 
 def wanted(
