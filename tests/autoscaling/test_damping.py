@@ -47,6 +47,28 @@ def test_a_wave_within_the_delay_keeps_its_replicas():
     assert set(follow(Damping(QUICK), wave, 2)) == {2}
 
 
+def remembered(seen: list[tuple[float, float]]) -> float:
+    """The most that is held against going down, after (want, lasting) each second."""
+    damping = Damping(QUICK)
+    return [damping.settle(1.0, 10, want, lasts).most for want, lasts in seen][-1]
+
+
+def test_a_queue_is_not_held_against_going_down():
+    assert remembered([(2.0, 2.0)] * 120 + [(9.0, 2.0)] * 20 + [(2.0, 2.0)]) == pytest.approx(2.2)
+
+
+def test_a_load_of_seconds_is_held_for_its_share_of_a_minute():
+    assert 2.2 < remembered([(2.0, 2.0)] * 120 + [(9.0, 9.0)] * 5 + [(2.0, 2.0)]) < 3.0
+
+
+def test_a_load_that_lasted_is_held():
+    assert remembered([(9.0, 9.0)] * 200 + [(2.0, 2.0)] * 30) >= 9.0
+
+
+def test_nobody_goes_while_they_are_wanted_for_a_queue():
+    assert remembered([(2.0, 2.0)] * 120 + [(9.0, 2.0)]) == 9.0
+
+
 def test_a_little_more_than_fits_is_no_reason():
     assert follow(Damping(QUICK), [10.4] * 10, 10) == [10] * 10
 

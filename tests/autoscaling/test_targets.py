@@ -92,6 +92,11 @@ def test_a_steady_load_is_the_seats_reason_not_the_forecasts():
     assert targets.strongest(asked) == (Reason.SEATS, pytest.approx(1.0))
 
 
+def test_what_waits_does_not_last():
+    pool = TargetPool(1, 1, running=8, waiting=30, seats=10)
+    assert targets.lasting(pool, GOALS) == targets.seats(TargetPool(1, 1, running=8, seats=10), GOALS)
+
+
 def test_replicas_that_start_bring_no_load_of_their_own():
     assert targets.filled_up(3.0, TargetPool(2, 1)) == 3.0
 
