@@ -82,11 +82,11 @@ class Comparison:
 
 
 def against(frontier: Sequence[Outcome], ours: Outcome) -> Comparison:
-    """Between two points the frontier is a straight line of logarithms, and its lower convex edge is taken: as good as
-    any mixture of them. A frontier that is faster throughout is read at its cheapest point.
+    """The frontier is of those points that no other beats in both, with straight lines of logarithms between them. One
+    that is faster throughout is read at its cheapest point.
     """
     points = [(each.ttft_p95_s, each.cost) for each in frontier if each.ttft_p95_s is not None]
-    edge = lower_edge([(log(p95), log(cost)) for p95, cost in points])
+    edge = unbeaten([(log(p95), log(cost)) for p95, cost in points])
     if not edge or ours.ttft_p95_s is None:
         return Comparison(None, None, None)
     cost = _read(edge, log(ours.ttft_p95_s))
@@ -98,20 +98,13 @@ def against(frontier: Sequence[Outcome], ours: Outcome) -> Comparison:
     )
 
 
-def lower_edge(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those that no straight line between two others is below, by x, falling."""
+def unbeaten(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of which no other is lower in both, by x."""
     edge: list[tuple[float, float]] = []
     for x, y in sorted(points):
-        if edge and y >= edge[-1][1]:
-            continue
-        while len(edge) > 1 and _turn(edge[-2], edge[-1], (x, y)) <= 0:
-            edge.pop()
-        edge.append((x, y))
+        if not edge or y < edge[-1][1]:
+            edge.append((x, y))
     return edge
-
-
-def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
-    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
 
 
 def _read(edge: Sequence[tuple[float, float]], x: float) -> float | None:

@@ -15,7 +15,7 @@ from paceline.autoscaling.simulate.generators import Sessions, generate
 from paceline.autoscaling.simulate.policies import Fixed
 from paceline.autoscaling.simulate.profile import load
 from paceline.autoscaling.simulate.record import Record
-from paceline.autoscaling.simulate.report import Outcome, against, lower_edge, outcome
+from paceline.autoscaling.simulate.report import Outcome, against, unbeaten, outcome
 from paceline.autoscaling.snapshot import Decision, Decisions, Pool, Reason, Snapshot
 from paceline.config_autoscaling import AutoscalingSettings, TargetScaling
 
@@ -140,8 +140,8 @@ FRONTIER = [(1.0, 100.0), (4.0, 50.0), (2.0, 90.0)]
 
 
 def test_a_frontier_is_read_on_the_line_between_its_points() -> None:
-    found = against([point(*each) for each in FRONTIER], point(2.0, 60.0))
-    assert found.cost_at_same_p95 == pytest.approx(np.sqrt(50 * 100))
+    found = against([point(*each) for each in FRONTIER], point(np.sqrt(2.0 * 4.0), 60.0))
+    assert found.cost_at_same_p95 == pytest.approx(np.sqrt(90 * 50))
 
 
 def test_a_frontier_that_is_slower_has_no_cost() -> None:
@@ -152,8 +152,8 @@ def test_a_frontier_that_is_faster_is_read_at_its_cheapest() -> None:
     assert against([point(*each) for each in FRONTIER], point(9.0, 40.0)).saved == pytest.approx(0.2)
 
 
-def test_the_edge_leaves_out_what_is_worse_than_a_mixture() -> None:
-    assert lower_edge([(0, 10), (1, 9), (2, 2), (3, 5)]) == [(0, 10), (2, 2)]
+def test_a_frontier_leaves_out_what_is_beaten() -> None:
+    assert unbeaten([(0, 10), (1, 9), (2, 2), (3, 5)]) == [(0, 10), (1, 9), (2, 2)]
 
 
 def test_goodput_counts_those_within_the_objective() -> None:
