@@ -3,7 +3,7 @@
     python benchmarks/replica_profile.py smollm2-135m --sequences 1,2,4,8,16,32 > mine.yaml
 
 Steps are those in which all sequences decode, at a context of 256 tokens; prompts are 1024 tokens, one after the other.
-Both are medians; the least and most go to standard error. `start_s` is to be filled in: how long your replicas take from
+Both are medians; the least and most go to standard error. `start_s` has to be filled in: how long a replica takes from
 being wanted to serving.
 """
 

@@ -15,7 +15,7 @@ from paceline.autoscaling.simulate.generators import Sessions, generate
 from paceline.autoscaling.simulate.policies import Fixed
 from paceline.autoscaling.simulate.profile import load
 from paceline.autoscaling.simulate.record import Record
-from paceline.autoscaling.simulate.report import Outcome, against, unbeaten, outcome
+from paceline.autoscaling.simulate.report import Outcome, against, outcome, unbeaten
 from paceline.autoscaling.snapshot import Decision, Decisions, Pool, Reason, Snapshot
 from paceline.config_autoscaling import AutoscalingSettings, TargetScaling
 
