@@ -36,8 +36,10 @@ def wanted(pool: DraftPool, goals: Goals, worth: Worth) -> dict[Reason, float]:
     asked: dict[Reason, float | None] = {Reason.DEMAND: demand(pool, goals)}
     if pool.replicas == 0 and pool.wanted:
         asked[Reason.RETRY] = 1.0
-    if worth.pays:
-        asked[Reason.LATE] = late(pool, goals)
+    judged = worth.pays and worth.mean is not None  # the last one that came, too
+    one_more = late(pool, goals) if judged else None
+    if one_more is not None or worth.kept(pool):
+        asked[Reason.LATE] = max(one_more or 0.0, float(worth.kept(pool)))
     return {reason: want for reason, want in asked.items() if want is not None}
 
 

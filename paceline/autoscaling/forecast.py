@@ -40,7 +40,7 @@ class Trend:
         level = 2 * self._once - self._twice
         rise = (self._once - self._twice) / memory * ahead - noise * level
         base = max(level, value)
-        return min(max(1.0, (level + rise) / base), MOST_GROWTH) if base > 0 else 1.0
+        return min(1.0 + max(0.0, rise) / base, MOST_GROWTH) if base > 0 else 1.0
 
 
 class Forecast:
@@ -63,9 +63,10 @@ class Forecast:
         rate, prompts = pool.requests_per_s, pool.prompt_tokens_per_s
         if rate is None:
             return 1.0, 1.0
-        # Requests that come by chance, `rate` a second, differ from the mean of `memory` seconds by so much of it;
-        # their prompts, being of many lengths, by about twice that.
-        noise = 1.0 / sqrt(2 * rate * memory) if rate > 0 else 1.0
+        # Where `rate` requests come in a second by chance, the slope makes a rise out of it whose deviation is half of
+        # this share (the variance of once - twice is rate / 4 memory). Two deviations are no chance any more. Prompts
+        # are of many lengths besides.
+        noise = 1.0 / sqrt(rate * memory) * self.ahead / memory if rate > 0 else 1.0
         grown = _follow(self._requests, passed, rate, self.ahead, memory, noise)
         return grown, 1.0 if prompts is None else _follow(self._prompts, passed, prompts, self.ahead, memory, 2 * noise)
 

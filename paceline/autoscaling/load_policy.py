@@ -81,7 +81,7 @@ class _Drafts:
             text = drafts.told(Reason.GAIN, pool, goals, worth) + f": {fewer}"
             return Decision(Pool.DRAFT, before, fewer, Reason.GAIN, text), asked
         if settled.replicas > before:
-            worth.grew(pool)
+            worth.grew(pool, settled.replicas, late=signal is Reason.LATE)
         held = settled.replicas == before and want > most
         reason = Reason.GAIN if held else _reason(settled, before, signal, goals.draft)
         shown = reason if held or settled.replicas > before else Reason.DEMAND

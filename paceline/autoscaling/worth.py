@@ -126,6 +126,8 @@ class Worth:
         self._trying = False
         self._before: tuple[int, float, float] | None = None
         """Drafters, what they saved, and for how many sequences, before more of them came."""
+        self._late: tuple[int, float] | None = None
+        """Drafters that came because drafts were late, and for how many sequences."""
 
     def look(self, passed: float, pool: DraftPool) -> int | None:
         """How many drafters there may be at most, if that is fewer than there are."""
@@ -140,13 +142,22 @@ class Worth:
         if self.mean >= self._goals.min_gain:
             self._note_paid(pool)
             return None
+        self.pays = False
         if self.gain.age < (TRIAL_S if self._trying else self.patience):
             return None
-        self.pays = False
         return self._fewer(pool, sequences)
 
-    def grew(self, pool: DraftPool) -> None:
-        """More drafters are on their way."""
+    def kept(self, pool: DraftPool) -> int:
+        """Drafters without which drafts would be late again: that they are in time now is no reason to let one go."""
+        if self._late is None:
+            return 0
+        drafters, sequences = self._late
+        return drafters if (pool.wanted or 0.0) * MORE_SEQUENCES >= sequences else 0
+
+    def grew(self, pool: DraftPool, drafters: int, *, late: bool) -> None:
+        """So many drafters are on their way, because drafts were `late` or for another reason."""
+        if late:
+            self._late = (drafters, pool.wanted or 0.0)
         if self.mean is not None and self._before is None:
             self._before = (pool.reported, self.gain.saved, self.gain.sequences)
 
@@ -178,5 +189,5 @@ class Worth:
         fewer = max(goals.min_replicas, before - down_step(before, goals), min(before - 1, paid_for))
         self.retry.in_vain(fewer, sequences)
         self.gain.restart()
-        self._before = None
+        self._before = self._late = None
         return fewer
