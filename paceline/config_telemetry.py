@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from paceline.config_base import Settings
 
@@ -14,8 +15,8 @@ class TelemetrySettings(Settings):
 
     otlp_endpoint: str | None = Field(
         None,
-        description="Where traces go: an OpenTelemetry collector's OTLP address, such as http://localhost:4317 "
-        "(gRPC) or http://localhost:4318/v1/traces (HTTP). null is nowhere. Needs `pip install paceline[otel]`.",
+        description="Where traces go: an OpenTelemetry collector's OTLP address, such as http://localhost:4317 (gRPC) "
+        "or http://localhost:4318/v1/traces (HTTP). null is nowhere. Needs `pip install paceline[otel]`.",
     )
     trace_sample_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="Share of the requests that are traced; one that comes with a `traceparent` follows that."
@@ -26,3 +27,17 @@ class TelemetrySettings(Settings):
     log_requests: bool = Field(
         False, description="Log a line for each request that ended: its tokens, seconds and candidates; never its text."
     )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _an_address(cls, endpoint: str | None) -> str | None:
+        if endpoint is None:
+            return None
+        try:
+            parts = urlsplit(endpoint)
+            known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            known = False
+        if not known:
+            raise ValueError(f"must be like http://localhost:4317, got {endpoint!r}")
+        return endpoint

@@ -220,6 +220,8 @@ class Request:
     client was given already, or None if it had ended; it is empty for a request that begins. The engine takes
     them for output of its own: seeds, penalties, stop strings and limits come out as if nothing had happened.
     `avoid` names the replicas that were lost or failed, so that routing looks elsewhere.
+
+    `trace` is the traceparent (W3C Trace Context) of whoever handed the request on, "" of nobody; it changes nothing.
     """
 
     request_id: str
@@ -232,6 +234,7 @@ class Request:
     priority: int = 0
     resumed: tuple[tuple[int, ...] | None, ...] = ()
     avoid: tuple[str, ...] = ()
+    trace: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         try:
@@ -243,6 +246,10 @@ class Request:
         if len(self.resumed) not in (0, self.params.n):
             raise InvalidRequest(f"resumed: {len(self.resumed)} outputs of {self.params.n}", param="resumed")
         _check_int("priority", self.priority, low=-MAX_PRIORITY, high=MAX_PRIORITY)
+
+    def within(self, trace: str) -> Request:
+        """The same request, handed on by somebody else."""
+        return self if trace == self.trace else replace(self, trace=trace)
 
     @property
     def output(self) -> tuple[int, ...]:

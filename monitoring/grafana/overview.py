@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from panels import MODEL, REPLICA, Dashboard, Panel, Query, Row, gauge, mean, quantile, rate, total_rate
+from panels import MODEL, REPLICA, Dashboard, Panel, Query, Row, gauge, mean, quantile, rate, router_rate, total_rate
 
 TTFT = "vllm:time_to_first_token_seconds"
 ITL = "vllm:inter_token_latency_seconds"
 E2E = "vllm:e2e_request_latency_seconds"
 ACCEPTED, DRAFTED = "vllm:spec_decode_num_accepted_tokens_total", "vllm:spec_decode_num_draft_tokens_total"
-FAILED = f'sum(rate(paceline_requests_total{{{MODEL},code=~"5.."}}[$__rate_interval]))'
-REQUESTS = total_rate("paceline_requests_total", labels=MODEL)
+FAILED = router_rate("paceline_requests_total", matching=',code=~"5.."')
+REQUESTS = router_rate("paceline_requests_total")
 
 
 def percentiles(title: str, text: str, histogram: str, unit: str = "s", width: int = 8) -> Panel:
@@ -27,7 +27,7 @@ NOW = Row(
         Panel(
             "Replicas",
             "Replicas that answered the last scrape.",
-            [Query("sum by (kind) (paceline_replicas)", "{{kind}}")],
+            [Query(gauge("paceline_replicas", "kind", MODEL), "{{kind}}")],
             kind="stat",
             width=4,
             height=4,
@@ -94,7 +94,7 @@ LOAD = Row(
         Panel(
             "Requests",
             "By endpoint and status, as the router answered. 429 is load that was refused, 5xx failed.",
-            [Query(total_rate("paceline_requests_total", "endpoint, code", MODEL), "{{code}} {{endpoint}}")],
+            [Query(router_rate("paceline_requests_total", "endpoint, code"), "{{code}} {{endpoint}}")],
             "reqps",
             stack=True,
         ),
@@ -183,7 +183,7 @@ TARGETS = Row(
             [
                 Query(gauge("paceline_warnings", "replica"), "warnings of {{replica}}"),
                 Query(f"sum({rate('vllm:num_preemptions_total')}) * 60", "preemptions a minute"),
-                Query(f"sum({rate('paceline_resumptions_total', MODEL)}) * 60", "answers resumed a minute"),
+                Query(f"{router_rate('paceline_resumptions_total')} * 60", "answers resumed a minute"),
             ],
         ),
     ],

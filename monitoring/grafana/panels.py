@@ -20,6 +20,11 @@ def rate(metric: str, labels: str = REPLICA) -> str:
     return f"rate({metric}{{{labels}}}[$__rate_interval])"
 
 
+def router_rate(metric: str, by: str = "", matching: str = "") -> str:
+    """Of what routers count. A scrape comes to one of them: over a time in which each was asked."""
+    return f"{summed(by)} (rate({metric}{{{MODEL}{matching}}}[5m]))"
+
+
 def total_rate(metric: str, by: str = "", labels: str = REPLICA) -> str:
     return f"{summed(by)} ({rate(metric, labels)})"
 
@@ -251,6 +256,8 @@ LINKS: dict[str, Any] = {
     "title": "Paceline",
     "type": "dashboards",
     "tags": ["paceline"],
+    "icon": "external link",
+    "tooltip": "",
     "asDropdown": False,
     "includeVars": True,
     "keepTime": True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from panels import MODEL, REPLICA, Dashboard, Panel, Query, Row, gauge, quantile, total_rate
+from panels import MODEL, REPLICA, Dashboard, Panel, Query, Row, gauge, quantile, router_rate, total_rate
 
 DECISIONS = "paceline_autoscaling_decisions_total"
 
@@ -23,7 +23,7 @@ PLACES = Row(
         Panel(
             "Why requests went where they went",
             "As the router placed them. Those that pass over a session's holder cost a hand-off or a prefill.",
-            [Query(total_rate("paceline_routed_requests_total", "reason", MODEL), "{{reason}}")],
+            [Query(router_rate("paceline_routed_requests_total", "reason"), "{{reason}}")],
             "reqps",
             stack=True,
         ),
@@ -140,7 +140,7 @@ SIZE = Row(
             "wanted: what the policy says. there: what answers; below wanted for long, the cluster has no room.",
             [
                 Query(f'sum(paceline_autoscaling_replicas_wanted{{{MODEL},pool="{pool}"}})', "wanted"),
-                Query(f'sum(paceline_replicas{{kind="{pool}"}})', "there"),
+                Query(f'sum(paceline_replicas{{{MODEL},kind="{pool}"}})', "there"),
             ],
             width=12,
         )

@@ -15,6 +15,7 @@ from paceline.api.conversations import Conversations, Turn, unknown_session
 from paceline.api.deadline import bounded
 from paceline.api.fitting import Fitting, GrammarCheck
 from paceline.api.logprobs import TokenTexts
+from paceline.api.observed import Observer
 from paceline.api.prompts import (
     ChatMessage,
     PromptEncoder,
@@ -38,6 +39,7 @@ from paceline.sessions.handoff import BUSY, Outcome
 from paceline.sessions.history import Session
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.store import MemoryStore, SessionStore
+from paceline.telemetry.requests import NOWHERE, Origin
 from paceline.types import Frame, Prompt, Request, SamplingParams
 
 CONTROL_TIMEOUT_S = 10.0
@@ -93,6 +95,7 @@ class Prepared:
     tools: ToolUse = NO_TOOLS
     timeout_s: float | None = None
     """The client's own limit; the server's holds in any case."""
+    origin: Origin = NOWHERE
 
 
 class Gateway:
@@ -114,6 +117,8 @@ class Gateway:
         tool_call_parser: ParserName | Literal["auto"] = "auto",
         check_grammar: GrammarCheck | None = None,
         limits: LimitSettings | None = None,
+        router: str = "",
+        observer: Observer | None = None,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
         """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
@@ -128,7 +133,8 @@ class Gateway:
         self._fitting = Fitting(self._prompts, windows or WindowRules(max_model_len), scheduling_policy, check_grammar)
         self._request_timeout_s = request_timeout_s
         self._max_resumptions = max_resumptions
-        self._seen = RouterCounts()
+        self._seen, self._router = RouterCounts(), router
+        self._observer = observer
         self._store = store or MemoryStore(SESSION_TTL_S)
         self._conversations = Conversations(self._store, model_name)
         self._scopes = {"": self._conversations}
@@ -279,11 +285,15 @@ class Gateway:
     async def open(self, prepared: Prepared) -> Stream:
         """Start a request. Raises its error if no replica takes it; otherwise the caller closes the stream."""
         request, turn = prepared.request, prepared.turn
+        own = self._request_timeout_s
+        timeout_s = own if prepared.timeout_s is None else min(own, prepared.timeout_s)
+        watched = None if self._observer is None else self._observer.begin(request, prepared.origin, timeout_s)
+        request = request if watched is None else watched.request
         frames = resuming(self._targets.generate, request, self._max_resumptions, seen=self._seen)
         if turn is not None:
             frames = self._conversations.recorded(frames, request, turn)
-        own = self._request_timeout_s
-        timeout_s = own if prepared.timeout_s is None else min(own, prepared.timeout_s)
+        if watched is not None:
+            frames = watched.frames(frames)
         return await Stream.open(frames, timeout_s, request.params.n)
 
     async def abort(self, request_id: str) -> bool:
@@ -405,8 +415,12 @@ class Gateway:
 
     async def status(self) -> ClusterStatus:
         """What the replicas report about themselves, and what this router has seen."""
-        cluster = await _bounded(self._targets.status())
-        return replace(cluster, routes=dict(self._seen.routes), resumptions=self._seen.resumptions)
+        return self.with_own_counts(await _bounded(self._targets.status()))
+
+    def with_own_counts(self, cluster: ClusterStatus) -> ClusterStatus:
+        """With what this router has seen."""
+        seen = self._seen
+        return replace(cluster, routes=dict(seen.routes), resumptions=seen.resumptions, router=self._router)
 
     def check_model(self, name: str | None) -> None:
         """Raise UnknownModel unless `name` is the model served. None and "" stand for it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from uuid import uuid4
 
 from fastapi import HTTPException
@@ -17,11 +18,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from paceline.api.failures import error_response, http_error_response
 from paceline.config import LimitSettings
 from paceline.errors import EngineError
+from paceline.telemetry.requests import Origin
+from paceline.telemetry.tracing import TRACEPARENT, checked
 
 logger = logging.getLogger(__name__)
 
 LIMITS = "paceline.limits"
 """In an ASGI scope: LimitSettings, for whoever answers."""
+ARRIVED = "paceline.arrived"
+"""In an ASGI scope: when the request came, in nanoseconds since 1970."""
 KEEP_WORKING_HEADER = "x-request-disconnect-disabled"
 """By it Ray Serve's proxy would not tell when a client goes away, and its work would go on for nobody."""
 REQUEST_ID_HEADER = "x-request-id"
@@ -39,7 +44,7 @@ class RequestId:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid4().hex}"
+        request_id = checked_request_id(given) or f"req-{uuid4().hex}"
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -83,7 +88,7 @@ class HeadLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope[LIMITS] = self._limits
+        scope[LIMITS], scope[ARRIVED] = self._limits, time.time_ns()
         if (refusal := self._refusal(scope)) is not None:
             await http_error_response(refusal)(scope, receive, send)
             return
@@ -149,6 +154,18 @@ def limits_of(scope: Scope) -> LimitSettings:
     """What HeadLimit found to hold; the defaults where it is not installed."""
     limits: LimitSettings = scope.get(LIMITS) or LimitSettings()
     return limits
+
+
+def origin_of(scope: Scope) -> Origin:
+    """What the client sent along for traces and logs. A traceparent or an id that is none counts as not sent."""
+    headers = Headers(scope=scope)
+    request_id = checked_request_id(headers.get(REQUEST_ID_HEADER, ""))
+    return Origin(checked(headers.get(TRACEPARENT)), request_id, scope.get(ARRIVED))
+
+
+def checked_request_id(given: str) -> str:
+    """A client's id of its request, or "" if it is none that can stand in a header or a log."""
+    return given if _REQUEST_ID.fullmatch(given) else ""
 
 
 def _closing(status: int, reason: str) -> HTTPException:

@@ -21,11 +21,12 @@ from paceline.api.batch import Batch, open_all
 from paceline.api.deadline import Patience
 from paceline.api.failures import public_error
 from paceline.api.gateway import Gateway, Prepared
-from paceline.api.middleware import limits_of
+from paceline.api.middleware import limits_of, origin_of
 from paceline.api.stream import Stream
 from paceline.api.tally import Tally
 from paceline.api.wording import Wording
 from paceline.errors import InvalidRequest
+from paceline.telemetry.requests import named
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,11 @@ class Reply(Response):
         try:
             await while_connected(receive, self._run(scope, send))
         except ClientGone:
-            logger.info("%s: the client went away", self._generation.request_id)
+            logger.info("%s: the client went away", self._generation.request_id, extra=named(self._generation))
 
     async def _run(self, scope: Scope, send: Send) -> None:
-        prepared = [replace(each, timeout_s=_timeout_s(scope)) for each in self._prepared]
+        timeout_s, origin = _timeout_s(scope), origin_of(scope)
+        prepared = [replace(each, timeout_s=timeout_s, origin=origin) for each in self._prepared]
         async with await open_all(self._gateway, prepared) as stream:
             tally = self._wording.tally([each.request for each in prepared], stream.accepted)
             channel = _Channel(send, stream.deadline + SEND_GRACE_S, limits_of(scope).slow_client_timeout_s)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from paceline.errors import EngineError, Overloaded, PacelineError, Unavailable
+from paceline.telemetry.requests import named
 from paceline.types import Accepted, Delta, Failure, Frame, Metrics, Request
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,13 @@ class _Answer:
             self._refusals += 1
             return _pause(self._refusals)
         told = sum(len(output or ()) for output in self._outputs)
-        logger.warning("%s: going on after %d tokens: %s", self._request.request_id, told, error.message)
+        logger.warning(
+            "%s: going on after %d tokens: %s",
+            self._request.request_id,
+            told,
+            error.message,
+            extra=named(self._request),
+        )
         self._losses += 1
         self._seen.resumptions += 1
         return _pause(self._losses)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -43,6 +43,7 @@ from paceline.api.middleware import BodyLimit, HeadLimit, LastResort, RequestId
 from paceline.api.openapi import Error, describe
 from paceline.api.owned import seen_by
 from paceline.api.reply import Reply
+from paceline.api.request_counts import RequestCounts
 from paceline.api.responses import Responses
 from paceline.api.schema import (
     DEFAULT_COMPLETION_TOKENS,
@@ -85,6 +86,7 @@ def create_app(
     app = FastAPI(title="Paceline", version=version("paceline"), generate_unique_id_function=lambda route: route.name)
     describe(app)
     app.state.gateway = gateway
+    app.state.requests = requests = RequestCounts()
     app.include_router(router)
     app.include_router(console_router)
     install_error_handlers(app)
@@ -94,6 +96,7 @@ def create_app(
         app.add_middleware(KeyCheck, access=access)
     app.add_middleware(HeadLimit, limits=limits)
     app.add_middleware(LastResort)
+    app.add_middleware(requests.counting)
     if cors_allow_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -318,14 +321,16 @@ async def status(gateway: TheGateway) -> Response:
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(gateway: TheGateway) -> Response:
+async def metrics(request: Request, gateway: TheGateway) -> Response:
     """Prometheus text. Replicas that do not answer in time are missing."""
     try:
         cluster = await gateway.status()
     except PacelineError as error:
         logger.warning("no metrics of any replica: %s", error.message)
-        cluster = ClusterStatus()
-    return Response(prometheus_text(gateway.model_name, cluster), media_type=CONTENT_TYPE)
+        cluster = gateway.with_own_counts(ClusterStatus())
+    counts: RequestCounts = request.app.state.requests
+    seen = replace(cluster, requests=counts.by_endpoint_and_code)
+    return Response(prometheus_text(gateway.model_name, seen), media_type=CONTENT_TYPE)
 
 
 def _json(answer: Answer) -> Response:

@@ -68,13 +68,16 @@ def _nearest(held: Sequence[SessionInfo]) -> list[SessionInfo]:
 class ClusterStatus:
     """One mapping for each target and each draft replica that answered.
 
-    `routes` and `resumptions` count what the router that was asked has seen: accepted requests by the reason for
-    their place, and replicas lost in the middle of an answer.
+    `routes` and `resumptions` count what the `router` that was asked has seen: accepted requests by the reason for
+    their place, and replicas lost in the middle of an answer; `requests` those over HTTP by the template of their path
+    and their status.
     """
 
     targets: tuple[ReplicaStatus, ...] = ()
     drafts: tuple[ReplicaStatus, ...] = ()
     routes: Mapping[str, int] = field(default_factory=dict)
     resumptions: int = 0
+    requests: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    router: str = ""
     autoscaling: Mapping[str, Any] = field(default_factory=dict)
     """How many replicas of each pool are wanted, and what the autoscaler decided lately, as it writes it down."""

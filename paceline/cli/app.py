@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli import chat, demo, distill, doctor, estimate, evaluate, serve, status
+from paceline.cli import chat, demo, distill, doctor, estimate, evaluate, serve, status, top
 from paceline.cli.bench import bench_app
 from paceline.cli.keys import keys_app
 from paceline.cli.models import models_app
@@ -31,6 +31,7 @@ app = group("Serve language models with a pool of drafters riding ahead.", EPILO
 app.command("serve", epilog=serve.EPILOG)(serve.serve)
 app.command("chat", epilog=chat.EPILOG)(chat.chat)
 app.command("status", epilog=status.EPILOG)(status.status)
+app.command("top", epilog=top.EPILOG)(top.top)
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
 app.command("eval", epilog=evaluate.EPILOG)(evaluate.evaluate)

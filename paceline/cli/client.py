@@ -151,6 +151,14 @@ class Client:
         except (KeyError, TypeError):
             raise self._not_paceline() from None
 
+    def metrics(self) -> str:
+        """`GET /metrics`, as Prometheus reads it."""
+        with self._errors():
+            response = self._http.get("/metrics")
+        if response.is_error:
+            raise _error_of(response)
+        return response.text
+
     def sessions(self) -> list[dict[str, Any]]:
         """Every session the server knows, as it tells of them."""
         return self._listed("/v1/sessions")

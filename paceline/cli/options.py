@@ -192,4 +192,6 @@ NoSpeculation = Annotated[
 
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Show it anew until Ctrl-C.")]
 Every = Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.2, max=3600.0, help="Pause of --watch.")]
+Looks = Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.2, max=3600.0, help="Between two looks.")]
+Once = Annotated[bool, typer.Option("--once", help="Two looks, print what lies between them, end.")]
 AllFacts = Annotated[bool, typer.Option("--all", help="Everything each replica reports.")]

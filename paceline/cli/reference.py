@@ -3,6 +3,7 @@
 docs/configuration.md   every setting: key, type, default, description
 docs/cli.md             the help of every command
 docs/api-http.md        the HTTP API, from its OpenAPI document
+docs/metrics.md         every metric of /metrics
 docs/api-grpc.md        the gRPC interface, where protos/ is
 README.md               the settings again, between the markers, if it has them
 """
@@ -21,6 +22,7 @@ from typer.main import get_command
 
 from paceline.cli import grpc_reference
 from paceline.cli.reference_http import http_reference
+from paceline.cli.reference_metrics import metrics_reference
 from paceline.config import AppSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +147,7 @@ def documents(root: Path) -> dict[Path, str]:
         root / "docs" / "configuration.md": CONFIGURATION.replace("{table}", table),
         root / "docs" / "cli.md": command_help(),
         root / "docs" / "api-http.md": http_reference(GENERATED),
+        root / "docs" / "metrics.md": metrics_reference(GENERATED),
     }
     protos = root / "protos"
     if protos.is_dir():

@@ -66,7 +66,9 @@ def headline(seen: Seen) -> Text:
 
 def target_table(targets: Sequence[Replica]) -> Table | None:
     """A row for each target."""
-    table = _table("target", ("running", "waiting", "KV", "sessions", "drafters", "drafted", "accepted", "acceptance"))
+    table = new_table(
+        "target", ("running", "waiting", "KV", "sessions", "drafters", "drafted", "accepted", "acceptance")
+    )
     for each in targets:
         drafters = (
             f"{cell(each.get('drafters_connected'))} of {each['drafters_known']}" if "drafters_known" in each else "-"
@@ -86,7 +88,7 @@ def target_table(targets: Sequence[Replica]) -> Table | None:
 
 def draft_table(drafts: Sequence[Replica]) -> Table | None:
     """A row for each drafter."""
-    table = _table("draft", ("model", "streams", "sequences", "KV", "drafted", "rolled back", "address"))
+    table = new_table("draft", ("model", "streams", "sequences", "KV", "drafted", "rolled back", "address"))
     for each in drafts:
         names = ("replica_id", "model", "streams", "sequences")
         rolled = percent(each.get("rolled_back_tokens") or 0, each.get("drafted_tokens") or 0)
@@ -103,7 +105,7 @@ def draft_table(drafts: Sequence[Replica]) -> Table | None:
 def session_table(seen: Seen, columns: int) -> Table | None:
     """A row for each of the sessions used last."""
     latest = sorted(seen.sessions, key=lambda each: float(each.get("updated") or 0), reverse=True)[:SESSIONS_SHOWN]
-    table = _table("session", ("target", "tier", "KV tokens", "history", "turns", "used"))
+    table = new_table("session", ("target", "tier", "KV tokens", "history", "turns", "used"))
     table.columns[0].max_width = max(20, columns - 70)
     table.columns[0].no_wrap = True
     for each in latest:
@@ -226,7 +228,7 @@ def sums(replicas: Sequence[Replica], *names: str) -> int:
     return sum(int(replica.get(name) or 0) for replica in replicas for name in names)
 
 
-def _table(first: str, others: Sequence[str]) -> Table:
+def new_table(first: str, others: Sequence[str]) -> Table:
     """Words to the left, which give way where there is no room; numbers to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption_style="dim")
     table.add_column(first, no_wrap=True)

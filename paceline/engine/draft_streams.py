@@ -61,6 +61,7 @@ class DraftStreams:
                 ahead=opened.ahead,
                 rejection=opened.rejection,
                 streaming=True,
+                trace=opened.trace,
             )
             target.heard[opened.sequence] = now
         for step in frame.advances:

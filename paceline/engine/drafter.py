@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from paceline.speculation.frames import MAX_AHEAD, MAX_DEPTH, DraftFailureReason
 from paceline.speculation.grammar import Grammars, Matcher
 from paceline.speculation.run import common_prefix
 from paceline.speculation.sampling import Rows
+from paceline.speculation.telemetry import DraftedSequence
 from paceline.types import SamplingParams
 
 MAX_SEQUENCES = 1024
@@ -53,6 +55,8 @@ class _Draft:
 
     `limit` is the longest text the model takes. Under a streaming `window` there is none, but no more is drafted than
     the window has room for with what is agreed: what it drops then is gone, and a candidate may turn out wrong.
+
+    Of one with a `trace`, it is told in the end what was `made` for it, and when it was opened.
     """
 
     key: Hashable
@@ -73,6 +77,11 @@ class _Draft:
     sent: int = 0
     answered: bool = False
     parked: bool = False
+    trace: str = ""
+    opened: int = 0
+    history: int = 0
+    made: int = 0
+    rolled_back: int = 0
 
     @property
     def length(self) -> int:
@@ -157,6 +166,8 @@ class Drafter:
         self._max_sequences = max_sequences
         self._drafts: dict[Hashable, _Draft] = {}
         self._outbox: list[Drafted] = []
+        self.on_close: Callable[[DraftedSequence], object] | None = None
+        """Hears of every traced sequence that ended, in the thread that steps; must neither block nor raise."""
         self.drafted_tokens = 0
         self.passes = 0
         """Forward passes made."""
@@ -188,6 +199,7 @@ class Drafter:
         ahead: int = 0,
         rejection: bool = False,
         streaming: bool = False,
+        trace: str = "",
     ) -> None:
         """Begin, or begin again, with the whole history. `depth` 0 only prefills.
 
@@ -226,6 +238,9 @@ class Drafter:
             rejection=rejection,
             streaming=streaming,
             matcher=matcher,
+            trace=trace,
+            opened=time.time_ns(),
+            history=len(tokens),
         )
 
     def advance(self, key: Hashable, base: int, tokens: Sequence[int], depth: int) -> None:
@@ -244,7 +259,9 @@ class Drafter:
             return
         guessed = len(draft.drafted)
         same = draft.agree(tokens)
-        self.rolled_back_tokens += guessed - same - len(draft.drafted)
+        wrong = guessed - same - len(draft.drafted)
+        draft.rolled_back += wrong
+        self.rolled_back_tokens += wrong
         if draft.entry is not None:
             self.kv.truncate(draft.entry, base + same + len(draft.drafted))
         draft.depth = min(depth, MAX_DEPTH)
@@ -254,8 +271,12 @@ class Drafter:
     def close(self, key: Hashable) -> None:
         """Forget a sequence; its KV stays behind as cache for the session's next turn."""
         draft = self._drafts.pop(key, None)
-        if draft is not None:
-            self._give_up_room(draft)
+        if draft is None:
+            return
+        self._give_up_room(draft)
+        if draft.trace and self.on_close is not None:
+            now = time.time_ns()
+            self.on_close(DraftedSequence(draft.trace, draft.opened, now, draft.history, draft.made, draft.rolled_back))
 
     def _matcher(self, params: SamplingParams, output: Sequence[int]) -> Matcher | None:
         """Raises InvalidRequest for a grammar that cannot be followed here."""
@@ -326,6 +347,7 @@ class Drafter:
             for (draft, window), token in zip(batch, each.tokens(), strict=True):
                 self.kv.append(window.entry, draft.drafted[-1:] if number else window.token_ids)
                 draft.drafted.append(token)
+                draft.made += 1
         self.passes += length
         self.drafted_tokens += length * len(batch)
         return True
@@ -356,6 +378,8 @@ class Drafter:
             else:
                 for draft, tokens in zip(chosen, sampling.draw(these, histories, columns), strict=True):
                     draft.drafted += tokens
+        for draft in drafts:
+            draft.made += 1
         self.drafted_tokens += len(drafts)
 
     def _goal(self, draft: _Draft) -> int:

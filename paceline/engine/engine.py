@@ -16,7 +16,7 @@ from paceline.engine.flight import Flight
 from paceline.engine.kv_cache import KVCache
 from paceline.engine.kv_entry import SessionKV
 from paceline.engine.meters import EngineMeter
-from paceline.engine.restores import Restores, session_states
+from paceline.engine.restores import Restores
 from paceline.engine.runner import Runner
 from paceline.engine.sampling import Draws
 from paceline.engine.scheduler import Scheduled, Scheduler
@@ -216,10 +216,6 @@ class Engine:
         named = {each.session_id for each in here}
         return [*(each for each in below if each.session_id not in named), *here]
 
-    def session_states(self) -> dict[str, int]:
-        """How many there are, as `paceline.engine.restores.session_states` has it."""
-        return session_states(self.kv, self.restores)
-
     def drop_session(self, session_id: str) -> bool:
         """Drop a session's idle KV, wherever it is. Whether there was any."""
         below = self.restores is not None and self.restores.tiers.drop(session_id)
@@ -258,7 +254,11 @@ class Engine:
             self.tally.declined += not sequence.request.speculate
             if self.speculator is not None and sequence.request.speculate:
                 self.speculator.open(
-                    sequence.sequence_id, sequence.tokens, sequence.request.params, sequence.prompt_length
+                    sequence.sequence_id,
+                    sequence.tokens,
+                    sequence.request.params,
+                    sequence.prompt_length,
+                    trace=sequence.request.trace,
                 )
 
     def _propose(self) -> Mapping[int, Proposal]:

@@ -19,6 +19,7 @@ from paceline.engine.meters import DrafterMeter
 from paceline.errors import EngineError, InvalidRequest, PacelineError, Unavailable
 from paceline.speculation.frames import Candidates, DraftFrame
 from paceline.speculation.grammar import Grammars
+from paceline.speculation.telemetry import DraftedSequence
 from paceline.types import Delta, Failure, FinishReason, Grammar, Request, choice_ids
 
 logger = logging.getLogger(__name__)
@@ -244,9 +245,11 @@ class EngineLoop:
 class DrafterLoop:
     """A drafter in its thread, serving the streams of several targets."""
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, on_close: Callable[[DraftedSequence], object] | None = None) -> None:
+        """`on_close` hears, in the drafter's thread, of every traced sequence that ended; it must not block."""
         self.drafter = drafter
         self.meter = DrafterMeter(drafter)
+        drafter.on_close = on_close
         self._streams = DraftStreams(drafter)
         self._sinks: dict[str, DraftSink] = {}
         self._thread = DeviceThread("drafter", lambda: drafter.has_work, self._timed, lambda _: self._sinks.clear())

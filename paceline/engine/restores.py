@@ -239,12 +239,3 @@ class Restores:
 
     def _all(self) -> set[_Restore]:
         return {each for each in self._of.values() if each is not None}
-
-
-def session_states(kv: KVCache, restores: Restores | None) -> dict[str, int]:
-    """How many sessions run, lie in the KV cache, in host memory and on disk, each counted where it is soonest at hand.
-    Any thread may ask."""
-    running, held = kv.session_names()
-    places = restores.tiers.places() if restores is not None else {}
-    below = Counter(tier for name, tier in places.items() if name not in held)
-    return {"running": len(running), "idle": len(held - running), "host": below["host"], "disk": below["disk"]}

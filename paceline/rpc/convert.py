@@ -12,6 +12,7 @@ from paceline.speculation.frames import (
     Open,
     SparseRow,
 )
+from paceline.telemetry.tracing import checked
 from paceline.types import Grammar, GrammarKind, SamplingParams
 from paceline.v1 import draft_pb2 as pb
 
@@ -53,6 +54,7 @@ def frame_to_proto(frame: DraftFrame) -> pb.DraftRequest:
                 ahead=o.ahead,
                 rejection=o.rejection,
                 window=_window_to_proto(o.params.window),
+                traceparent=o.trace,
             )
             for o in frame.opens
         ],
@@ -73,6 +75,7 @@ def frame_from_proto(message: pb.DraftRequest) -> DraftFrame:
                 o.prompt_length,
                 o.ahead,
                 o.rejection,
+                checked(o.traceparent),
             )
             for o in message.open
         ),

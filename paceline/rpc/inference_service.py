@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from paceline.api.gateway import DRAIN_TIMEOUT_S, Gateway, Prepared
+from paceline.api.middleware import REQUEST_ID_HEADER, checked_request_id
 from paceline.errors import EngineError, InvalidRequest, PacelineError
 from paceline.rpc.inference_convert import (
     TIMEOUT_KEY,
@@ -35,12 +36,16 @@ from paceline.rpc.inference_events import failed_event, session_message, started
 from paceline.rpc.inference_server import Unreadable
 from paceline.rpc.inference_tools import EventWriter, check_calls, says_of_tools, tools_from
 from paceline.rpc.rich_errors import DETAILS_KEY, status_of
+from paceline.telemetry.requests import Origin
+from paceline.telemetry.tracing import TRACEPARENT, checked
 from paceline.v1 import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
 SESSION_ID_KEYS = ("x-session-id", "session_id")
 """Invocation metadata that names the session when the request's field is empty. Ray Serve routes by them."""
+REQUEST_ID_KEYS = (REQUEST_ID_HEADER, "request_id")
+"""Invocation metadata that names the call, for traces. The second is Ray Serve's."""
 
 Events = AsyncGenerator[pb.GenerateEvent, None]
 A = TypeVar("A")
@@ -197,7 +202,7 @@ class InferenceHandlers:
         else:
             options |= {"session_id": session_id, "tools": tools}
             prepared = await self._gateway.prepare_chat(messages, params, **options)
-        return replace(prepared, timeout_s=timeout_s)
+        return replace(prepared, timeout_s=timeout_s, origin=_origin(grpc_context))
 
     async def _prepare_completion(self, request: pb.GenerateRequest, grpc_context: RpcContext) -> Prepared:
         timeout_s = timeout_from(request, text_metadata(grpc_context).get(TIMEOUT_KEY))
@@ -209,7 +214,7 @@ class InferenceHandlers:
             speculate=speculation_from(request),
             priority=request.priority,
         )
-        return replace(prepared, timeout_s=timeout_s)
+        return replace(prepared, timeout_s=timeout_s, origin=_origin(grpc_context))
 
     async def _events(self, prepared: Prepared) -> Events:
         request = prepared.request
@@ -244,6 +249,12 @@ def _required(name: str, value: str | None) -> str:
 def _session_id(grpc_context: RpcContext) -> str | None:
     metadata = text_metadata(grpc_context)
     return next((metadata[key] for key in SESSION_ID_KEYS if metadata.get(key)), None)
+
+
+def _origin(grpc_context: RpcContext) -> Origin:
+    metadata = text_metadata(grpc_context)
+    request_id = next((metadata[key] for key in REQUEST_ID_KEYS if metadata.get(key)), "")
+    return Origin(checked(metadata.get(TRACEPARENT)), checked_request_id(request_id))
 
 
 def text_metadata(grpc_context: RpcContext) -> dict[str, str]:

@@ -15,9 +15,11 @@ from paceline.config_autoscaling import ReplicaRange
 from paceline.rpc.draft_credentials import new_token
 from paceline.serving import bundles
 from paceline.serving.draft import Draft
+from paceline.serving.logs import logging_config
 from paceline.serving.router import Router
 from paceline.serving.routing import SessionRouter
 from paceline.serving.target import Target
+from paceline.telemetry.tracing import check_packages
 
 ROUTING_STATS_PERIOD_S = 2.0
 ROUTER = "Router"
@@ -35,6 +37,7 @@ SPARE_REQUESTS = 16
 def build(args: AppSettings) -> Application:
     """Router, Target and, unless there are none, Draft. Raises ConfigError for ranks that cannot work."""
     bundles.check(args, ray.nodes() if ray.is_initialized() else None)
+    check_packages(args.telemetry)
     # Drafts and targets of one deployment know each other by it; neither settings nor status have it.
     token = new_token() if args.draft.security.mode == "auto" else None
     draft = _draft(args, token)
@@ -42,6 +45,7 @@ def build(args: AppSettings) -> Application:
     router = serve.deployment(
         serve.ingress()(Router),
         name=ROUTER,
+        logging_config=logging_config(args.telemetry),
         num_replicas=args.num_routers,
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=1000,
@@ -56,6 +60,7 @@ def _target(args: AppSettings, with_drafts: bool, token: SecretStr | None) -> Ap
     return serve.deployment(
         Target,
         name="Target",
+        logging_config=logging_config(args.telemetry),
         **_count(args, args.target_replicas),
         max_ongoing_requests=engine.max_num_seqs + engine.max_queued_requests + SPARE_REQUESTS,
         graceful_shutdown_wait_loop_s=0.5,
@@ -75,6 +80,7 @@ def _draft(args: AppSettings, token: SecretStr | None) -> Application | None:
     return serve.deployment(
         Draft,
         name="Draft",
+        logging_config=logging_config(args.telemetry),
         **_count(args, args.draft_replicas),
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=SHUTDOWN_S + args.sessions.handoff_timeout_s,

@@ -24,7 +24,7 @@ class Capacity:
 def cluster_capacity() -> Capacity:
     """Of the Ray cluster this process belongs to. Blocks for some milliseconds."""
     import ray
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])

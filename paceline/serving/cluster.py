@@ -23,6 +23,7 @@ from paceline.hardware import usable_cores
 from paceline.ports import ALL_INTERFACES, require_free
 from paceline.serving import bundles
 from paceline.serving.environment import ray_environment
+from paceline.telemetry.tracing import check_packages
 
 DEPLOY_TIMEOUT_S = 900.0
 POLL_S = 0.25
@@ -55,7 +56,9 @@ class LocalCluster:
         http_port, grpc_port = int(http.get("port", 8000)), int(grpc.get("port", 9000))
         require_free(host, http_port, key="http_options.port", option="--port")
         require_free(ALL_INTERFACES, grpc_port, key="grpc_options.port", option="--grpc-port")
-        bundles.check(parse_settings(_application(self._config).get("args") or {}))
+        settings = parse_settings(_application(self._config).get("args") or {})
+        bundles.check(settings)
+        check_packages(settings.telemetry)
         try:
             self._start_ray()
             self._deploy()
@@ -114,7 +117,8 @@ class LocalCluster:
     def _start_ray(self) -> None:
         self._on_status("starting Ray")
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-")
-        environment = ray_environment(self._config.get("http_options") or {}, Path(self._folder.name))
+        telemetry = parse_settings(_application(self._config).get("args") or {}).telemetry
+        environment = ray_environment(self._config.get("http_options") or {}, Path(self._folder.name), telemetry)
         self._set = {name: value for name, value in environment.items() if name not in os.environ}
         os.environ.update(self._set)
         import ray

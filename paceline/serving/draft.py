@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
@@ -15,11 +16,15 @@ from paceline.rpc.draft_credentials import DraftCredentials
 from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.serving.draft_exchange import DraftExchange
 from paceline.serving.hosts import own_host
+from paceline.serving.logs import join_serve_logs
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
 from paceline.serving.reports import DraftReport, Starting
 from paceline.sessions.handoff import Bound, Receipt, Room
 from paceline.speculation.frames import Hello
+from paceline.speculation.telemetry import DraftedSequence
+from paceline.telemetry.generation import tell_drafted
+from paceline.telemetry.tracing import NoTracer, Tracer, open_tracer
 
 if TYPE_CHECKING:
     # torch and transformers take seconds to import; the application builder imports this module without them.
@@ -45,9 +50,12 @@ class Draft:
         credentials = DraftCredentials.of(settings.draft.security, token)
         context = serve.get_replica_context()
         self.replica_id: str = context.replica_id.unique_id
+        join_serve_logs(settings.telemetry)
+        self._tracer = open_tracer(settings.telemetry, "paceline-draft", self.replica_id)
+        told = _told_in(asyncio.get_running_loop(), self._tracer, self.replica_id)
         self._ranks = await Ranks.start(settings.draft, settings.draft_model)
         try:
-            self._loop, model = await loading(self._ranks, asyncio.to_thread(_start, settings, self._ranks))
+            self._loop, model = await loading(self._ranks, asyncio.to_thread(_start, settings, self._ranks, told))
         except BaseException:
             if self._ranks is not None:
                 await self._ranks.stop()
@@ -120,12 +128,24 @@ class Draft:
         await asyncio.to_thread(self._loop.stop)
         if self._ranks is not None:
             await self._ranks.stop()
+        await asyncio.to_thread(self._tracer.close)
 
 
-def _start(settings: AppSettings, ranks: Ranks | None) -> tuple[DrafterLoop, LoadedModel]:
+def _told_in(
+    events: asyncio.AbstractEventLoop, tracer: Tracer, replica_id: str
+) -> Callable[[DraftedSequence], object] | None:
+    """What the drafter tells of a sequence becomes a span in the event loop: its own thread goes on drafting."""
+    if isinstance(tracer, NoTracer):
+        return None
+    return lambda ended: events.call_soon_threadsafe(tell_drafted, tracer, ended, replica_id)
+
+
+def _start(
+    settings: AppSettings, ranks: Ranks | None, told: Callable[[DraftedSequence], object] | None
+) -> tuple[DrafterLoop, LoadedModel]:
     from paceline.engine.load import load_model
     from paceline.engine.loop import DrafterLoop
 
     leader = ranks.leader if ranks is not None else None
     model = load_model(resolve(settings.draft_model).path, rank_engine(settings.draft), leader)
-    return DrafterLoop(model.drafter()), model
+    return DrafterLoop(model.drafter(), told), model

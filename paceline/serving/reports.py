@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from paceline.autoscaling.snapshot import DraftLoad, TargetLoad
+from paceline.engine.status import session_states
 
 if TYPE_CHECKING:
     # torch and transformers take seconds to import; the application builder imports this module without them.
@@ -48,7 +49,7 @@ class TargetReport:
     start_s: float
 
     def load(self) -> TargetLoad:
-        sessions = self.engine.session_states()
+        sessions = session_states(self.engine)
         return replace(
             self.engine.meter.load(self.replica_id),
             seats=self.engine.meter.seats(self.itl_s),

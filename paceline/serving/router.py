@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from paceline.api.access import Access
 from paceline.api.gateway import Gateway
 from paceline.api.keys import open_keys
+from paceline.api.observed import Observer
 from paceline.api.routes import create_app
 from paceline.config import AppSettings
 from paceline.models import load_config, load_tokenizer, resolve
@@ -23,10 +24,12 @@ from paceline.models.positions import shift_refusal
 from paceline.rpc.inference_access import InferenceAccess
 from paceline.serving.handles import ServeTargets
 from paceline.serving.journal import ClusterKeyValue, autoscaling_status
+from paceline.serving.logs import join_serve_logs
 from paceline.sessions.handoff import Move
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.stores import open_store
 from paceline.speculation.grammar_check import check_grammar
+from paceline.telemetry.tracing import Tracer, open_tracer
 from paceline.v1 import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,10 @@ class Router:
         self, settings: AppSettings, target: DeploymentHandle, draft: DeploymentHandle | None = None
     ) -> None:
         self._settings = settings
+        join_serve_logs(settings.telemetry)
+        self._tracer = open_tracer(
+            settings.telemetry, "paceline-router", serve.get_replica_context().replica_id.unique_id
+        )
         self._keys = await asyncio.to_thread(open_keys, settings.api_keys)
         if self._keys is None:
             logger.warning("no api_keys are configured: whoever reaches the HTTP or gRPC port may use it")
@@ -63,6 +70,8 @@ class Router:
             tool_call_parser=settings.tool_call_parser,
             check_grammar=check_grammar,
             limits=settings.limits,
+            router=serve.get_replica_context().replica_id.unique_id,
+            observer=_observer(settings, self._tracer),
         )
         self._rpc = InferenceAccess(self._gateway, self._keys)
 
@@ -149,6 +158,15 @@ class Router:
         if hasattr(self, "_gateway"):
             await self._gateway.close()
             await self._targets.close()
+            await asyncio.to_thread(self._tracer.close)
+
+
+def _observer(settings: AppSettings, tracer: Tracer) -> Observer | None:
+    """None if nobody wants to hear of requests: it would look at every frame."""
+    wanted = settings.telemetry
+    if wanted.otlp_endpoint is None and not wanted.log_requests:
+        return None
+    return Observer(tracer, settings.public_name, log_requests=wanted.log_requests, within=tracer.current)
 
 
 def _load(settings: AppSettings) -> tuple[Any, WindowRules]:

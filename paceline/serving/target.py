@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from ray import serve
 
 from paceline.autoscaling.presets import resolved
 from paceline.config import AppSettings
+from paceline.engine.status import status_of
 from paceline.errors import PacelineError, Unavailable
 from paceline.models import resolve
 from paceline.rpc.draft_client import DraftPool
@@ -25,6 +27,7 @@ from paceline.rpc.mailbox import Mailbox
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.exchange import Exchange
 from paceline.serving.hosts import own_host
+from paceline.serving.logs import join_serve_logs
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
 from paceline.serving.reports import Starting, TargetReport
@@ -38,6 +41,8 @@ from paceline.speculation.idle import Facts, IdleWatch
 from paceline.speculation.proposer import Source
 from paceline.speculation.remote import RemoteProposer
 from paceline.speculation.telemetry import merged
+from paceline.telemetry.generation import Generation
+from paceline.telemetry.tracing import open_tracer
 from paceline.types import Accepted, Failure, Frame, Request, SourceMetrics
 
 if TYPE_CHECKING:
@@ -71,6 +76,8 @@ class Target:
         self._token = token
         self._context = serve.get_replica_context()
         self.replica_id: str = self._context.replica_id.unique_id
+        join_serve_logs(settings.telemetry)
+        self._tracer = open_tracer(settings.telemetry, "paceline-target", self.replica_id)
         self._proposer: RemoteProposer | None = None
         self._pool: DraftPool | None = None
         self._watch: ReplicaWatch | None = None
@@ -125,17 +132,26 @@ class Target:
         `route` says why the request came here, as whoever routed it filled it in.
         """
         request = replace(request, params=request.params.with_seed())
-        with self._exchange.streams.open(request) as stream, self._carried(stream, router) as feed:
+        with (
+            Generation.begin(self._tracer, request, self.replica_id) as generation,
+            self._exchange.streams.open(generation.request) as stream,
+            self._carried(stream, router) as feed,
+        ):
             try:
-                await self._exchange.arrival(request.session_id)
-                await asyncio.wrap_future(self._loop.submit(request, stream.sink(feed)))
+                began = time.time_ns()
+                if await self._exchange.arrival(request.session_id):
+                    generation.waited(began)
+                sink = generation.hearing(stream.sink(feed))
+                await asyncio.wrap_future(self._loop.submit(generation.request, sink))
                 yield self._accepted(request, route, fed=feed is not None)
                 while (frame := await stream.frames.get()) is not None:
                     yield frame
                     if isinstance(frame, Failure):
+                        generation.note(frame)
                         break
             except PacelineError as error:
                 stream.left = 0
+                generation.note(Failure.of(error))
                 yield Failure.of(error, self.replica_id)
             finally:
                 if stream.left:
@@ -195,36 +211,19 @@ class Target:
         return {KV_IDENTITY: self._model.kv_identity}
 
     async def status(self) -> dict[str, Any]:
-        """Numbers about this replica, for /status, /metrics and `paceline status`.
-
-        Read while the engine's thread goes on: its step may take longer than who asks would wait.
-        """
-        engine = self._loop.engine
-        usage, sessions = engine.kv.usage(), engine.session_states()
+        """Numbers about this replica, for /status, /metrics and `paceline status`."""
         numbers: dict[str, Any] = {
             "replica_id": self.replica_id,
             "pid": os.getpid(),
-            "running": engine.num_running,
-            "waiting": engine.num_waiting,
-            "queued_prefill_tokens": engine.queued_prefill_tokens,
-            "kv_tokens_total": usage.total,
-            "kv_tokens_in_use": usage.in_use,
-            "kv_tokens_cached": usage.cached,
-            "sessions": sessions["running"] + sessions["idle"],
-            "sessions_by_state": sessions,
-            "drafted_tokens": engine.tally.drafted,
-            "accepted_tokens": engine.tally.accepted,
+            **status_of(self._loop.engine),
             "routers_fed": len(self._feeds.routers),
             "drafters_connected": 0,
             "speculation": self._speculation(),
-            "telemetry": engine.telemetry.numbers(engine.preemptions),
             **self._report.status(),
             "handoff": self._exchange.numbers(),
             "warnings": list(self._warnings()),
             **ranks_status(self._settings.target, self._ranks),
         }
-        if engine.restores is not None:
-            numbers |= engine.restores.status()
         if self._proposer is not None and self._pool is not None:
             sent, received = self._proposer.traffic()
             numbers["drafters_connected"] = len(self._proposer.link_ids)
@@ -304,6 +303,8 @@ class Target:
             await asyncio.to_thread(self._loop.stop)
         if self._ranks is not None:
             await self._ranks.stop()
+        if hasattr(self, "_tracer"):
+            await asyncio.to_thread(self._tracer.close)
 
     async def _sessions(self) -> list[SessionKV]:
         """The engine's thread alone may look."""

@@ -42,7 +42,7 @@ class Open:
     tokens beyond `depth` may be drafted and sent before the target has said more. `rejection` asks for candidates
     drawn for rejection sampling, each with the distribution it came from. It is always answered: by candidates, by
     none once the prompt is computed, or by a failure. The parameters' streaming window is the target's own, and shifts
-    at the same positions in both.
+    at the same positions in both. `trace` is the traceparent of the target's work on it, "" if nobody traces.
     """
 
     sequence: int
@@ -52,6 +52,7 @@ class Open:
     prompt_length: int
     ahead: int = 0
     rejection: bool = False
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)

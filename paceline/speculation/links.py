@@ -103,6 +103,7 @@ class SequenceState:
     run: Run
     params: SamplingParams
     prompt_length: int
+    trace: str = ""
     link: str | None = None
     opened: int = 0
     opened_at: float = 0.0

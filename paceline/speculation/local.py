@@ -60,7 +60,7 @@ class LocalProposer(Proposer):
         self._new = False
         self._first_s, self._next_s = Typical(), Typical()
 
-    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
+    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams, trace: str = "") -> None:  # noqa: ARG002
         self._open.add(sequence)
         self._new = True
         self._drafter.open(sequence, tokens, params, depth=0, rejection=self._rejection)

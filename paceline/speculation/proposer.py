@@ -55,8 +55,9 @@ class Proposer(ABC):
     """
 
     @abstractmethod
-    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
-        """A sequence begins; `tokens` is its prompt, which may be prefilled while the target does the same."""
+    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams, trace: str = "") -> None:
+        """A sequence begins; `tokens` is its prompt, which may be prefilled while the target does the same. `trace` is
+        its request's (`paceline.types.Request`)."""
 
     @abstractmethod
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:

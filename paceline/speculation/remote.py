@@ -187,11 +187,11 @@ class RemoteProposer(Proposer):
 
     # Called by the engine.
 
-    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
+    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams, trace: str = "") -> None:
         with self._changed:
             self._forget(sequence)
             run = Run(list(tokens), self.stats.tokens)
-            state = self._sequences[sequence] = SequenceState(run, params, len(tokens))
+            state = self._sequences[sequence] = SequenceState(run, params, len(tokens), trace)
             self._assign(sequence, state)
         self._flush()
 
@@ -320,7 +320,16 @@ class RemoteProposer(Proposer):
         link.ask(now)
         history = tuple(state.run.tokens)
         link.opens.append(
-            Open(sequence, history, state.params, state.depth, state.prompt_length, self._ahead, self._rejection)
+            Open(
+                sequence,
+                history,
+                state.params,
+                state.depth,
+                state.prompt_length,
+                self._ahead,
+                self._rejection,
+                state.trace,
+            )
         )
 
     def _take(self, link: LinkState | None, reply: Candidates) -> None:

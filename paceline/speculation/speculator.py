@@ -60,6 +60,7 @@ class _State:
     prompt_length: int
     params: SamplingParams
     lookup: PromptLookup | None
+    trace: str = ""
     told: int = 0
     asked: int = 0
     drafted: tuple[int, ...] = ()
@@ -110,13 +111,19 @@ class Speculator:
         return None if self._draft is None or self.policy.gain is None else self.policy.gain.saved_s
 
     def open(
-        self, sequence: int, tokens: Sequence[int], params: SamplingParams, prompt_length: int | None = None
+        self,
+        sequence: int,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        prompt_length: int | None = None,
+        *,
+        trace: str = "",
     ) -> None:
         """A sequence begins. The first `prompt_length` of its tokens are the prompt, None means all."""
         longest = params.window.ctx_size if params.window is not None else None
         lookup = PromptLookup(tokens, longest) if self._lookup_tokens else None
         prompt = len(tokens) if prompt_length is None else prompt_length
-        state = self._states[sequence] = _State(list(tokens), prompt, params, lookup)
+        state = self._states[sequence] = _State(list(tokens), prompt, params, lookup, trace)
         if self._draft is not None and not self.policy.rests(Kind.DRAFT):
             self._introduce(sequence, state)
 
@@ -226,7 +233,7 @@ class Speculator:
 
     def _introduce(self, sequence: int, state: _State) -> None:
         assert self._draft is not None
-        self._draft.open(sequence, state.tokens[: state.prompt_length], state.params)
+        self._draft.open(sequence, state.tokens[: state.prompt_length], state.params, state.trace)
         state.told = state.prompt_length
 
     def _fetch(self, wanted: Sequence[Wanted]) -> tuple[Mapping[int, Proposal], frozenset[int]]:

@@ -98,3 +98,19 @@ def summed(parts: Sequence[Metrics]) -> Metrics:
 
 def _added(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(x + y for x, y in zip_longest(a, b, fillvalue=0))
+
+
+@dataclass(frozen=True, slots=True)
+class DraftedSequence:
+    """What a drafter did for one sequence, from its opening to its close, in nanoseconds since 1970.
+
+    `trace` is the traceparent it was opened with, `history` the tokens it was opened with. `rolled_back` tokens were
+    not what the target said.
+    """
+
+    trace: str
+    opened: int
+    closed: int
+    history: int
+    drafted: int
+    rolled_back: int

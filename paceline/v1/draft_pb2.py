@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17paceline/v1/draft.proto\x12\x0bpaceline.v1\"\x9c\x01\n\x0c\x44raftRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.paceline.v1.Hello\x12\x1f\n\x04open\x18\x02 \x03(\x0b\x32\x11.paceline.v1.Open\x12%\n\x07\x61\x64vance\x18\x03 \x03(\x0b\x32\x14.paceline.v1.Advance\x12!\n\x05\x63lose\x18\x04 \x03(\x0b\x32\x12.paceline.v1.Close\"I\n\x05Hello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\"\xcc\x01\n\x04Open\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.paceline.v1.DraftSampling\x12\r\n\x05\x64\x65pth\x18\x04 \x01(\r\x12\x15\n\rprompt_length\x18\x05 \x01(\r\x12\r\n\x05\x61head\x18\x06 \x01(\r\x12\x11\n\trejection\x18\x07 \x01(\x08\x12,\n\x06window\x18\x08 \x01(\x0b\x32\x1c.paceline.v1.StreamingWindow\"F\n\x0fStreamingWindow\x12\x10\n\x08\x63tx_size\x18\x01 \x01(\r\x12\x0e\n\x06n_keep\x18\x02 \x01(\r\x12\x11\n\tn_discard\x18\x03 \x01(\r\"\xf9\x02\n\rDraftSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).paceline.v1.DraftSampling.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12*\n\x07grammar\x18\x0c \x01(\x0b\x32\x19.paceline.v1.DraftGrammar\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"Y\n\x0c\x44raftGrammar\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.paceline.v1.DraftGrammarKind\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0c\n\x04\x65nds\x18\x03 \x03(\r\"H\n\x07\x41\x64vance\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\r\n\x05\x64\x65pth\x18\x04 \x01(\r\"\x19\n\x05\x43lose\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\x88\x01\n\nDraftReply\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.paceline.v1.Hello\x12+\n\ncandidates\x18\x02 \x03(\x0b\x32\x17.paceline.v1.Candidates\x12*\n\x07\x66\x61ilure\x18\x03 \x03(\x0b\x32\x19.paceline.v1.DraftFailure\"\x82\x01\n\nCandidates\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x0e\n\x06offset\x18\x04 \x01(\r\x12\r\n\x05\x66inal\x18\x05 \x01(\x08\x12%\n\x05probs\x18\x06 \x03(\x0b\x32\x16.paceline.v1.SparseRow\"\'\n\tSparseRow\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\r\n\x05probs\x18\x02 \x03(\x02\"_\n\x0c\x44raftFailure\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12/\n\x06reason\x18\x02 \x01(\x0e\x32\x1f.paceline.v1.DraftFailureReason\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\r*\x95\x01\n\x10\x44raftGrammarKind\x12\"\n\x1e\x44RAFT_GRAMMAR_KIND_UNSPECIFIED\x10\x00\x12\"\n\x1e\x44RAFT_GRAMMAR_KIND_JSON_SCHEMA\x10\x01\x12\x1c\n\x18\x44RAFT_GRAMMAR_KIND_REGEX\x10\x02\x12\x1b\n\x17\x44RAFT_GRAMMAR_KIND_LARK\x10\x03*\xf5\x01\n\x12\x44raftFailureReason\x12$\n DRAFT_FAILURE_REASON_UNSPECIFIED\x10\x00\x12)\n%DRAFT_FAILURE_REASON_UNKNOWN_SEQUENCE\x10\x01\x12&\n\"DRAFT_FAILURE_REASON_BASE_MISMATCH\x10\x02\x12\x1d\n\x19\x44RAFT_FAILURE_REASON_BUSY\x10\x03\x12!\n\x1d\x44RAFT_FAILURE_REASON_INTERNAL\x10\x04\x12$\n DRAFT_FAILURE_REASON_UNSUPPORTED\x10\x05\x32L\n\x05\x44raft\x12\x43\n\tSpeculate\x12\x19.paceline.v1.DraftRequest\x1a\x17.paceline.v1.DraftReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17paceline/v1/draft.proto\x12\x0bpaceline.v1\"\x9c\x01\n\x0c\x44raftRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.paceline.v1.Hello\x12\x1f\n\x04open\x18\x02 \x03(\x0b\x32\x11.paceline.v1.Open\x12%\n\x07\x61\x64vance\x18\x03 \x03(\x0b\x32\x14.paceline.v1.Advance\x12!\n\x05\x63lose\x18\x04 \x03(\x0b\x32\x12.paceline.v1.Close\"I\n\x05Hello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\"\xe1\x01\n\x04Open\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.paceline.v1.DraftSampling\x12\r\n\x05\x64\x65pth\x18\x04 \x01(\r\x12\x15\n\rprompt_length\x18\x05 \x01(\r\x12\r\n\x05\x61head\x18\x06 \x01(\r\x12\x11\n\trejection\x18\x07 \x01(\x08\x12,\n\x06window\x18\x08 \x01(\x0b\x32\x1c.paceline.v1.StreamingWindow\x12\x13\n\x0btraceparent\x18\t \x01(\t\"F\n\x0fStreamingWindow\x12\x10\n\x08\x63tx_size\x18\x01 \x01(\r\x12\x0e\n\x06n_keep\x18\x02 \x01(\r\x12\x11\n\tn_discard\x18\x03 \x01(\r\"\xf9\x02\n\rDraftSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).paceline.v1.DraftSampling.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12*\n\x07grammar\x18\x0c \x01(\x0b\x32\x19.paceline.v1.DraftGrammar\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"Y\n\x0c\x44raftGrammar\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.paceline.v1.DraftGrammarKind\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0c\n\x04\x65nds\x18\x03 \x03(\r\"H\n\x07\x41\x64vance\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\r\n\x05\x64\x65pth\x18\x04 \x01(\r\"\x19\n\x05\x43lose\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\x88\x01\n\nDraftReply\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.paceline.v1.Hello\x12+\n\ncandidates\x18\x02 \x03(\x0b\x32\x17.paceline.v1.Candidates\x12*\n\x07\x66\x61ilure\x18\x03 \x03(\x0b\x32\x19.paceline.v1.DraftFailure\"\x82\x01\n\nCandidates\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x0e\n\x06offset\x18\x04 \x01(\r\x12\r\n\x05\x66inal\x18\x05 \x01(\x08\x12%\n\x05probs\x18\x06 \x03(\x0b\x32\x16.paceline.v1.SparseRow\"\'\n\tSparseRow\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\r\n\x05probs\x18\x02 \x03(\x02\"_\n\x0c\x44raftFailure\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12/\n\x06reason\x18\x02 \x01(\x0e\x32\x1f.paceline.v1.DraftFailureReason\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\r*\x95\x01\n\x10\x44raftGrammarKind\x12\"\n\x1e\x44RAFT_GRAMMAR_KIND_UNSPECIFIED\x10\x00\x12\"\n\x1e\x44RAFT_GRAMMAR_KIND_JSON_SCHEMA\x10\x01\x12\x1c\n\x18\x44RAFT_GRAMMAR_KIND_REGEX\x10\x02\x12\x1b\n\x17\x44RAFT_GRAMMAR_KIND_LARK\x10\x03*\xf5\x01\n\x12\x44raftFailureReason\x12$\n DRAFT_FAILURE_REASON_UNSPECIFIED\x10\x00\x12)\n%DRAFT_FAILURE_REASON_UNKNOWN_SEQUENCE\x10\x01\x12&\n\"DRAFT_FAILURE_REASON_BASE_MISMATCH\x10\x02\x12\x1d\n\x19\x44RAFT_FAILURE_REASON_BUSY\x10\x03\x12!\n\x1d\x44RAFT_FAILURE_REASON_INTERNAL\x10\x04\x12$\n DRAFT_FAILURE_REASON_UNSUPPORTED\x10\x05\x32L\n\x05\x44raft\x12\x43\n\tSpeculate\x12\x19.paceline.v1.DraftRequest\x1a\x17.paceline.v1.DraftReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,36 +33,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DRAFTSAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_DRAFTSAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_DRAFTGRAMMARKIND']._serialized_start=1536
-  _globals['_DRAFTGRAMMARKIND']._serialized_end=1685
-  _globals['_DRAFTFAILUREREASON']._serialized_start=1688
-  _globals['_DRAFTFAILUREREASON']._serialized_end=1933
+  _globals['_DRAFTGRAMMARKIND']._serialized_start=1557
+  _globals['_DRAFTGRAMMARKIND']._serialized_end=1706
+  _globals['_DRAFTFAILUREREASON']._serialized_start=1709
+  _globals['_DRAFTFAILUREREASON']._serialized_end=1954
   _globals['_DRAFTREQUEST']._serialized_start=41
   _globals['_DRAFTREQUEST']._serialized_end=197
   _globals['_HELLO']._serialized_start=199
   _globals['_HELLO']._serialized_end=272
   _globals['_OPEN']._serialized_start=275
-  _globals['_OPEN']._serialized_end=479
-  _globals['_STREAMINGWINDOW']._serialized_start=481
-  _globals['_STREAMINGWINDOW']._serialized_end=551
-  _globals['_DRAFTSAMPLING']._serialized_start=554
-  _globals['_DRAFTSAMPLING']._serialized_end=931
-  _globals['_DRAFTSAMPLING_LOGITBIASENTRY']._serialized_start=883
-  _globals['_DRAFTSAMPLING_LOGITBIASENTRY']._serialized_end=931
-  _globals['_DRAFTGRAMMAR']._serialized_start=933
-  _globals['_DRAFTGRAMMAR']._serialized_end=1022
-  _globals['_ADVANCE']._serialized_start=1024
-  _globals['_ADVANCE']._serialized_end=1096
-  _globals['_CLOSE']._serialized_start=1098
-  _globals['_CLOSE']._serialized_end=1123
-  _globals['_DRAFTREPLY']._serialized_start=1126
-  _globals['_DRAFTREPLY']._serialized_end=1262
-  _globals['_CANDIDATES']._serialized_start=1265
-  _globals['_CANDIDATES']._serialized_end=1395
-  _globals['_SPARSEROW']._serialized_start=1397
-  _globals['_SPARSEROW']._serialized_end=1436
-  _globals['_DRAFTFAILURE']._serialized_start=1438
-  _globals['_DRAFTFAILURE']._serialized_end=1533
-  _globals['_DRAFT']._serialized_start=1935
-  _globals['_DRAFT']._serialized_end=2011
+  _globals['_OPEN']._serialized_end=500
+  _globals['_STREAMINGWINDOW']._serialized_start=502
+  _globals['_STREAMINGWINDOW']._serialized_end=572
+  _globals['_DRAFTSAMPLING']._serialized_start=575
+  _globals['_DRAFTSAMPLING']._serialized_end=952
+  _globals['_DRAFTSAMPLING_LOGITBIASENTRY']._serialized_start=904
+  _globals['_DRAFTSAMPLING_LOGITBIASENTRY']._serialized_end=952
+  _globals['_DRAFTGRAMMAR']._serialized_start=954
+  _globals['_DRAFTGRAMMAR']._serialized_end=1043
+  _globals['_ADVANCE']._serialized_start=1045
+  _globals['_ADVANCE']._serialized_end=1117
+  _globals['_CLOSE']._serialized_start=1119
+  _globals['_CLOSE']._serialized_end=1144
+  _globals['_DRAFTREPLY']._serialized_start=1147
+  _globals['_DRAFTREPLY']._serialized_end=1283
+  _globals['_CANDIDATES']._serialized_start=1286
+  _globals['_CANDIDATES']._serialized_end=1416
+  _globals['_SPARSEROW']._serialized_start=1418
+  _globals['_SPARSEROW']._serialized_end=1457
+  _globals['_DRAFTFAILURE']._serialized_start=1459
+  _globals['_DRAFTFAILURE']._serialized_end=1554
+  _globals['_DRAFT']._serialized_start=1956
+  _globals['_DRAFT']._serialized_end=2032
 # @@protoc_insertion_point(module_scope)

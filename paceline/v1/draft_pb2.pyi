@@ -56,7 +56,7 @@ class Hello(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("sequence", "tokens", "sampling", "depth", "prompt_length", "ahead", "rejection", "window")
+    __slots__ = ("sequence", "tokens", "sampling", "depth", "prompt_length", "ahead", "rejection", "window", "traceparent")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class Open(_message.Message):
     AHEAD_FIELD_NUMBER: _ClassVar[int]
     REJECTION_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     sampling: DraftSampling
@@ -73,7 +74,8 @@ class Open(_message.Message):
     ahead: int
     rejection: bool
     window: StreamingWindow
-    def __init__(self, sequence: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., depth: _Optional[int] = ..., prompt_length: _Optional[int] = ..., ahead: _Optional[int] = ..., rejection: _Optional[bool] = ..., window: _Optional[_Union[StreamingWindow, _Mapping]] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, sequence: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., depth: _Optional[int] = ..., prompt_length: _Optional[int] = ..., ahead: _Optional[int] = ..., rejection: _Optional[bool] = ..., window: _Optional[_Union[StreamingWindow, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class StreamingWindow(_message.Message):
     __slots__ = ("ctx_size", "n_keep", "n_discard")

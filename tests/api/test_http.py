@@ -134,7 +134,7 @@ async def test_the_answer_says_why_it_was_made_where_it_was_made() -> None:
         metrics = (await client.get("/metrics")).text
     assert answer.headers["x-paceline-route"] == "holder"
     assert status["router"] == {"routes": {"holder": 1}, "resumptions": 0}
-    assert 'paceline_routed_requests_total{model_name="tiny",reason="holder"} 1.0' in metrics
+    assert 'paceline_routed_requests_total{model_name="tiny",router="",reason="holder"} 1.0' in metrics
 
 
 async def test_where_nobody_chose_there_is_no_reason() -> None:
@@ -351,6 +351,7 @@ async def test_a_wrong_method_names_the_right_one() -> None:
                 "targets": [{"replica_id": "target-1", "running": 1}],
                 "drafts": [{"replica_id": "draft-1", "load": 0.5}],
                 "router": {"routes": {}, "resumptions": 0},
+                "autoscaling": {},
             },
         ),
         (

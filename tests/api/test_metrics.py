@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from paceline.api.metrics import prometheus_text
+from paceline.api.metrics import FAMILIES, Family, prometheus_text
+from paceline.api.request_counts import RequestCounts
 from paceline.api.state import ClusterStatus
+from paceline.engine.engine import Engine
+from paceline.engine.status import status_of
+from paceline.engine.telemetry import Phase
 from paceline.errors import Unavailable
+from tests import tiny
 from tests.api.scripted import MODEL, ScriptedTargets, http
 
 TARGET: dict[str, Any] = {
@@ -20,6 +26,7 @@ TARGET: dict[str, Any] = {
     "kv_tokens_in_use": 100,
     "kv_tokens_cached": 50,
     "sessions": 4,
+    "sessions_by_state": {"running": 1, "idle": 3, "host": 2, "disk": 0},
     "drafters_connected": 1,
     "draft_bytes_sent": 1000,
     "draft_bytes_received": 70,
@@ -77,7 +84,7 @@ def samples(*targets: dict[str, Any], drafts: tuple[dict[str, Any], ...] = ()) -
         ("paceline_wasted_tokens_total", ("source=remote",), 7),
         ("paceline_drafters_connected", (), 1),
         ("paceline_draft_link_bytes_total", ("direction=sent",), 1000),
-        ("paceline_sessions", (), 4),
+        ("paceline_sessions", ("state=idle",), 3),
         ("paceline_warnings", (), 1),
     ],
 )
@@ -165,6 +172,68 @@ def test_tiers_are_told_where_there_are_any(name: str, labels: tuple[str, ...], 
     assert key not in samples(TARGET)
 
 
+def used_engine() -> Engine:
+    """One that answered a request with speculation."""
+    engine = tiny.engine_for(tiny.tiny_llama(), lookup=4)
+    tiny.run(engine, tiny.request((5, 6, 7, 8) * 8, max_tokens=24))
+    return engine
+
+
+USED = used_engine()
+ENGINE = USED.telemetry
+FULL = {
+    **TIERED,
+    **status_of(USED),
+    "speculation": {**TARGET["speculation"], "synthetic_acceptance": 0.7},
+}
+
+
+def whole_cluster() -> ClusterStatus:
+    """Where every number is told."""
+    scaled = {"target": {"wanted": 3, "signals": {"seats": 2.5}}}
+    return ClusterStatus((FULL,), (DRAFT,), {"session": 3}, 1, {("/health", "200"): 2}, autoscaling=scaled)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_has_a_sample_where_its_numbers_are_told(family: Family) -> None:
+    cluster = whole_cluster()
+    text = prometheus_text(MODEL, cluster).decode()
+    assert all(f"\n{series}{{" in text for series in family.series)
+
+
+def test_no_name_is_there_twice() -> None:
+    names = [name for family in FAMILIES for name in family.series]
+    assert len(names) == len(set(names))
+
+
+def test_nothing_is_told_that_no_family_names() -> None:
+    cluster = whole_cluster()
+    told = {line.split("{")[0] for line in prometheus_text(MODEL, cluster).decode().splitlines() if line[0] != "#"}
+    assert told == {name for family in FAMILIES for name in family.series}
+
+
+def test_a_histogram_is_told_as_it_was_noted() -> None:
+    found = samples(FULL)
+    noted, name = ENGINE.gap, "vllm:inter_token_latency_seconds"
+    buckets = {key: value for key, value in found.items() if key[0] == f"{name}_bucket"}
+    assert found[f"{name}_count", "replica=t1"] == buckets[f"{name}_bucket", "le=+Inf", "replica=t1"] == noted.count > 0
+    assert found[f"{name}_sum", "replica=t1"] == noted.total
+    assert list(buckets.values()) == list(itertools.accumulate(noted.counts))
+
+
+def test_phases_are_told_apart() -> None:
+    found = samples(FULL)
+    forward = ENGINE.step.histograms[Phase.FORWARD]
+    assert found["paceline_step_seconds_sum", "phase=forward", "replica=t1"] == forward.total
+
+
+def test_labels_are_escaped() -> None:
+    odd = 'a"b\\c\nd'
+    text = prometheus_text(odd, ClusterStatus()).decode()
+    (family,) = [each for each in text_string_to_metric_families(text) if each.name == "paceline_resumptions"]
+    assert family.samples[0].labels["model_name"] == odd
+
+
 async def test_the_front_end_serves_them() -> None:
     async with http() as client:
         response = await client.get("/metrics")
@@ -179,4 +248,75 @@ async def test_silent_replicas_are_missing_and_no_error() -> None:
 
     async with http(Silent()) as client:
         response = await client.get("/metrics")
-    assert (response.status_code, 'paceline_replicas{kind="target"} 0.0' in response.text) == (200, True)
+    assert (response.status_code, 'paceline_replicas{model_name="tiny",kind="target"} 0.0' in response.text) == (
+        200,
+        True,
+    )
+
+
+async def counted(*asked: tuple[str, str]) -> dict[str, float]:
+    """Requests by endpoint and code, after these were sent."""
+    async with http() as client:
+        for method, path in asked:
+            await client.request(method, path)
+        text = (await client.get("/metrics")).text
+    (family,) = [each for each in text_string_to_metric_families(text) if each.name == "paceline_requests"]
+    return {f"{sample.labels['endpoint']} {sample.labels['code']}": sample.value for sample in family.samples}
+
+
+async def test_requests_are_counted_by_template_and_status() -> None:
+    found = await counted(
+        ("GET", "/health"), ("GET", "/v1/sessions/a"), ("GET", "/v1/sessions/b/c"), ("GET", "/health")
+    )
+    assert found == {"/health 200": 2, "/v1/sessions/{session_id:path} 404": 2}
+
+
+async def test_paths_that_clients_make_up_are_one_endpoint() -> None:
+    assert await counted(("GET", "/a"), ("POST", "/b/c"), ("PUT", "/d?e=f")) == {"other 404": 3}
+
+
+async def test_a_request_that_ended_without_a_status_is_counted() -> None:
+    counts = RequestCounts()
+
+    async def silent(scope: Any, receive: Any, send: Any) -> None:
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        await counts.counting(silent)({"type": "http"}, None, None)  # type: ignore[arg-type]
+    assert counts.by_endpoint_and_code == {("other", "499"): 1}
+
+
+def test_what_a_router_counted_has_its_name() -> None:
+    text = prometheus_text(MODEL, ClusterStatus(resumptions=2, router="r1")).decode()
+    assert 'paceline_resumptions_total{model_name="tiny",router="r1"} 2.0' in text
+
+
+async def test_silent_replicas_leave_what_the_router_counted() -> None:
+    class Silent(ScriptedTargets):
+        async def status(self) -> ClusterStatus:
+            raise Unavailable("the replicas did not answer")
+
+    async with http(Silent()) as client:
+        text = (await client.get("/metrics")).text
+    assert 'paceline_resumptions_total{model_name="tiny",router=""} 0.0' in text
+
+
+def test_what_the_autoscaler_wants_and_why() -> None:
+    told = {
+        "target": {"wanted": 3, "signals": {"seats": 2.5}},
+        "draft": {"wanted": 1},
+        "counts": {"target/up/seats": 2},
+        "errors": 1,
+        "waiting": ["1 of 3 target replicas run, …"],
+    }
+    text = prometheus_text("m", ClusterStatus(autoscaling=told)).decode()
+    for line in (
+        'paceline_autoscaling_replicas_wanted{model_name="m",pool="target"} 3.0',
+        'paceline_autoscaling_replicas_wanted{model_name="m",pool="draft"} 1.0',
+        'paceline_autoscaling_signal{model_name="m",pool="target",signal="seats"} 2.5',
+        'paceline_autoscaling_decisions_total{model_name="m",pool="target",reason="seats",direction="up"} 2.0',
+        'paceline_autoscaling_decisions_total{model_name="m",pool="draft",reason="gain",direction="down"} 0.0',
+        'paceline_autoscaling_errors_total{model_name="m"} 1.0',
+        'paceline_autoscaling_waiting{model_name="m"} 1.0',
+    ):
+        assert line in text.splitlines(), line

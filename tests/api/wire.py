@@ -19,6 +19,8 @@ from paceline.engine.engine import Engine
 from paceline.engine.loop import EngineLoop
 from paceline.errors import PacelineError
 from paceline.sessions.handoff import Outcome
+from paceline.telemetry.generation import Generation
+from paceline.telemetry.tracing import NoTracer, Tracer
 from paceline.types import Accepted, Delta, Failure, Frame, Request
 
 HOST = "127.0.0.1"
@@ -28,8 +30,9 @@ PATIENCE_S = 60.0
 class EngineTargets(Targets):
     """One engine in its thread, as a target replica has it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, tracer: Tracer | None = None) -> None:
         self.engine = engine
+        self._tracer = tracer or NoTracer()
         self.loop = EngineLoop(engine)
         self.open: set[str] = set()
         self.steps = 0
@@ -49,10 +52,10 @@ class EngineTargets(Targets):
         events = asyncio.get_running_loop()
         left = 1
         self.open.add(request.request_id)
+        generation = Generation.begin(self._tracer, request, "target-1")
+        sink = generation.hearing(lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
         try:
-            await asyncio.wrap_future(
-                self.loop.submit(request, lambda frame: events.call_soon_threadsafe(frames.put_nowait, frame))
-            )
+            await asyncio.wrap_future(self.loop.submit(generation.request, sink))
             assert request.params.seed is not None
             yield Accepted("target-1", request.params.seed, len(request.token_ids))
             while left:
@@ -61,8 +64,10 @@ class EngineTargets(Targets):
                 yield frame
         except PacelineError as error:
             left = 0
+            generation.note(Failure.of(error))
             yield Failure.of(error)
         finally:
+            generation.__exit__(None, None, None)
             self.open.discard(request.request_id)
             if left:
                 before = self.steps

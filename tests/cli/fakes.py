@@ -60,12 +60,13 @@ def answer_events(
 
 class FakeServer:
     """Answers from `answers`, one after the other, and remembers the bodies it was sent in `requests`, `paths` and
-    `headers` beside them. `sessions` and `said`, by session, are what it stores."""
+    `headers` beside them. `sessions` and `said`, by session, are what it stores; of `metrics` the last one stays."""
 
     def __init__(self) -> None:
         self.answers: list[Sequence[Mapping[str, Any]] | Refusal] = []
         self.requests: list[dict[str, Any]] = []
         self.status: Any = DEFAULT_STATUS
+        self.metrics = [""]
         self.models: Any = {"object": "list", "data": [{"id": MODEL}]}
         self.sessions: list[dict[str, Any]] = []
         self.said: dict[str, list[tuple[str, str]]] = {}
@@ -77,6 +78,8 @@ class FakeServer:
         """What is found under a path."""
         name = unquote(path.removeprefix("/v1/sessions/").removesuffix("/messages"))
         cards = {card["session_id"]: card for card in self.sessions}
+        if path == "/metrics":
+            return Refusal(200, (self.metrics.pop(0) if len(self.metrics) > 1 else self.metrics[0]).encode())
         if path == "/v1/sessions":
             found: Any = {"data": self.sessions}
         elif path.endswith("/messages") and name in self.said:

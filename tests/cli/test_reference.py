@@ -41,6 +41,7 @@ def test_the_help_of_every_command_is_there() -> None:
         "## paceline serve",
         "## paceline chat",
         "## paceline status",
+        "## paceline top",
         "## paceline doctor",
         "## paceline demo",
         "## paceline eval",

@@ -53,7 +53,7 @@ class MarkovProposer(Proposer):
         self._table, self._probs = table, probs
         self._texts: dict[int, tuple[list[int], SamplingParams, int]] = {}
 
-    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
+    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams, trace: str = "") -> None:
         self._texts[sequence] = list(tokens), params, len(tokens)
 
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:

@@ -24,7 +24,7 @@ class Prophet(Proposer):
     late: bool = False
     _lengths: dict[int, int] = field(default_factory=dict)
 
-    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
+    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams, trace: str = "") -> None:
         self._lengths[sequence] = len(tokens)
 
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:

@@ -13,6 +13,7 @@ from paceline.rpc.draft_credentials import OPEN, DraftCredentials
 from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.speculation.frames import Hello
 from paceline.speculation.remote import RemoteProposer
+from paceline.speculation.telemetry import DraftedSequence
 from paceline.types import Delta, Failure, Metrics
 from tests import schemas, tiny
 
@@ -37,11 +38,15 @@ class DraftReplica:
     """A drafter, its thread and its server, on a port that stays the same."""
 
     def __init__(
-        self, model: Any = MODEL, fingerprint: str = FINGERPRINT, credentials: DraftCredentials = OPEN
+        self,
+        model: Any = MODEL,
+        fingerprint: str = FINGERPRINT,
+        credentials: DraftCredentials = OPEN,
+        on_close: Callable[[DraftedSequence], object] | None = None,
     ) -> None:
         drafter = tiny.drafter_for(model)
         drafter.grammars = schemas.grammars()
-        self.loop = DrafterLoop(drafter)
+        self.loop = DrafterLoop(drafter, on_close)
         self.service = DraftService(self.loop, Hello("draft", "tiny-draft", fingerprint), credentials)
         self.address = ""
 
@@ -59,9 +64,12 @@ class DraftReplica:
 
 @asynccontextmanager
 async def draft_replica(
-    model: Any = MODEL, fingerprint: str = FINGERPRINT, credentials: DraftCredentials = OPEN
+    model: Any = MODEL,
+    fingerprint: str = FINGERPRINT,
+    credentials: DraftCredentials = OPEN,
+    on_close: Callable[[DraftedSequence], object] | None = None,
 ) -> AsyncIterator[DraftReplica]:
-    made = DraftReplica(model, fingerprint, credentials)
+    made = DraftReplica(model, fingerprint, credentials, on_close)
     await made.start()
     try:
         yield made

@@ -43,7 +43,7 @@ class Draft(Proposer):
     asked: int = 0
     known: dict[int, int] = field(default_factory=dict)
 
-    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams) -> None:
+    def open(self, sequence: int, tokens: Sequence[int], params: SamplingParams, trace: str = "") -> None:
         self.known[sequence] = len(tokens)
 
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Proposal]:
