@@ -1,0 +1,1 @@
+"""Replays arrivals against a policy and a performance model: numpy, no Ray, no clock."""
