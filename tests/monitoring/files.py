@@ -15,10 +15,6 @@ DASHBOARDS = sorted((FOLDER / "grafana" / "dashboards").glob("*.json"))
 ALERTS = FOLDER / "prometheus" / "alerts.yaml"
 ALERT_TESTS = FOLDER / "prometheus" / "alerts_test.yaml"
 PENDING = {
-    "paceline_autoscaling_decisions_total",
-    "paceline_autoscaling_errors_total",
-    "paceline_autoscaling_replicas_wanted",
-    "paceline_autoscaling_signal",
     "paceline_draft_saved_seconds",
     "paceline_draft_tokens_wanted_total",
     "paceline_drafter_busy_seconds_total",
