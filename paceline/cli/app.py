@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from paceline.cli import chat, demo, distill, doctor, estimate, evaluate, serve, status, top
+from paceline.cli.autoscale import autoscale_app
 from paceline.cli.bench import bench_app
 from paceline.cli.keys import keys_app
 from paceline.cli.models import models_app
@@ -40,6 +41,7 @@ app.command("estimate", epilog=estimate.EPILOG)(estimate.estimate)
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(bench_app, name="bench")
+app.add_typer(autoscale_app, name="autoscale")
 
 
 def show_version(wanted: bool) -> None:

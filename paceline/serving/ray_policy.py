@@ -1,7 +1,7 @@
 """Ray Serve's own autoscaling behind our interface, to compare ours with.
 
-It is Ray's code: the default policy, its scaling factors and delays as `AutoscalingConfig` has them, and its mean of the
-requests over `look_back_period_s`. Its metrics are of the moment here, where Serve pushes them every ten seconds.
+It is Ray's code: the default policy, its scaling factors and delays as `AutoscalingConfig` has them, and its mean of
+the requests over `look_back_period_s`. Its metrics are of the moment, where Serve has them pushed every ten seconds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class RayQueueLength(Policy):
         # as Serve's wrapper does, which has no clock but the machine's
         wanted, self._state = _apply_delay_logic(desired, seen.num_targets, self._config, self._state, seen.now)
         replicas = min(max(wanted, self._config.min_replicas), self._config.max_replicas)
-        text = f"{ongoing:.4g} requests on {len(seen.targets)} replicas, {self._config.target_ongoing_requests:g} wanted"
+        text = (
+            f"{ongoing:.4g} requests on {len(seen.targets)} replicas, {self._config.target_ongoing_requests:g} wanted"
+        )
         return Decisions(
             Decision(Pool.TARGET, seen.num_targets, replicas, Reason.SEATS, f"{text}: {replicas}"),
             Decision(Pool.DRAFT, seen.num_drafts, seen.num_drafts, Reason.STEADY, "as they are"),

@@ -11,9 +11,9 @@ import numpy as np
 from paceline.autoscaling.policy import Policy
 from paceline.autoscaling.simulate.front import Front
 from paceline.autoscaling.simulate.looks import Reporting, drafts_seen, targets_seen
-from paceline.autoscaling.simulate.profile import Array, Pace, Profile
+from paceline.autoscaling.simulate.profile import Pace, Profile
 from paceline.autoscaling.simulate.record import Record, Recorder, empty
-from paceline.autoscaling.simulate.replicas import FIELDS, Drafting, Replicas, Tick
+from paceline.autoscaling.simulate.replicas import FIELDS, Coming, Replicas, Tick, nothing
 from paceline.autoscaling.simulate.routing import level_out
 from paceline.autoscaling.simulate.traces import Arrivals
 from paceline.autoscaling.snapshot import Decision, Snapshot
@@ -75,7 +75,7 @@ class Simulation:
             self.record, self._pace, arrivals.shape, 1.0 - self._follows, conditions.ttft_s, conditions.itl_s
         )
 
-    def run(self, on_progress: Callable[[float], None] = lambda share: None) -> Record:
+    def run(self, on_progress: Callable[[float], None] | None = None) -> Record:
         """All arrivals, and then until everything is done. `on_progress` hears of the share that is done."""
         ticks = len(self._arrivals.requests)
         look = max(1, round(self._with.look_s / self._dt))
@@ -83,14 +83,15 @@ class Simulation:
             self._step(n)
             if n % look == 0:
                 self._look()
-            if n % max(1, ticks // 200) == 0:
+            if on_progress is not None and n % max(1, ticks // 200) == 0:
                 on_progress(n / ticks)
         for _ in range(int(DRAIN_LIMIT_S / self._dt)):
             inside = self.replicas["running"].sum() + self.replicas["waiting"].sum()
             if self._front.waiting + inside < 0.01:
                 break
             self._step(None)
-        on_progress(1.0)
+        if on_progress is not None:
+            on_progress(1.0)
         return self.record
 
     @property
@@ -107,20 +108,19 @@ class Simulation:
         self._starting_drafts = [ready for ready in self._starting_drafts if ready > self._time]
         if n is not None:
             self._front.come(n, self._time)
-        shares, refused_s = self._route()
-        done = self.replicas.tick(*shares, refused_s, Drafting(self._served))
+        done = self.replicas.tick(self._route(), self._served)
         self._draft(done)
         self._note(n, done)
         self._depart()
         self._time += self._dt
 
-    def _route(self) -> tuple[Array, float]:
-        """Requests, prompt tokens to compute, contexts and outputs, by replica; and how long they had been refused."""
+    def _route(self) -> Coming:
+        """What goes to which replica, as far as there is room: to the holders of sessions, else to the least loaded."""
         replicas, open_ = self.replicas, ~self._leaving
         room = np.where(open_, replicas.room, 0.0)
         crowd, refused_s = self._front.take(float(room.sum()), self._time)
         if not crowd.requests:
-            return np.zeros((4, len(replicas))), 0.0
+            return nothing(len(replicas))
         load, sessions = replicas["running"] + replicas["waiting"], replicas["sessions"]
         bound = max(LOAD_BOUND * float(load[open_].mean()), HOLDER_FREE)
         held = float(sessions[open_].sum())
@@ -134,7 +134,7 @@ class Simulation:
         sessions *= math.exp(-self._dt / SESSION_S)
         sessions += away
         output = (crowd.output / crowd.requests) * (home + away)
-        return np.stack([home + away, np.maximum(context - cached * home, 0.0), context, output]), refused_s
+        return Coming(home + away, np.maximum(context - cached * home, 0.0), context, output, refused_s)
 
     def _draft(self, done: Tick) -> None:
         """Which share of the drafts that are wanted the drafters can give in the next tick."""

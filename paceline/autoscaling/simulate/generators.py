@@ -34,7 +34,9 @@ class Sessions:
     cached: float = 0.6
 
 
-def generate(kind: str, rate: float, hours: float, seed: int, tick: float, sessions: Sessions | None = None) -> Arrivals:
+def generate(
+    kind: str, rate: float, hours: float, seed: int, tick: float, sessions: Sessions | None = None
+) -> Arrivals:
     """Arrivals of a kind, `rate` requests a second on average. Raises ConfigError for an unknown kind."""
     if kind not in KINDS:
         raise ConfigError(f"trace: {kind}: no such file, nor one of {', '.join(KINDS)}", param="trace")
@@ -86,7 +88,7 @@ def _summed(requests: Array, tick: float, name: str, rng: Generator, sessions: S
     )
 
 
-def poisson(count: int, tick: float, rng: Generator) -> Array:
+def poisson(count: int, _tick: float, _rng: Generator) -> Array:
     """The same rate all the time."""
     return np.ones(count)
 
@@ -123,7 +125,7 @@ def diurnal(count: int, tick: float, rng: Generator) -> Array:
 
 
 def _span(begin: float, end: float, tick: float) -> slice:
-    return slice(int(begin / tick), int(math.ceil(end / tick)))
+    return slice(int(begin / tick), math.ceil(end / tick))
 
 
 KINDS: dict[str, Callable[[int, float, Generator], Array]] = {"poisson": poisson, "bursts": bursts, "diurnal": diurnal}

@@ -15,7 +15,7 @@ BINS = 10 * PER_DECADE
 def binned(values: Array, weights: Array) -> Array:
     """Weights by bin."""
     place = np.log10(np.maximum(values, LEAST) / LEAST) * PER_DECADE
-    return np.bincount(np.minimum(place, BINS - 1).astype(np.int64), weights, BINS)
+    return np.bincount(np.minimum(place, BINS - 1).astype(np.int64), weights, BINS).astype(np.float64, copy=False)
 
 
 def quantile(histogram: Array, q: float) -> float | None:

@@ -8,7 +8,7 @@ from itertools import chain, repeat
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.autoscaling.simulate.profile import Array, DraftProfile
+from paceline.autoscaling.simulate.profile import DraftProfile
 from paceline.autoscaling.simulate.replicas import REPORTED, Replicas
 from paceline.autoscaling.snapshot import DraftLoad, TargetLoad
 

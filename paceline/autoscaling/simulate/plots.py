@@ -18,15 +18,20 @@ SMOOTHED = 5
 """Windows whose distributions are one quantile in the picture."""
 
 
-def draw(path: Path, title: str, runs: Sequence[tuple[str, Record]], ttft_s: float, price: float) -> None:
-    """One picture of a trace: load, replicas, first tokens, goodput, cost."""
+def require_matplotlib() -> None:
+    """Raises ConfigError where it is not installed; draws to files from here on."""
     try:
         from matplotlib import use
-
-        use("Agg")
-        from matplotlib import pyplot
     except ImportError:
         raise ConfigError("--plot: needs matplotlib (pip install 'paceline[bench]')", param="plot") from None
+    use("Agg")
+
+
+def draw(path: Path, title: str, runs: Sequence[tuple[str, Record]], ttft_s: float, price: float) -> None:
+    """One picture of a trace: load, replicas, first tokens, goodput, cost."""
+    require_matplotlib()
+    from matplotlib import pyplot
+
     figure, panels = pyplot.subplots(5, 1, figsize=(11, 13), sharex=True, layout="constrained")
     hours = _hours(runs[0][1])
     panels[0].fill_between(hours, _cut(runs[0][1], "requests"), color="#9aa7b5", alpha=0.6, linewidth=0)

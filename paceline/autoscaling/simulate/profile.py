@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import yaml
@@ -46,6 +46,7 @@ class Profile(Settings):
 
     name: str
     source: str = Field(description="Where the figures are from.")
+    device: Literal["gpu", "cpu"] = Field("gpu", description="For objectives that are auto.")
     step_s: Points = Field(description="Seconds of a step by decoding sequences: points, straight lines between.")
     prefill_tokens_per_s: Annotated[float, Field(gt=0)]
     chunk_tokens: Positive = Field(description="Prompt tokens in a step in which sequences decode.")

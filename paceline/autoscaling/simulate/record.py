@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from numpy.typing import NDArray
 
 from paceline.autoscaling.simulate.histogram import BINS, binned
@@ -26,7 +25,7 @@ SERIES = (
 
 @dataclass
 class Record:
-    """Sums over each window; `wanted`, `running`, `leaving`, `drafts`, `waiting` and `refused` are integrals over time."""
+    """Sums over each window; `wanted`, `running`, `leaving`, `drafts`, `waiting`, `refused` are integrals over time."""
 
     window_s: float
     sums: Array
@@ -36,7 +35,8 @@ class Record:
     """When, pool, before, after, reason, text."""
 
     def __getitem__(self, name: str) -> Array:
-        return self.sums[SERIES.index(name)]
+        row: Array = self.sums[SERIES.index(name)]
+        return row
 
     def over_time(self, name: str) -> Array:
         """Mean of an integral, or a sum by second."""
@@ -61,7 +61,8 @@ class Recorder:
         self._ttft_s, self._itl_s = ttft_s, itl_s
 
     def window(self, time: float) -> int:
-        return min(int(time / self.record.window_s), self.record.sums.shape[1] - 1)
+        last: int = self.record.sums.shape[1] - 1
+        return min(int(time / self.record.window_s), last)
 
     def add(self, time: float, amounts: dict[str, float]) -> None:
         window = self.window(time)

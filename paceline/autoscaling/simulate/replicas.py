@@ -14,7 +14,19 @@ import numpy as np
 from paceline.autoscaling.simulate.cohorts import NOBODY, Cohorts, Indices, Waits
 from paceline.autoscaling.simulate.profile import Array, Pace
 
-FIELDS = ("waiting", "queued", "context", "output", "running", "remaining", "kv", "sessions", "busy", "cadence", "capacity")
+FIELDS = (
+    "waiting",
+    "queued",
+    "context",
+    "output",
+    "running",
+    "remaining",
+    "kv",
+    "sessions",
+    "busy",
+    "cadence",
+    "capacity",
+)
 SMOOTHED_S = 5.0
 """What replicas report is of about so many seconds."""
 LONG_PROMPT = 3.0
@@ -25,10 +37,19 @@ REPORTED = (
 
 
 @dataclass(frozen=True)
-class Drafting:
-    """What the drafters can do in this tick: `served` is the share of the steps wanting drafts that have them."""
+class Coming:
+    """What comes to each replica in a tick: requests, their prompt tokens to compute, whole contexts, outputs."""
 
-    served: float = 0.0
+    requests: Array
+    prompt: Array
+    context: Array
+    output: Array
+    refused_s: float = 0.0
+    """How long they had been refused, on average."""
+
+
+def nothing(replicas: int) -> Coming:
+    return Coming(*np.zeros((4, replicas)))
 
 
 @dataclass(frozen=True)
@@ -83,10 +104,8 @@ class Replicas:
         return len(self.slot)
 
     def __getitem__(self, name: str) -> Array:
-        return self.state[FIELDS.index(name)]
-
-    def report(self, name: str) -> Array:
-        return self.reported[REPORTED.index(name)]
+        row: Array = self.state[FIELDS.index(name)]
+        return row
 
     @property
     def room(self) -> Array:
@@ -112,63 +131,57 @@ class Replicas:
         self.state, self.reported = self.state[:, mask], self.reported[:, mask]
         return held
 
-    def tick(self, came: Array, prompt: Array, context: Array, output: Array, refused_s: float, drafting: Drafting) -> Tick:
-        """One tick: per replica, requests that came, their prompt tokens to compute, their contexts and outputs.
-
-        They had been refused for `refused_s` seconds on average.
-        """
+    def tick(self, coming: Coming, served: float) -> Tick:
+        """One tick. `served` is the share of the steps wanting drafts that have them."""
         waiting, queued, contexts, outputs, running, remaining, kv, _, busy, cadence, capacity = self.state
-        arrived_prompt = prompt
-        waiting += came
-        queued += prompt
-        contexts += context
-        outputs += output
+        waiting += coming.requests
+        queued += coming.prompt
+        contexts += coming.context
+        outputs += coming.output
         somebody = np.maximum(waiting, NOBODY)  # a new array: `waiting` changes below
-        mean_prompt, mean_context, mean_output = queued / somebody, contexts / somebody, outputs / somebody
-
-        plain, step, tokens_per_step, wanted = self._steps(busy, drafting)
-        decoding = 1.0 - np.exp(-busy)  # share of time in which anything decodes
-        chunk_s = self._pace.chunk_s
-        prefill_rate = 1.0 / (
-            (1.0 - decoding) / self._pace.profile.prefill_tokens_per_s
-            + decoding * (step + chunk_s) / self._pace.profile.chunk_tokens
-        )
-        most = np.minimum(
+        mean_prompt, mean_output = queued / somebody, outputs / somebody
+        plain, step, per_step, wanted = self._steps(busy, served)
+        prefill_rate = self._prefill_rate(busy, step)
+        capacity[:] = np.minimum(
             prefill_rate * self._dt / np.maximum(mean_prompt, 1.0),
-            self._seats(running, remaining, mean_output, np.maximum(step, cadence) / tokens_per_step),
+            np.minimum(
+                self._seats(running, remaining, mean_output, np.maximum(step, cadence) / per_step),
+                self._room(kv, running, busy, remaining, step, contexts / somebody, mean_output),
+            ),
         )
-        most = np.minimum(most, self._room(kv, running, busy, remaining, step, mean_context, mean_output))
-        admitted = np.minimum(waiting, most)
-        share = np.minimum(admitted / somebody, 1.0)
-        prefilled, new_output, new_context = share * queued, share * outputs, share * contexts
-        for amount, gone in (
-            (waiting, admitted), (queued, prefilled), (outputs, new_output), (contexts, new_context),
-        ):
-            amount -= gone
-            np.maximum(amount, 0.0, out=amount)
+        share = np.minimum(np.minimum(waiting, capacity) / somebody, 1.0)
+        admitted, prefilled, context, output = (share * amount for amount in (waiting, queued, contexts, outputs))
+        self.state[:4] = np.maximum(self.state[:4] - np.stack([admitted, prefilled, context, output]), 0.0)
 
         prefill_share = np.minimum(prefilled / (self._pace.profile.prefill_tokens_per_s * self._dt), 1.0)
-        steps = np.maximum((1.0 - prefill_share) / step, 1.0 / (step + chunk_s))
-        completed, tokens, mean_running = _decode(
-            self._dt, running, remaining, admitted, new_output, steps * tokens_per_step
+        steps = np.maximum((1.0 - prefill_share) / step, 1.0 / (step + self._pace.chunk_s))
+        completed, tokens, mean_running = _decode(self._dt, running, remaining, admitted, output, steps * per_step)
+        kv[:] = (kv + context + tokens) * running / np.maximum(running + completed, NOBODY)
+        busy[:], cadence[:] = mean_running, 1.0 / steps
+        waits = self._cohorts.pass_(
+            self.now, self.slot, coming.requests, admitted, capacity / self._dt, waiting, coming.refused_s
         )
-        kv[:] = (kv + new_context + tokens) * running / np.maximum(running + completed, NOBODY)
-        busy[:], cadence[:], capacity[:] = mean_running, 1.0 / steps, most
-        waits = self._cohorts.pass_(self.now, self.slot, came, admitted, most / self._dt, waiting, refused_s)
         self.now += 1
-        active = np.minimum(mean_running, 1.0)
+        active = steps * np.minimum(mean_running, 1.0)
         chunks = prefilled / (self._pace.profile.chunk_tokens * steps * self._dt)
         done = Tick(
             waits=waits, admitted=admitted, completed=completed, tokens=tokens, prefilled=prefilled, step=step,
-            itl=1.0 / (steps * tokens_per_step), chunked=np.minimum(chunks, 1.0), tokens_per_step=tokens_per_step,
+            itl=1.0 / (steps * per_step), chunked=np.minimum(chunks, 1.0), tokens_per_step=per_step,
             prefill_rate=prefill_rate, prefill_use=np.minimum(prefilled / (prefill_rate * self._dt), 1.0),
-            prompt=np.maximum(mean_prompt, 1.0), mixed=np.maximum(somebody, came.sum()), steps=steps * active, wanted=wanted * mean_running,
-            saved=steps * active * (plain * tokens_per_step - step),
+            prompt=np.maximum(mean_prompt, 1.0), mixed=np.maximum(somebody, coming.requests.sum()), steps=active,
+            wanted=wanted * mean_running, saved=active * (plain * per_step - step),
         )  # fmt: skip
-        self._smooth(came, arrived_prompt, done)
+        self._smooth(coming, done)
         return done
 
-    def _steps(self, busy: Array, drafting: Drafting) -> tuple[Array, Array, Array, Array]:
+    def _prefill_rate(self, busy: Array, step: Array) -> Array:
+        """Prompt tokens a second: a chunk in every step while anything decodes, else the device's own pace."""
+        decoding = -np.expm1(-busy)  # share of the time
+        profile = self._pace.profile
+        beside = (step + self._pace.chunk_s) / profile.chunk_tokens
+        return np.asarray(1.0 / ((1.0 - decoding) / profile.prefill_tokens_per_s + decoding * beside))
+
+    def _steps(self, busy: Array, served: float) -> tuple[Array, Array, Array, Array]:
         """Seconds of a plain step and of the one that runs, tokens a sequence gets from it, and 1 where drafts pay.
 
         A sequence among on average n others that come at random runs in steps of n + 1.
@@ -180,8 +193,8 @@ class Replicas:
             return plain, plain, np.ones_like(plain), np.zeros_like(plain)
         verify, gain = self._pace.verify(running), drafts.tokens_per_step
         pays = (gain * plain > verify).astype(float)
-        served = pays * drafting.served
-        return plain, plain + served * (verify - plain), 1.0 + served * (gain - 1.0), pays
+        drafted = pays * served
+        return plain, plain + drafted * (verify - plain), 1.0 + drafted * (gain - 1.0), pays
 
     def _seats(self, running: Array, remaining: Array, mean_output: Array, token_s: Array) -> Array:
         """Requests that find a seat in the tick: those free, and those that sequences leave."""
@@ -202,7 +215,7 @@ class Replicas:
         free = self._pace.profile.kv_tokens - kv + ends * kv / sequences
         return np.maximum(free, 0.0) / np.maximum(context + output / 2, 1.0)
 
-    def _smooth(self, came: Array, prompt: Array, done: Tick) -> None:
+    def _smooth(self, coming: Coming, done: Tick) -> None:
         """What replicas report, each of them the mean of about the last seconds."""
         dt = self._dt
         keep = np.exp(-dt / SMOOTHED_S)
@@ -211,8 +224,8 @@ class Replicas:
         ttft += LONG_PROMPT * done.prompt / done.prefill_rate + done.step
         itl = (done.step + np.where(done.chunked > 0.05, self._pace.chunk_s, 0.0)) / done.tokens_per_step
         latest = (
-            self["busy"], self["waiting"], self["queued"], came / dt, prompt / dt, self["kv"], itl, ttft,
-            done.steps, done.tokens / dt, done.wanted, done.saved,
+            self["busy"], self["waiting"], self["queued"], coming.requests / dt, coming.prompt / dt, self["kv"], itl,
+            ttft, done.steps, done.tokens / dt, done.wanted, done.saved,
         )  # fmt: skip
         self.reported *= keep
         self.reported += (1.0 - keep) * np.stack(latest)
