@@ -238,6 +238,11 @@ def test_a_change_that_takes_a_moment_is_one_change(rig: Rig) -> None:
     assert rig.journal["counts"] == {"target/up/seats": 1}
 
 
+def test_the_policy_knows_whether_there_are_drafters_at_all(rig: Rig) -> None:
+    rig.look(context(TARGET, 1))
+    assert not rig.policy.seen[-1].has_drafts
+
+
 def test_a_pool_that_is_not_deployed_is_not_told_of(rig: Rig) -> None:
     rig.look(context(TARGET, 1))
     assert "draft" not in rig.journal
