@@ -164,6 +164,7 @@ class Simulation:
                 "tokens": float(done.tokens.sum()),
                 "prefilled": float(done.prefilled.sum()),
                 "waiting": dt * (float(self.replicas["waiting"].sum()) + self._front.waiting),
+                "sequences": dt * float(self.replicas["busy"].sum()),
                 "refused": dt * self._front.waiting,
                 "replica_s": dt * machines if n is not None else 0.0,
                 "draft_s": dt * (self._drafts + len(self._starting_drafts)) if n is not None else 0.0,

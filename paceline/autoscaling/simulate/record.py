@@ -19,13 +19,14 @@ STRIDE = 7
 """Without a divisor in common with the number of points: long prompts are not those who wait long."""
 SERIES = (
     "seconds", "wanted", "running", "leaving", "drafts", "requests", "admitted", "completed", "good", "tokens",
-    "prefilled", "waiting", "refused", "replica_s", "draft_s",
+    "prefilled", "waiting", "refused", "sequences", "replica_s", "draft_s",
 )  # fmt: skip
 
 
 @dataclass
 class Record:
-    """Sums over each window; `wanted`, `running`, `leaving`, `drafts`, `waiting`, `refused` are integrals over time."""
+    """Sums over each window; `wanted`, `running`, `leaving`, `drafts`, `waiting`, `refused` and `sequences` (that run)
+    are integrals over time."""
 
     window_s: float
     sums: Array

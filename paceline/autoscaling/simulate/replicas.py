@@ -144,10 +144,7 @@ class Replicas:
         prefill_rate = self._prefill_rate(busy, step)
         capacity[:] = np.minimum(
             prefill_rate * self._dt / np.maximum(mean_prompt, 1.0),
-            np.minimum(
-                self._seats(running, remaining, mean_output, np.maximum(step, cadence) / per_step),
-                self._room(kv, running, busy, remaining, step, contexts / somebody, mean_output),
-            ),
+            self._seats(mean_output, contexts / somebody, np.maximum(step, cadence) / per_step),
         )
         share = np.minimum(np.minimum(waiting, capacity) / somebody, 1.0)
         admitted, prefilled, context, output = (share * amount for amount in (waiting, queued, contexts, outputs))
@@ -196,24 +193,19 @@ class Replicas:
         drafted = pays * served
         return plain, plain + drafted * (verify - plain), 1.0 + drafted * (gain - 1.0), pays
 
-    def _seats(self, running: Array, remaining: Array, mean_output: Array, token_s: Array) -> Array:
-        """Requests that find a seat in the tick: those free, and those that sequences leave."""
-        most = self._pace.profile.max_num_seqs
-        left = np.where(running > NOBODY, remaining / np.maximum(running, NOBODY), np.maximum(mean_output, 1.0))
+    def _seats(self, mean_output: Array, mean_context: Array, token_s: Array) -> Array:
+        """Requests that find a seat in the tick: those free, and those that sequences leave. There are no more seats
+        than sequences that the KV cache holds.
+        """
+        running, kv = self["running"], self["kv"]
+        left = np.where(running > NOBODY, self["remaining"] / np.maximum(running, NOBODY), mean_output)
         gone = np.maximum(left, 1.0) * token_s
         shrink = np.exp(-self._dt / gone)
+        each = np.maximum(kv / np.maximum(running, NOBODY), mean_context) + mean_output / 2
+        most = np.minimum(self._pace.profile.max_num_seqs, self._pace.profile.kv_tokens / np.maximum(each, 1.0))
         # n(dt) = in·gone·(1 - shrink) + n·shrink = most, solved for in
         rate = (most - running * shrink) / (gone * (1.0 - shrink))
         return np.maximum(rate, 0.0) * self._dt
-
-    def _room(
-        self, kv: Array, running: Array, busy: Array, remaining: Array, step: Array, context: Array, output: Array
-    ) -> Array:
-        """Requests whose KV there is room for, with what ends in the tick."""
-        sequences = np.maximum(running, NOBODY)
-        ends = np.minimum(busy * self._dt / (step * np.maximum(remaining / sequences, 1.0)), 10.0 * sequences)
-        free = self._pace.profile.kv_tokens - kv + ends * kv / sequences
-        return np.maximum(free, 0.0) / np.maximum(context + output / 2, 1.0)
 
     def _smooth(self, coming: Coming, done: Tick) -> None:
         """What replicas report, each of them the mean of about the last seconds."""

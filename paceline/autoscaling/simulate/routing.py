@@ -7,14 +7,18 @@ import numpy as np
 from paceline.autoscaling.simulate.profile import Array
 
 ROUNDS = 12
+LITTLE = 1e-9
+"""Not worth sharing out."""
 
 
 def level_out(load: Array, amount: float, room: Array) -> Array:
     """How `amount` is shared out so that those who get some end at one level, none above its room; an infinite load
     gets nothing. There has to be room for it all.
     """
-    if amount <= 0:
-        return np.zeros(len(load))
+    if amount <= LITTLE:
+        given = np.zeros(len(load))
+        given[np.argmin(load)] = max(amount, 0.0)
+        return given
     low = float(load.min())
     high = low + amount
     for _ in range(ROUNDS):

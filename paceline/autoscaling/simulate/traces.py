@@ -40,8 +40,8 @@ class Requests:
 
     def ticks(self, tick: float, name: str, duration: float | None = None) -> Arrivals:
         """The same in ticks of `tick` seconds."""
-        duration = max(duration or 0.0, float(self.t[-1]) + tick if len(self.t) else tick)
-        count = math.ceil(duration / tick)
+        last = float(self.t[-1]) if len(self.t) else 0.0
+        count = max(math.ceil((duration or 0.0) / tick), int(last / tick) + 1)
         place = np.minimum((self.t / tick).astype(np.int64), count - 1)
 
         def total(values: Array | None = None, of: NDArray[np.bool_] | None = None) -> Array:
