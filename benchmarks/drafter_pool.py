@@ -1,13 +1,14 @@
 """How many drafters the policy keeps, by how often candidates are accepted: where do they stop to pay?
 
     python benchmarks/drafter_pool.py [--acceptance 0.05 0.2 …] [--seconds 75] [--streams 2] [--most 2]
+    python benchmarks/drafter_pool.py --gpus --streams 8      random weights, 8B on the first GPU, 1B on the last
 
 One target and its drafters, each drafter a process of its own, over gRPC; real models, real steps, the real policy. A
 candidate is accepted with the set probability, whatever it is. Each acceptance begins with one drafter and has so many
 seconds; the policy looks once a second at what target and drafters measured, and drafters come and go as it says.
 
 The gain is what drafters saved the target in the ten seconds before each look, for each drafter; its mean leaves out
-looks at which there was none. All of them share this machine's cores: so it is this machine's crossover.
+looks at which there was none. On a CPU all of them share its cores: so it is this machine's crossover.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import itertools
 import multiprocessing as mp
+import os
 import random
 import statistics
 import threading
@@ -25,6 +27,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from sys import path as import_path
+
+import torch
 
 import_path.insert(0, str(Path(__file__).parent.parent))
 
@@ -49,11 +53,32 @@ GRACE_S = 2.0
 ENGINE = EngineSettings(max_num_seqs=16, kv_tokens=16384, threads=1, device="cpu")
 
 
+ON_GPUS = ("llama-8b", "llama-1b")
+
+
+def model_of(name: str) -> LoadedModel:
+    """A model of ours on the CPU, or a random one of a real shape on a GPU."""
+    if name not in ON_GPUS:
+        return load_model(resolve(name).path, ENGINE)
+    import gpu
+
+    sizes = {"kv_tokens": 32768, "max_num_seqs": 32, "max_model_len": 2048}
+    if name == "llama-8b":
+        return gpu.loaded(gpu.LLAMA_8B, **sizes)
+    return gpu.loaded(gpu.LLAMA_1B, **sizes, weight_dtype="int8")
+
+
+def last_gpu() -> str:
+    """As CUDA_VISIBLE_DEVICES has it."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[-1] if visible else str(torch.cuda.device_count() - 1)
+
+
 def serve(line: Connection, model: str) -> None:
     """A drafter in its process: tells its address, then its load whenever it is asked; ends when told to."""
 
     async def main() -> None:
-        loaded = load_model(resolve(model).path, ENGINE)
+        loaded = model_of(model)
         loop = DrafterLoop(loaded.drafter())
         service = DraftService(loop, Hello("draft", model, loaded.fingerprint))
         server, address = await start_draft_server(service, "127.0.0.1")
@@ -74,6 +99,8 @@ class Drafter:
     @classmethod
     def start(cls, model: str) -> Drafter:
         ours, theirs = mp.Pipe()
+        if model in ON_GPUS:
+            os.environ["CUDA_VISIBLE_DEVICES"] = last_gpu()  # this process has looked at its own already
         process = mp.get_context("spawn").Process(target=serve, args=(theirs, model), daemon=True)
         process.start()
         return cls(process, ours)
@@ -202,17 +229,20 @@ def main() -> None:
     parser.add_argument("--draft", default="smollm2-135m-draft")
     parser.add_argument("--acceptance", type=float, nargs="+", default=[0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9])
     parser.add_argument("--seconds", type=float, default=75.0)
+    parser.add_argument("--gpus", action="store_true", help="see above")
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--most", type=int, default=2)
     parser.add_argument(
         "--utilization", type=float, default=0.25, help="of a drafter; low, so that few streams want more"
     )
     options = parser.parse_args()
+    if options.gpus:
+        options.model, options.draft = ON_GPUS
     draft = {"max_replicas": options.most, "utilization": options.utilization}
     chosen = {"downscale_delay_s": 30.0, "upscale_delay_s": 2.0, "draft": draft}
-    goals = resolved(AutoscalingSettings.model_validate(chosen), cpu=True)
+    goals = resolved(AutoscalingSettings.model_validate(chosen), cpu=not options.gpus)
     least = float(goals.draft.min_gain)
-    model = load_model(resolve(options.model).path, ENGINE)
+    model = model_of(options.model)
     cost, courses = measure_verify_cost(model.runner), list[Course]()
     print(f"A drafter must save {least:g} s of targets a second.\n")
     print("| accepted | saved a second, each drafter | pays | drafters | tokens/s |\n|---|---|---|---|---|")
