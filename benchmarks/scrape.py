@@ -38,14 +38,16 @@ from paceline.engine.sequence import Sequence as EngineSequence
 from paceline.engine.status import status_of
 from paceline.engine.telemetry import EngineTelemetry, Phase
 from paceline.errors import PacelineError
+from paceline.models import load_tokenizer, resolve
 from paceline.ports import free_ports
 from paceline.serving.cluster import LocalCluster
 from paceline.sessions.handoff import Outcome
 from paceline.types import Accepted, Delta, Failure, Frame, Request, SamplingParams
 
 VOCAB, MAX_LEN = 512, 1024
-KV_TOKENS = 200_000
-PROMPT_TOKENS = 48
+PROMPT_WORDS = 12
+KV_TOKENS = 160
+"""A session, with room for the streams; a word may be several tokens."""
 AT_ONCE = 16
 TIMED_S = 0.3
 
@@ -55,13 +57,16 @@ def main() -> int:
     parser.add_argument("--sessions", type=int, default=1000)
     parser.add_argument("--scrapes", type=int, default=50)
     parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--model", default="", help="another than the tiny one: a name, a folder")
     parser.add_argument("--served", action="store_true")
     parser.add_argument("--targets", type=int, default=1, help="with --served")
     parser.add_argument("--within-ms", type=float, default=50.0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="paceline-scrape-") as folder:
-        save_model(Path(folder))
-        found = asyncio.run(served(args, folder) if args.served else in_process(args, folder))
+        if not args.model:
+            save_model(Path(folder))
+        model = args.model or folder
+        found = asyncio.run(served(args, model) if args.served else in_process(args, model))
     times = sorted(found)
     median, p99 = statistics.median(times), times[min(len(times) - 1, int(0.99 * len(times)))]
     print(f"{len(times)} scrapes: median {median:.1f} ms, p99 {p99:.1f} ms, {times[0]:.1f} to {times[-1]:.1f} ms")
@@ -133,10 +138,11 @@ class OneEngine(Targets):
         return ClusterStatus(({"replica_id": "target-1", **status_of(self.engine)},))
 
 
-async def in_process(args: argparse.Namespace, folder: str) -> list[float]:
-    loaded = load_model(Path(folder), EngineSettings(kv_tokens=KV_TOKENS, threads=1))
+async def in_process(args: argparse.Namespace, model: str) -> list[float]:
+    path = resolve(model).path
+    loaded = load_model(path, EngineSettings(kv_tokens=args.sessions * KV_TOKENS, threads=1))
     targets = OneEngine(loaded.engine())
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = load_tokenizer(path)
     app = create_app(Gateway(targets, tokenizer, "tiny", MAX_LEN, 600.0))
     try:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://paceline") as client:
@@ -156,19 +162,23 @@ async def in_process(args: argparse.Namespace, folder: str) -> list[float]:
     return times
 
 
-async def served(args: argparse.Namespace, folder: str) -> list[float]:
-    with cluster(folder, args.targets) as url:
+async def served(args: argparse.Namespace, model: str) -> list[float]:
+    with cluster(model, args) as url:
         async with httpx.AsyncClient(base_url=url, timeout=120.0) as client:
             return await scrapes(client, args)
 
 
 @contextmanager
-def cluster(folder: str, targets: int) -> Iterator[str]:
+def cluster(model: str, args: argparse.Namespace) -> Iterator[str]:
     config = default_deployment()
     application = config["applications"][0]
     application["args"] |= {
-        "model": folder,
-        "target": {"num_replicas": targets, "num_cpus": 0.25, "engine": {"kv_tokens": KV_TOKENS, "threads": 1}},
+        "model": model,
+        "target": {
+            "num_replicas": args.targets,
+            "num_cpus": 0.25,
+            "engine": {"kv_tokens": args.sessions * KV_TOKENS, "threads": 1},
+        },
         "draft": {"num_replicas": 0},
     }
     parse_settings(application["args"])
@@ -202,7 +212,7 @@ async def hold(client: httpx.AsyncClient, sessions: int) -> None:
     places = asyncio.Semaphore(AT_ONCE)
 
     async def one(number: int) -> None:
-        words = " ".join(f"w{3 + (number * 7 + 13 * n) % (VOCAB - 3)}" for n in range(PROMPT_TOKENS))
+        words = " ".join(f"w{3 + (number * 7 + 13 * n) % (VOCAB - 3)}" for n in range(PROMPT_WORDS))
         body = {"prompt": words, "max_tokens": 1, "session_id": f"session-{number}"}
         async with places:
             (await client.post("/v1/completions", json=body)).raise_for_status()

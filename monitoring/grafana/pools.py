@@ -137,7 +137,7 @@ SIZE = Row(
     [
         Panel(
             f"{pool.capitalize()} replicas",
-            "wanted: what the policy says. there: what answers; below wanted for long, the cluster has no room.",
+            "wanted: by the autoscaler, or by the settings. there: what answers.",
             [
                 Query(f'sum(paceline_autoscaling_replicas_wanted{{{MODEL},pool="{pool}"}})', "wanted"),
                 Query(f'sum(paceline_replicas{{{MODEL},kind="{pool}"}})', "there"),
@@ -166,15 +166,19 @@ WHY = Row(
             "Changes of size, by pool, direction and reason; the log and `paceline top` have them in words.",
             [
                 Query(
-                    f"sum by (pool, direction, reason) (increase({DECISIONS}{{{MODEL}}}[$__rate_interval]))",
+                    f"sum by (pool, direction, reason) (increase({DECISIONS}{{{MODEL}}}[$__rate_interval])) > 0",
                     "{{pool}} {{direction}}: {{reason}}",
                 )
             ],
         ),
         Panel(
-            "Policy errors",
-            "Looks at the load that failed. The pools stay as they are then.",
-            [Query(f"sum(increase(paceline_autoscaling_errors_total{{{MODEL}}}[$__rate_interval]))", "errors")],
+            "Trouble",
+            "Looks at the load at which the policy failed: the pools stay as they are then. Pools that wait for "
+            "a replica which cannot be started: /status says why.",
+            [
+                Query(f"sum(increase(paceline_autoscaling_errors_total{{{MODEL}}}[$__rate_interval]))", "errors"),
+                Query(f"max(paceline_autoscaling_waiting{{{MODEL}}})", "pools waiting"),
+            ],
             limits=((1, "red"),),
         ),
         Panel(

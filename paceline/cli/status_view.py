@@ -21,7 +21,17 @@ Replica = Mapping[str, Any]
 REPLICAS_ABREAST = 4  # fits in 80 columns
 SESSIONS_SHOWN = 10
 BAR_CELLS = 10
-_ELSEWHERE = ("replica_id", "speculation", "handoff", "warnings", "tensor_parallel_size", "ranks")
+_ELSEWHERE = (
+    "replica_id",
+    "speculation",
+    "handoff",
+    "warnings",
+    "tensor_parallel_size",
+    "ranks",
+    "telemetry",
+    "load",
+    "sessions_by_state",
+)
 """What a replica reports that is no row of its table."""
 
 
@@ -49,7 +59,8 @@ def view(seen: Seen, *, all_facts: bool = False, columns: int = 120) -> Renderab
         parts += [table for table in (target_table(targets), draft_table(drafts)) if table is not None]
     parts += [table for table in (speculation_table(targets), session_table(seen, columns)) if table is not None]
     parts += [Text(line, style="dim") for line in notes(seen)]
-    parts += [Text(f"WARNING: {warning}", style="bold red") for warning in warnings(targets)]
+    alarms = [*warnings(targets), *map(str, scaling(seen).get("waiting") or ())]
+    parts += [Text(f"WARNING: {alarm}", style="bold red") for alarm in alarms]
     return Group(*parts)
 
 
@@ -160,7 +171,25 @@ def notes(seen: Seen) -> Iterator[str]:
         yield "placed: " + ", ".join(f"{why.replace('_', ' ')} {times}" for why, times in routes.items())
     if router.get("resumptions"):
         yield f"answers resumed elsewhere: {router['resumptions']}"
+    yield from scaling_lines(seen)
     yield from rank_lines([*targets, *seen.status.drafts])
+
+
+def scaling(seen: Seen) -> Mapping[str, Any]:
+    """What the autoscaler says; empty if there is none."""
+    found = seen.status.raw.get("autoscaling")
+    return found if isinstance(found, Mapping) and found.get("enabled") else {}
+
+
+def scaling_lines(seen: Seen) -> Iterator[str]:
+    """How many replicas of each pool are wanted, and why."""
+    told = scaling(seen)
+    for pool in ("target", "draft"):
+        wanted = told.get(pool)
+        if isinstance(wanted, Mapping) and wanted.get("text"):
+            yield f"autoscaling {pool}s: {wanted.get('wanted')} wanted, {wanted.get('reason')}: {wanted['text']}"
+    if told.get("errors"):
+        yield f"autoscaling: the policy failed {told['errors']} times, last with {told.get('error')}"
 
 
 def speculation_line(targets: Sequence[Replica]) -> str:

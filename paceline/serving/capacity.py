@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from paceline.autoscaling.snapshot import Pool
 from paceline.config import AppSettings, DraftSettings, TargetSettings
@@ -14,10 +15,11 @@ Resources = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What the cluster has. `nodes` run; `refused` is what its autoscaler says it cannot provide, now or ever; None if
-    there is no autoscaler."""
+    """What the cluster has. `nodes` run; `pending` is what was asked for and has no place on them; `refused` what its
+    autoscaler says it cannot provide, now or ever; None if there is no autoscaler."""
 
     nodes: tuple[Resources, ...]
+    pending: tuple[Resources, ...] = ()
     refused: tuple[Resources, ...] | None = None
 
 
@@ -30,18 +32,29 @@ def cluster_capacity() -> Capacity:
     nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
     reply = GetClusterStatusReply()
     reply.ParseFromString(GcsClient(address=ray.get_runtime_context().gcs_address).get_cluster_status())
-    state = reply.autoscaling_state
+    demand, state = reply.cluster_resource_state, reply.autoscaling_state
+    pending = _bundles(
+        (each.request for each in demand.pending_resource_requests), demand.pending_gang_resource_requests
+    )
     if not state.autoscaler_state_version:
-        return Capacity(nodes)
-    gangs = (request for gang in state.infeasible_gang_resource_requests for request in gang.requests)
-    refused = (*state.infeasible_resource_requests, *gangs)
-    return Capacity(nodes, tuple(dict(request.resources_bundle) for request in refused))
+        return Capacity(nodes, pending)
+    refused = _bundles(state.infeasible_resource_requests, state.infeasible_gang_resource_requests)
+    return Capacity(nodes, pending, refused)
+
+
+def _bundles(requests: Iterable[Any], gangs: Iterable[Any]) -> tuple[Resources, ...]:
+    """Of single requests, and of those that are placed together."""
+    together = (request for gang in gangs for request in gang.requests)
+    return tuple(dict(request.resources_bundle) for request in (*requests, *together))
 
 
 def missing(pool: Pool, settings: AppSettings, wanted: int, running: int, capacity: Capacity) -> str:
-    """Why `wanted` replicas of a pool are not there yet, in one line that names the remedy."""
+    """Why `wanted` replicas of a pool are not there yet, in one line that names the remedy; empty if none of them waits
+    for a place: it is starting."""
     replica: TargetSettings | DraftSettings = settings.target if pool is Pool.TARGET else settings.draft
     asked = bundle(replica)
+    if asked not in capacity.pending:
+        return ""
     begin = f"{running} of {wanted} {pool.value} replicas run, and one more needs {_words(asked, replica)}"
     known = any(_fits(asked, node) for node in capacity.nodes)
     most = f"autoscaling.{pool.value}.max_replicas"

@@ -126,10 +126,9 @@ class Scaling:
         if not long:
             return ()
         capacity = self._capacity()
-        return tuple(
-            missing(pool, self._settings, int(pools[pool].target_num_replicas), running[pool], capacity)
-            for pool in sorted(long)
-        )
+        wanted = {pool: int(pools[pool].target_num_replicas) for pool in sorted(long)}
+        told = (missing(pool, self._settings, count, running[pool], capacity) for pool, count in wanted.items())
+        return tuple(text for text in told if text)
 
 
 class _Reports:

@@ -30,6 +30,7 @@ from paceline.speculation.links import DraftLink, LinkState, SequenceState
 from paceline.speculation.proposer import Proposal, Proposer, Source, Wanted
 from paceline.speculation.run import Run, RunCounts
 from paceline.speculation.waiting import WaitCurve
+from paceline.telemetry.tracing import trace_id
 from paceline.types import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -352,7 +353,8 @@ class RemoteProposer(Proposer):
 
     def _fail(self, link: LinkState, state: SequenceState, reply: Candidates) -> None:
         name = link.link.replica_id
-        logger.info("drafter %s: sequence %d: %s", name, reply.sequence, reply.failure)
+        known = {"trace_id": found} if (found := trace_id(state.trace)) is not None else {}
+        logger.info("drafter %s: sequence %d: %s", name, reply.sequence, reply.failure, extra=known)
         if reply.failure is not None and reply.failure.reopen:
             self._reopen(reply.sequence, state)
             return

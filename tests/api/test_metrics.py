@@ -47,9 +47,18 @@ TARGET: dict[str, Any] = {
         "bytes_received": 500,
         "seconds": 0.5,
     },
+    "draft_tokens_wanted": 40,
+    "draft_saved_s": -1.5,
     "warnings": ["no drafter"],
 }
-DRAFT = {"replica_id": "d1", "streams": 2, "sequences": 5, "drafted_tokens": 99, "rolled_back_tokens": 11}
+DRAFT = {
+    "replica_id": "d1",
+    "streams": 2,
+    "sequences": 5,
+    "drafted_tokens": 99,
+    "rolled_back_tokens": 11,
+    "busy_s": 4.25,
+}
 
 
 def samples(*targets: dict[str, Any], drafts: tuple[dict[str, Any], ...] = ()) -> dict[tuple[str, ...], float]:
@@ -86,6 +95,8 @@ def samples(*targets: dict[str, Any], drafts: tuple[dict[str, Any], ...] = ()) -
         ("paceline_draft_link_bytes_total", ("direction=sent",), 1000),
         ("paceline_sessions", ("state=idle",), 3),
         ("paceline_warnings", (), 1),
+        ("paceline_draft_tokens_wanted_total", (), 40),
+        ("paceline_draft_saved_seconds", (), -1.5),
     ],
 )
 def test_what_a_target_reports_is_told(name: str, labels: tuple[str, ...], value: float) -> None:
@@ -99,6 +110,7 @@ def test_what_a_target_reports_is_told(name: str, labels: tuple[str, ...], value
         ("paceline_drafter_rolled_back_tokens_total", 11),
         ("paceline_drafter_streams", 2),
         ("paceline_drafter_sequences", 5),
+        ("paceline_drafter_busy_seconds_total", 4.25),
     ],
 )
 def test_what_a_drafter_reports_is_told(name: str, value: float) -> None:

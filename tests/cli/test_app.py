@@ -52,6 +52,7 @@ def test_the_commands_are(run: Run) -> None:
         "models",
         "keys",
         "bench",
+        "autoscale",
     ]
 
 

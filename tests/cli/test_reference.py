@@ -57,6 +57,8 @@ def test_the_help_of_every_command_is_there() -> None:
         "## paceline bench",
         "## paceline bench engine",
         "## paceline bench speculation",
+        "## paceline autoscale",
+        "## paceline autoscale simulate",
     ]
 
 

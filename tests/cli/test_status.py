@@ -207,3 +207,31 @@ def test_watched_json_is_a_line_each_time(server: FakeServer, capsys: pytest.Cap
     with Client(server.url) as client:
         print_json(client, 1.0, Rounds(2))
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [DEFAULT_STATUS] * 2
+
+
+SCALED = {
+    "enabled": True,
+    "target": {"wanted": 3, "reason": "seats", "text": "5 of 4 seats in use: 3"},
+    "draft": {"wanted": 1},
+    "waiting": ["1 of 3 target replicas run, and one more needs 9 CPUs"],
+    "errors": 2,
+    "error": "ValueError: no",
+}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "autoscaling targets: 3 wanted, seats: 5 of 4 seats in use: 3",
+        "WARNING: 1 of 3 target replicas run, and one more needs 9 CPUs",
+        "autoscaling: the policy failed 2 times, last with ValueError: no",
+    ],
+)
+def test_what_the_autoscaler_says_is_printed(run: Run, server: FakeServer, line: str) -> None:
+    server.status = {**DEFAULT_STATUS, "autoscaling": SCALED}
+    assert line in " ".join(run("status", "--url", server.url).out.split())
+
+
+def test_without_an_autoscaler_nothing_is_said_of_it(run: Run, server: FakeServer) -> None:
+    server.status = {**DEFAULT_STATUS, "autoscaling": {"enabled": False, "target": {"wanted": 2}}}
+    assert "autoscaling" not in run("status", "--url", server.url).out

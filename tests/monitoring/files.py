@@ -14,16 +14,6 @@ FOLDER = Path(__file__).parents[2] / "monitoring"
 DASHBOARDS = sorted((FOLDER / "grafana" / "dashboards").glob("*.json"))
 ALERTS = FOLDER / "prometheus" / "alerts.yaml"
 ALERT_TESTS = FOLDER / "prometheus" / "alerts_test.yaml"
-PENDING = {
-    "paceline_autoscaling_decisions_total",
-    "paceline_autoscaling_errors_total",
-    "paceline_autoscaling_replicas_wanted",
-    "paceline_autoscaling_signal",
-    "paceline_draft_saved_seconds",
-    "paceline_draft_tokens_wanted_total",
-    "paceline_drafter_busy_seconds_total",
-}
-"""Asked for, and not exported yet."""
 _NAME = re.compile(r"(?<![\w:])(?:vllm:|paceline[_:])\w+")
 _STRING = re.compile(r'"[^"]*"')
 

@@ -9,7 +9,7 @@ import promql_parser
 import pytest
 
 from paceline.api.metrics import FAMILIES
-from tests.monitoring.files import DASHBOARDS, PENDING, expressions, rules, wanted
+from tests.monitoring.files import DASHBOARDS, expressions, rules, wanted
 
 EXPORTED = {name: {*family.all_labels, "job", "instance"} for family in FAMILIES for name in family.series}
 BUCKETS = {name: labels | {"le"} for name, labels in EXPORTED.items() if name.endswith("_bucket")}
@@ -31,11 +31,7 @@ def series(expression: Any) -> list[Any]:
 
 
 def test_every_name_is_exported() -> None:
-    assert sorted(wanted() - EXPORTED.keys() - PENDING) == []
-
-
-def test_what_is_exported_is_not_pending() -> None:
-    assert sorted(PENDING & EXPORTED.keys()) == []
+    assert sorted(wanted() - EXPORTED.keys()) == []
 
 
 @pytest.mark.parametrize("text", sorted(set(ASKED)))

@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from paceline.api import Gateway
 from paceline.api.observed import Observer
+from paceline.rpc import convert
 from paceline.rpc.draft_client import DraftPool
 from paceline.speculation.frames import DraftFrame, Hello, Open
 from paceline.speculation.remote import RemoteProposer
@@ -147,3 +148,9 @@ async def test_a_grpc_call_brings_its_trace_in_its_metadata(sent: str, parent: i
             pass
     span = recorded.spans[SERVER]
     assert (parent_of(span), about(span)["paceline.request_id"]) == (parent, "mine-8")
+
+
+def test_a_frame_s_trace_that_is_none_is_dropped() -> None:
+    opened = Open(1, PROMPT, SamplingParams(seed=1), 2, len(PROMPT), trace="nonsense")
+    (back,) = convert.frame_from_proto(convert.frame_to_proto(DraftFrame(opens=(opened,)))).opens
+    assert back.trace == ""

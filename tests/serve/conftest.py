@@ -19,6 +19,7 @@ from paceline.serving.cluster import Endpoints, LocalCluster
 ARGS = {
     "target": {"num_cpus": 0.1, "drain_timeout_s": 2, "engine": {"threads": 1, "kv_tokens": 16384}},
     "draft": {"num_cpus": 0.1, "engine": {"threads": 1, "kv_tokens": 16384}},
+    "sessions": {"kv_host_gib": 0.01},  # so that there is a tier to tell of
     # Four replicas on two busy cores: a candidate may take its time, the tests are about tokens.
     "speculation": {"depth": 4, "draft_timeout_ms": 10_000},
 }

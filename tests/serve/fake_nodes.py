@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray._private.services import get_node_ip_address
+from ray._raylet import GcsClient
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from tests.serve.conftest import free_port
 
@@ -62,28 +63,24 @@ def autoscaling_ray(
     with (folder / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
     try:
-        _connect(address, process, folder / "head.log")
-        try:
-            yield address
-        finally:
-            ray.shutdown()
+        _wait_for(address, process, folder / "head.log")
+        yield address
     finally:
         process.terminate()  # `ray start --block` then ends what it has started
         process.wait(STOP_TIMEOUT_S)
 
 
-def nodes() -> int:
-    """Alive, beside the head."""
-    return sum(node["Alive"] for node in ray.nodes()) - 1
+def nodes(address: str) -> int:
+    """Alive, beside the head. Needs no Ray in this process."""
+    found = GcsClient(address=address).get_all_node_info().values()
+    return sum(node.state == GcsNodeInfo.ALIVE for node in found) - 1
 
 
-def _connect(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """`ray.init` itself waits for minutes for a head that is not there."""
+def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not _listens(address):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
         time.sleep(0.25)
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
 
 
 def _listens(address: str) -> bool:

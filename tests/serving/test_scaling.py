@@ -105,12 +105,13 @@ class Rig:
         self.clock, self.policy, self.store = Clock(), Scripted(), Store()
         self.settings: list[AutoscalingSettings] = []
         self.sessions: dict[str, float] = {}
+        self.pending: tuple[dict[str, float], ...] = ()
         self.scaling = Scaling(
             self._make,
             lambda app: Journal(app, self.store, self.clock),
             on_sessions=self.sessions.update,
             clock=self.clock,
-            capacity=lambda: Capacity(({"CPU": 8.0},)),
+            capacity=lambda: Capacity(({"CPU": 8.0},), self.pending),
         )
 
     def _make(self, settings: AutoscalingSettings) -> Policy:
@@ -283,6 +284,7 @@ def test_a_journal_that_is_no_json_is_empty() -> None:
 
 
 def test_a_replica_that_no_node_can_hold_is_told_with_the_remedy(rig: Rig) -> None:
+    rig.pending = ({"CPU": 16.0},)
     wide = json.loads(json.dumps(ARGS)) | {"target": {"num_cpus": 16}}
     for _ in range(int(WAITING_S)):
         told = context(TARGET, 2, {"a": {"running": 1.0}})
@@ -296,12 +298,20 @@ def test_a_replica_that_no_node_can_hold_is_told_with_the_remedy(rig: Rig) -> No
 
 
 def test_a_replica_that_finds_every_node_full_is_told(rig: Rig) -> None:
+    rig.pending = ({"CPU": 4.0},)
     for _ in range(int(WAITING_S)):
         rig.look(context(TARGET, 2, {"a": {"running": 1.0}}))
     (text,) = rig.journal["waiting"]
     assert "every node that has that is full" in text
 
 
-def test_a_replica_that_is_starting_is_no_news(rig: Rig) -> None:
+def test_a_replica_that_takes_long_to_start_is_no_news(rig: Rig) -> None:
+    for _ in range(int(WAITING_S)):
+        rig.look(context(TARGET, 2, {"a": {"running": 1.0}}))
+    assert rig.journal["waiting"] == []
+
+
+def test_a_replica_that_waits_for_a_moment_is_no_news(rig: Rig) -> None:
+    rig.pending = ({"CPU": 4.0},)
     rig.look(context(TARGET, 2, {"a": {"running": 1.0}}))
     assert rig.journal["waiting"] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -34,6 +35,7 @@ from paceline.speculation.remote import (
 from paceline.speculation.waiting import SLACK_S
 from paceline.types import SamplingParams
 
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 PARAMS = SamplingParams(seed=1)
 FOR_EVER_S = 1e6
 PATIENCE_S = 30.0
@@ -1061,3 +1063,18 @@ class AnyOrder(RuleBasedStateMachine):
 
 AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 test_any_order_of_events_keeps_the_books = AnyOrder.TestCase
+
+
+def test_a_drafter_is_told_whose_trace_a_sequence_belongs_to() -> None:
+    setup = Setup()
+    setup.proposer.open(1, (10, 11), PARAMS, TRACE)
+    (frame,) = setup.links["a"].frames
+    assert [opened.trace for opened in frame.opens] == [TRACE]
+
+
+def test_a_line_about_a_sequence_that_failed_has_its_trace(caplog: pytest.LogCaptureFixture) -> None:
+    setup = Setup()
+    setup.proposer.open(1, (10, 11), PARAMS, TRACE)
+    with caplog.at_level(logging.INFO):
+        setup.links["a"].reply(Candidates(1, 2, failure=DraftFailureReason.BUSY))
+    assert [vars(record).get("trace_id") for record in caplog.records] == [TRACE.split("-")[1]]

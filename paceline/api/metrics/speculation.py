@@ -126,6 +126,18 @@ FAMILIES = (
         number("speculation", "late"),
     ),
     Family(
+        "paceline_draft_tokens_wanted_total",
+        "counter",
+        "Candidates asked of drafters.",
+        number("draft_tokens_wanted"),
+    ),
+    Family(
+        "paceline_draft_saved_seconds",
+        "gauge",
+        "Time of the target that drafts saved since its start; falls while they cost more than they save.",
+        number("draft_saved_s"),
+    ),
+    Family(
         "paceline_synthetic_acceptance",
         "gauge",
         "Set: text is nonsense.",
@@ -154,6 +166,13 @@ DRAFTERS = (
         "counter",
         "Tokens a draft replica drew in vain: the target went another way.",
         number("rolled_back_tokens"),
+        scope="draft",
+    ),
+    Family(
+        "paceline_drafter_busy_seconds_total",
+        "counter",
+        "Time a draft replica spent in steps.",
+        number("busy_s"),
         scope="draft",
     ),
     Family(
