@@ -54,7 +54,7 @@ def draw(path: Path, title: str, runs: Sequence[tuple[str, Record]], ttft_s: flo
         panel.set_ylim(bottom=0)
     handles, labels = panels[4].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, title=title)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
