@@ -21,7 +21,7 @@ Examples:
 """
 PRESETS = ("latency", "throughput", "cost")
 HUGE = 512
-HUGE_LOOK_S = 30.0
+HUGE_LOOK_S = 60.0
 
 autoscale_app = group("How many replicas there should be.")
 
@@ -68,7 +68,7 @@ LookSeconds = Annotated[
         metavar="SECONDS",
         min=0.05,
         max=600.0,
-        help="Between two looks of a policy.  [default: 1; 30 for more than 512 replicas]",
+        help="Between two looks of a policy.  [default: 1; 60 for more than 512 replicas]",
         show_default=False,
     ),
 ]

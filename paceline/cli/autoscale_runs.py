@@ -26,7 +26,7 @@ from paceline.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-ONGOING = (4, 6, 8, 10, 12, 16, 20, 24, 26, 28, 30, 32)
+ONGOING = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 26, 28, 30, 32)
 """What `ray` is run with for `target_ongoing_requests`: its frontier."""
 BEGINNING_S = 300.0
 HALF_FULL = 0.5
