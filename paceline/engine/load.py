@@ -39,6 +39,7 @@ from paceline.engine.native import Kernels
 from paceline.engine.per_sequence import PerSequenceRunner
 from paceline.engine.products import Packer, replace_linears
 from paceline.engine.reduced_vocab import ReducedVocabRunner
+from paceline.engine.rehearsal import rehearse
 from paceline.engine.restores import Restores
 from paceline.engine.runner import Runner
 from paceline.engine.tp.group import Gathering, Group, Meeting
@@ -145,7 +146,7 @@ class LoadedModel:
         limits = self.limits
         kv = self._kv_cache()
         self._warm_up(kv)
-        return Drafter(
+        drafter = Drafter(
             self.runner,
             kv,
             max_batched_tokens=limits.max_batched_tokens,
@@ -153,6 +154,9 @@ class LoadedModel:
             max_prefill_while_drafting=limits.max_prefill_while_decoding,
             grammars=grammars or self.grammars,
         )
+        if self.runner.device.type != "cpu":
+            rehearse(drafter)
+        return drafter
 
     def _kv_cache(self, tiers: KVTiers | None = None) -> SlabKVCache:
         spill = tiers.put if tiers is not None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from paceline.engine.engine import Engine
 from paceline.engine.verify_cost import ROWS, measure_verify_cost
@@ -180,6 +181,32 @@ def test_the_cost_of_rows_is_measured_on_a_cache_of_its_own() -> None:
 def test_a_slow_model_is_left_with_a_coarse_curve() -> None:
     cost = measure_verify_cost(tiny.ours(MODEL), budget_s=0.5, clock=ticks(1.0))
     assert cost._rows == [1, 8]
+
+
+class Compiling:
+    """A runner on a GPU whose kernels take a second at the first step of a shape, and a millisecond later."""
+
+    device = torch.device("cuda")
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._runner = tiny.ours(MODEL)
+        self._shapes: set[tuple[int, ...]] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def run(self, windows: list[Any]) -> torch.Tensor:
+        shape = tuple(len(window.token_ids) for window in windows)
+        self.now += 0.001 if shape in self._shapes else 1.0
+        self._shapes.add(shape)
+        return self._runner.run(windows)
+
+
+def test_what_kernels_take_to_be_compiled_is_no_cost_of_rows_or_windows() -> None:
+    runner = Compiling()
+    cost = measure_verify_cost(runner, clock=lambda: runner.now)  # type: ignore[arg-type]
+    assert [cost.curve(rows, windows) for rows, windows in ((1, 1), (8, 8), (64, 8))] == [pytest.approx(0.001)] * 3
 
 
 def test_a_context_shorter_than_the_probe_is_measured_too() -> None:
