@@ -12,6 +12,7 @@ from paceline.rpc.frame_feed import Feeds
 from paceline.serving.exchange import Exchange
 from paceline.serving.target import Target
 from paceline.sessions.handoff import Outcome
+from paceline.telemetry.tracing import NoTracer
 from paceline.types import Frame, Request
 from tests import tiny
 from tests.api.scripted import tokenizer
@@ -26,6 +27,7 @@ class _Bare(Target):
         self.replica_id = "target-1"
         self._loop = loop
         self._feeds, self._feed_address = Feeds(), None
+        self._tracer = NoTracer()
         self._exchange = Exchange(self.replica_id, loop, _nobody, within_s=0.0, grace_s=0.0)
 
     def __del__(self) -> None:
