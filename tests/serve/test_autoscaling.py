@@ -183,5 +183,10 @@ def test_every_change_is_counted_by_its_reason(story: Story) -> None:
     assert counted == expected
 
 
+@pytest.mark.parametrize("name", ["paceline_autoscaling_signal", "paceline_synthetic_acceptance"])
+def test_what_only_such_a_server_has_is_in_its_scrape(story: Story, name: str) -> None:
+    assert f"\n{name}{{" in story.metrics
+
+
 def test_the_policy_never_failed(story: Story) -> None:
     assert re.search(r"^paceline_autoscaling_errors_total\{.*\} 0\.0$", story.metrics, re.MULTILINE)
