@@ -33,9 +33,12 @@ def prefill(pool: TargetPool, goals: Goals, ahead: float) -> float | None:
 
 
 def ttft(pool: TargetPool, goals: Goals) -> float | None:
-    """Nothing, once nobody waits: the quantile remembers requests that were served since."""
+    """Nothing, once nobody waits: the quantile remembers requests that were served since. Nor where a prompt alone
+    takes longer than the objective: however many replicas there are, none computes it sooner."""
     waits = (pool.waiting or 0.0) > 0 or (pool.queued_prefill_tokens or 0.0) > 0
-    return _late(pool.ttft_p95_s, goals.ttft_s, pool.reported if waits else 0)
+    own_s = prompt_s(pool)
+    helps = waits and (own_s is None or own_s < goals.ttft_s)
+    return _late(pool.ttft_p95_s, goals.ttft_s, pool.reported if helps else 0)
 
 
 def itl(pool: TargetPool, goals: Goals) -> float | None:
@@ -99,6 +102,12 @@ def prompting(pool: TargetPool) -> float | None:
     if pool.prompt_tokens_per_s is None or pool.prefill_tokens_per_s is None:
         return None
     return pool.prompt_tokens_per_s / pool.prefill_tokens_per_s
+
+
+def prompt_s(pool: TargetPool) -> float | None:
+    """What an average prompt takes to be computed."""
+    busy = prompting(pool)
+    return busy / pool.requests_per_s if busy is not None and pool.requests_per_s else None
 
 
 def strongest(asked: Mapping[Reason, float]) -> tuple[Reason, float] | None:

@@ -70,6 +70,23 @@ def test_a_first_token_in_time_asks_for_nothing():
     assert targets.ttft(TargetPool(4, 4, waiting=3, ttft_p95_s=1.9), GOALS) == 0
 
 
+@pytest.mark.parametrize(("prompt_tokens_per_s", "asked"), [(3900.0, 6.0), (4000.0, 0.0)])
+def test_a_first_token_later_than_the_prompt_alone_takes_is_not_for_replicas_to_mend(
+    prompt_tokens_per_s: float, asked: float
+) -> None:
+    """Prompts of 1950 or 2000 tokens at 1000 a second, with 2 s wanted."""
+    pool = TargetPool(
+        4,
+        4,
+        waiting=3,
+        ttft_p95_s=200,
+        prefill_tokens_per_s=1000.0,
+        requests_per_s=2.0,
+        prompt_tokens_per_s=prompt_tokens_per_s,
+    )
+    assert targets.ttft(pool, GOALS) == pytest.approx(asked)
+
+
 def test_slow_tokens_ask_for_more_when_replicas_are_full():
     assert targets.itl(TargetPool(2, 2, running=16, seats=10, itl_p95_s=0.12), GOALS) == pytest.approx(2.4)
 
