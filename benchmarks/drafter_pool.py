@@ -4,8 +4,9 @@
     python benchmarks/drafter_pool.py --gpus --streams 8      random weights, 8B on the first GPU, 1B on the last
 
 One target and its drafters, each drafter a process of its own, over gRPC; real models, real steps, the real policy. A
-candidate is accepted with the set probability, whatever it is. Each acceptance begins with one drafter and has so many
-seconds; the policy looks once a second at what target and drafters measured, and drafters come and go as it says.
+candidate is accepted with the set probability, whatever it is. Each acceptance begins with `--first` drafters and has
+so many seconds; the policy looks once a second at what target and drafters measured, and drafters come and go as it
+says.
 
 The gain is what drafters saved the target in the ten seconds before each look, for each drafter; its mean leaves out
 looks at which there was none. On a CPU all of them share its cores: so it is this machine's crossover.
@@ -199,8 +200,8 @@ def measure(
     speculation = SpeculationSettings(synthetic_acceptance=acceptance, prompt_lookup_num_tokens=0)
     engine = model.engine(proposer, speculation, cost.fresh())
     pool = Pool(proposer, Hello("target", options.model, model.fingerprint), options.draft)
-    pool.size(1)
-    while not pool.look():
+    pool.size(options.first)
+    while len(pool.look()) < options.first:
         time.sleep(0.1)
     policy, streams = LoadPolicy(goals), Streams(engine, model.runner.vocab_size, options.streams)
     began = due = time.monotonic()
@@ -231,6 +232,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=75.0)
     parser.add_argument("--gpus", action="store_true", help="see above")
     parser.add_argument("--streams", type=int, default=2)
+    parser.add_argument("--first", type=int, default=1, help="drafters to begin with")
     parser.add_argument("--most", type=int, default=2)
     parser.add_argument(
         "--utilization", type=float, default=0.25, help="of a drafter; low, so that few streams want more"
