@@ -57,10 +57,10 @@ ENGINE = EngineSettings(max_num_seqs=16, kv_tokens=16384, threads=1, device="cpu
 ON_GPUS = ("llama-8b", "llama-1b")
 
 
-def model_of(name: str) -> LoadedModel:
+def model_of(name: str, **engine: str) -> LoadedModel:
     """A model of ours on the CPU, or a random one of a real shape on a GPU."""
     if name not in ON_GPUS:
-        return load_model(resolve(name).path, ENGINE)
+        return load_model(resolve(name).path, EngineSettings(**{**ENGINE.model_dump(), **engine}))
     import gpu
 
     sizes = {"kv_tokens": 32768, "max_num_seqs": 32, "max_model_len": 2048}
@@ -232,6 +232,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=75.0)
     parser.add_argument("--gpus", action="store_true", help="see above")
     parser.add_argument("--streams", type=int, default=2)
+    parser.add_argument(
+        "--target-backend", default="auto", help="its linear_backend; fbgemm_fp16 or torch stand for a larger target"
+    )
     parser.add_argument("--first", type=int, default=1, help="drafters to begin with")
     parser.add_argument("--most", type=int, default=2)
     parser.add_argument(
@@ -244,7 +247,7 @@ def main() -> None:
     chosen = {"downscale_delay_s": 30.0, "upscale_delay_s": 2.0, "draft": draft}
     goals = resolved(AutoscalingSettings.model_validate(chosen), cpu=not options.gpus)
     least = float(goals.draft.min_gain)
-    model = model_of(options.model)
+    model = model_of(options.model, linear_backend=options.target_backend)
     cost, courses = measure_verify_cost(model.runner), list[Course]()
     print(f"A drafter must save {least:g} s of targets a second.\n")
     print("| accepted | saved a second, each drafter | pays | drafters | tokens/s |\n|---|---|---|---|---|")
