@@ -13,7 +13,21 @@ Preset = Literal["latency", "throughput", "cost"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class TargetScaling(Settings):
+class PoolScaling(Settings):
+    """What the bounds of either pool have in common."""
+
+    min_replicas: int
+    max_replicas: int
+    utilization: Share | Auto
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
+
+class TargetScaling(PoolScaling):
     """How many target replicas there may be, and how full they run."""
 
     min_replicas: Positive = Field(1, description="Fewest target replicas.")
@@ -25,14 +39,8 @@ class TargetScaling(Settings):
         "cost 0.85.",
     )
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
-        return self
 
-
-class DraftScaling(Settings):
+class DraftScaling(PoolScaling):
     """How many draft replicas there may be, and what they must bring."""
 
     min_replicas: Annotated[int, Field(ge=0)] = Field(0, description="Fewest draft replicas; 0 lets all of them go.")
@@ -58,12 +66,6 @@ class DraftScaling(Settings):
         description="After drafters were scaled away one is tried again so much later, if sequences want drafts; twice "
         "as long after each try in vain, up to a day.",
     )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
-        return self
 
 
 class AutoscalingSettings(Settings):
@@ -119,7 +121,7 @@ class ReplicaRange:
     most: int
 
     @classmethod
-    def of(cls, num_replicas: int, enabled: bool, bounds: TargetScaling | DraftScaling) -> Self:
+    def of(cls, num_replicas: int, enabled: bool, bounds: PoolScaling) -> Self:
         if not enabled:
             return cls(num_replicas, num_replicas, num_replicas)
         fewest, most = bounds.min_replicas, bounds.max_replicas

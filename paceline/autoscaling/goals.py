@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from paceline.autoscaling.presets import resolved
-from paceline.config_autoscaling import AutoscalingSettings, DraftScaling, TargetScaling
+from paceline.config_autoscaling import AutoscalingSettings, PoolScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Goals:
         )
 
 
-def _pool(settings: AutoscalingSettings, pool: TargetScaling | DraftScaling) -> PoolGoals:
+def _pool(settings: AutoscalingSettings, pool: PoolScaling) -> PoolGoals:
     return PoolGoals(
         min_replicas=pool.min_replicas,
         max_replicas=pool.max_replicas,

@@ -50,8 +50,6 @@ class Reason(StrEnum):
     """The settings' fewest or most."""
     UNKNOWN = "unknown"
     """Nothing is known of the load: the pool stays as it is."""
-    ERROR = "error"
-    """The policy failed: the pool stays as it is."""
 
 
 class _Reported:

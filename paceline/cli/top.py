@@ -31,7 +31,7 @@ def top(
 ) -> None:
     """Show what a running server does, anew until Ctrl-C.
 
-    Rates, times and shares are of the time between two looks: tokens a second, time to first token and between tokens
+    Rates, times and shares are of the time between two looks: tokens a second, time to first token and between tokens,
     the share of candidates accepted, each drafter's load. Below are the last decisions of the autoscaler with their
     reasons. The busiest replicas come first.
     """

@@ -47,15 +47,15 @@ class Router:
     ) -> None:
         self._settings = settings
         join_serve_logs(settings.telemetry)
-        self._tracer = open_tracer(
-            settings.telemetry, "paceline-router", serve.get_replica_context().replica_id.unique_id
-        )
+        context = serve.get_replica_context()
+        replica = context.replica_id.unique_id
+        self._tracer = open_tracer(settings.telemetry, "paceline-router", replica)
         self._keys = await asyncio.to_thread(open_keys, settings.api_keys)
         if self._keys is None:
             logger.warning("no api_keys are configured: whoever reaches the HTTP or gRPC port may use it")
         tokenizer, windows = await asyncio.to_thread(_load, settings)
-        app = serve.get_replica_context().app_name
-        self._targets = ServeTargets(target, draft, partial(autoscaling_status, settings, app, ClusterKeyValue()))
+        scaled = partial(autoscaling_status, settings, context.app_name, ClusterKeyValue())
+        self._targets = ServeTargets(target, draft, scaled)
         self._gateway = Gateway(
             self._targets,
             tokenizer,
@@ -70,7 +70,7 @@ class Router:
             tool_call_parser=settings.tool_call_parser,
             check_grammar=check_grammar,
             limits=settings.limits,
-            router=serve.get_replica_context().replica_id.unique_id,
+            router=replica,
             observer=_observer(settings, self._tracer),
         )
         self._rpc = InferenceAccess(self._gateway, self._keys)

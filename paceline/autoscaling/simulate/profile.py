@@ -22,8 +22,6 @@ from paceline.errors import ConfigError
 Array = NDArray[np.float64]
 Points = Annotated[dict[Positive, Seconds], Field(min_length=1)]
 
-DEFAULT = "llama-8b-h100"
-
 
 class DraftProfile(Settings):
     """What drafters bring, and what that costs."""

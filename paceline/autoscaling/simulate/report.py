@@ -11,8 +11,6 @@ import numpy as np
 from paceline.autoscaling.simulate.histogram import mean, quantile
 from paceline.autoscaling.simulate.record import Record
 
-MOST_LISTED = 200
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
