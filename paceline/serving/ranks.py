@@ -119,6 +119,7 @@ class Actors(Others):
             .options(
                 num_cpus=bundle.get("CPU", 0),
                 num_gpus=bundle.get("GPU", 0),
+                resources={name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")},
                 max_restarts=0,
                 max_concurrency=CALLS_AT_ONCE,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),

@@ -26,7 +26,7 @@ from paceline.rpc.frame_feed import Feeds, start_feed_server
 from paceline.rpc.mailbox import Mailbox
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.exchange import Exchange
-from paceline.serving.hosts import own_host
+from paceline.serving.hosts import own_host, whereabouts
 from paceline.serving.logs import join_serve_logs
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
@@ -215,6 +215,7 @@ class Target:
         numbers: dict[str, Any] = {
             "replica_id": self.replica_id,
             "pid": os.getpid(),
+            **whereabouts(),
             **status_of(self._loop.engine),
             "routers_fed": len(self._feeds.routers),
             "drafters_connected": 0,

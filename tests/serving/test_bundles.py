@@ -130,3 +130,18 @@ def test_gpu_ranks_need_their_cpus_on_the_same_node() -> None:
 
 def test_where_nodes_may_be_added_the_bundles_may_wait_for_them() -> None:
     bundles.check(settings(2, num_cpus=6), [node(8, **{bundles.NODE_GROUP: "workers"})])
+
+
+def test_custom_resources_keep_a_replica_to_nodes_that_have_them() -> None:
+    made = bundles.options(settings(1, num_cpus=4, resources={"paceline_target": 1}).target)
+    assert made["ray_actor_options"] == {"num_cpus": 4, "num_gpus": 0, "resources": {"paceline_target": 1}}
+
+
+def test_each_rank_reserves_the_custom_resources() -> None:
+    made = bundles.options(settings(2, num_cpus=4, resources={"paceline_target": 0.5}).target)
+    assert made["placement_group_bundles"] == [{"CPU": 4, "paceline_target": 0.5}] * 2
+
+
+def test_rays_own_resources_are_no_custom_ones() -> None:
+    with pytest.raises(ConfigError, match="target.resources: .*GPU is Ray's own; num_cpus and num_gpus reserve those"):
+        settings(1, resources={"GPU": 1})
