@@ -143,5 +143,5 @@ def test_each_rank_reserves_the_custom_resources() -> None:
 
 
 def test_rays_own_resources_are_no_custom_ones() -> None:
-    with pytest.raises(ConfigError, match="target.resources: .*GPU is Ray's own; num_cpus and num_gpus reserve those"):
+    with pytest.raises(ConfigError, match=r"target.resources: .*GPU is Ray's own; num_cpus and num_gpus reserve those"):
         settings(1, resources={"GPU": 1})
