@@ -255,8 +255,8 @@ class TargetSettings(Settings):
     resources: CustomResources = Field(
         {},
         validate_default=True,
-        description="Custom Ray resources reserved for a replica, or for each rank, such as {paceline_target: 1}: it goes "
-        "only to nodes that were started with them.",
+        description="Custom Ray resources reserved for a replica, or for each rank, such as {paceline_target: 1}: it "
+        "goes only to nodes that were started with them.",
     )
     drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
         20.0,
@@ -296,8 +296,8 @@ class DraftSettings(Settings):
     resources: CustomResources = Field(
         {},
         validate_default=True,
-        description="Custom Ray resources reserved for a replica, or for each rank, such as {paceline_draft: 1}: it goes "
-        "only to nodes that were started with them.",
+        description="Custom Ray resources reserved for a replica, or for each rank, such as {paceline_draft: 1}: it "
+        "goes only to nodes that were started with them.",
     )
     host: str = Field(
         "auto",
