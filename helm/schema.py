@@ -1,4 +1,4 @@
-"""values.schema.json: types from the defaults, constraints from the comments, Paceline's settings from its own schema."""
+"""values.schema.json: types from defaults, constraints from comments, Paceline's settings from its own schema."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Reads a values.yaml together with its comments.
 
-PyYAML drops comments, so keys are found line by line: block style, two spaces a level, comments right above their key. An
-empty line ends a comment. Lines that begin with `@schema` hold JSON schema, `@each NAME` says of a map that its entries
-have the keys of the section NAME, and `@like NAME` that a section has those besides its own.
+PyYAML drops comments, so keys are found line by line: block style, two spaces a level, comments right above their key.
+An empty line ends a comment. Lines that begin with `@schema` hold JSON schema, `@each NAME` says of a map that its
+entries have the keys of the section NAME, and `@like NAME` that a section has those besides its own.
 """
 
 from __future__ import annotations
