@@ -194,7 +194,7 @@ def check_deadline(deadline_s: float, leaving_s: float) -> None:
 
 
 def check_drain(node: Node, machines: Machines, needs: Mapping[str, float], *, force: bool) -> None:
-    """Raise NodeConflict if this node cannot be emptied, or its sessions would have nowhere to go and none says force."""
+    """Raise NodeConflict if this node cannot be emptied, or its sessions have nowhere to go and nobody says force."""
     if node.head:
         raise NodeConflict(
             f"node: {shown(node.host)} is the head node: the cluster's own state is there, and it ends with it; drain "
