@@ -33,6 +33,7 @@ SHOWN = {
     "ConfigError": (500, "INTERNAL"),
     "ModelError": (500, "INTERNAL"),
     "DraftError": (500, "INTERNAL"),
+    "ClusterError": (500, "INTERNAL"),
 }
 
 
