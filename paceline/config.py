@@ -407,6 +407,11 @@ class AppSettings(Settings):
     )
     served_model_name: str | None = Field(None, description="Name clients use; None is the model's own.")
     num_routers: Positive = Field(1, description="Router replicas (HTTP and gRPC ingress).")
+    router_drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
+        60.0,
+        description="A router that leaves (redeploy, a node that drains) goes on with the answers that it streams for "
+        "so long; longer ones are cut off.",
+    )
     request_timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0, description="A request is ended with an error after this long."
     )
