@@ -60,12 +60,28 @@ class Lab:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def cluster_file(self, wheels: Path) -> Path:
+        """`cluster/onprem.yaml` with this lab's addresses and key, and our wheel in place of a download."""
+        text = (ROOT / "cluster" / "onprem.yaml").read_text()
+        install = f"sh {HERE / 'install.sh'} ~/paceline {wheels} {sys.executable}"
+        for before, after in (
+            ("10.0.0.1", "10.77.0.1"),
+            ("ssh_user: paceline", "ssh_user: root"),
+            ("~/.ssh/id_ed25519", str(self.key)),
+            ("~/paceline/bin/pip install 'paceline==0.1.0'", install),
+        ):
+            assert before in text, before
+            text = text.replace(before, after)
+        file = self.folder / "onprem.yaml"
+        file.write_text(text)
+        return file
+
     def start(self, name: str) -> None:
         """Boot a host, for the first time or after `lose`; returns when it answers over SSH."""
-        for part in ("tmp", "home"):
-            shutil.rmtree(self.folder / name / part, ignore_errors=True) if part == "tmp" else None
-            (self.folder / name / part).mkdir(parents=True, exist_ok=True)
-        (self.folder / name / "tmp").chmod(0o1777)
+        own_tmp = self.folder / name / "tmp"
+        shutil.rmtree(own_tmp, ignore_errors=True)
+        own_tmp.mkdir()
+        own_tmp.chmod(0o1777)
         self._ip("-n", self._space("lab"), "link", "set", f"v-{name}", "up")
         log = (self.folder / name / "sshd.log").open("ab")
         self._inits[name] = subprocess.Popen(
@@ -98,7 +114,7 @@ class Lab:
     def run(self, command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
         """As the operator: on a machine of the same network, with a home and a /tmp of its own."""
         home = self.folder / "operator"
-        script = f"mount --make-rprivate / && mount --bind {home}/tmp /tmp && exec \"$@\""
+        script = f'mount --make-rprivate / && mount --bind {home}/tmp /tmp && exec "$@"'
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "HOME": str(home), "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "COLUMNS": "120",
@@ -155,7 +171,8 @@ class Lab:
             home = self.folder / name / "home"
             (home / ".cache").mkdir(parents=True)
             (home / ".cache" / "paceline").symlink_to(cache)
-            (home / ".bashrc").touch()
+            # The interpreter of the tests' own: a system's often has no venv.
+            (home / ".bashrc").write_text(f"export PATH={sys.base_prefix}/bin:$PATH\n")
 
     def _network(self) -> None:
         lab = self._space("lab")
