@@ -535,6 +535,14 @@ def secret(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
     return environ.get(name) or None
 
 
+def launcher_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Of Ray's cluster launcher, for hosts of one's own.
+
+    Its second autoscaler counts the head as one of the workers there, and so leaves one of them out.
+    """
+    return {**environ, "RAY_UP_enable_autoscaler_v2": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
 API_KEY_VARIABLE = "PACELINE_API_KEY"
 """What the commands that talk to a server send as its key."""
 

@@ -14,6 +14,7 @@ from paceline.cli import chat, demo, distill, doctor, estimate, evaluate, serve,
 from paceline.cli.autoscale import autoscale_app
 from paceline.cli.bench import bench_app
 from paceline.cli.keys import keys_app
+from paceline.cli.launcher import cluster_app
 from paceline.cli.models import models_app
 from paceline.cli.options import group
 from paceline.errors import PacelineError
@@ -42,6 +43,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(bench_app, name="bench")
 app.add_typer(autoscale_app, name="autoscale")
+app.add_typer(cluster_app, name="cluster")
 
 
 def show_version(wanted: bool) -> None:
