@@ -138,9 +138,14 @@ def _services(cluster: Object) -> Iterator[str]:
                 yield f"{name}: {label} is how the head's service finds its pod"
     if head.get("headService", {}).get("metadata", {}).get("name"):
         yield "headService.metadata.name: KubeRay's own"
-    if "serve" not in {port.get("name") for port in head["template"]["spec"]["containers"][0].get("ports", [])}:
+    if "serve" not in _names(head, "ports"):
         yield "head: a port named serve"
 
 
 def _environment(group: Object) -> set[str]:
-    return {each["name"] for each in group["template"]["spec"]["containers"][0].get("env", [])}
+    return _names(group, "env")
+
+
+def _names(group: Object, what: str) -> set[str]:
+    """Of the Ray container, which is the first."""
+    return {item["name"] for ray in group["template"]["spec"]["containers"][:1] for item in ray.get(what, [])}
