@@ -89,13 +89,16 @@
 {{- end -}}
 {{- end }}
 
-{{/* The kubelet's static CPU manager gives cores of their own to pods of the Guaranteed class with whole CPUs. */}}
+{{/* The kubelet's static CPU manager gives cores of their own to pods that request whole CPUs and as much as their limit. */}}
 {{- define "paceline.checkSockets" -}}
 {{- $requests := .group.resources.requests -}}
 {{- $limits := .group.resources.limits | default dict -}}
 {{- range $name := list "cpu" "memory" -}}
-{{- if ne (get $requests $name | toString) (get $limits $name | toString) -}}
-{{- fail (printf "groups.%s.resources.limits.%s: with cpuSockets it must equal requests.%s (%v), so that the pod gets cores of its own" $.name $name $name (get $requests $name)) -}}
+{{- if not (get $requests $name) -}}
+{{- fail (printf "groups.%s.resources.requests.%s: cpuSockets needs it; set it to what the sockets have" $.name $name) -}}
+{{- end -}}
+{{- if ne (get $limits $name | default (get $requests $name) | toString) (get $requests $name | toString) -}}
+{{- fail (printf "groups.%s.resources.limits.%s: with cpuSockets it is requests.%s (%v); leave it out" $.name $name $name (get $requests $name)) -}}
 {{- end -}}
 {{- end -}}
 {{- if not (regexMatch "^[0-9]+$" (get $requests "cpu" | toString)) -}}

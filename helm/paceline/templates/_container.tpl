@@ -26,9 +26,13 @@ lifecycle: {{- toYaml . | nindent 2 }}
 volumeMounts: {{- include "paceline.volumeMounts" . | nindent 2 }}
 {{- end }}
 
-{{/* Its resources, with the accelerator in requests and limits, which must be equal. */}}
+{{/* Its resources, with the accelerator in requests and limits, which must be equal. A pod with sockets of its own has as
+limits what it requests: only then the kubelet's static CPU manager gives it cores. */}}
 {{- define "paceline.resources" -}}
 {{- $resources := deepCopy .pod.resources -}}
+{{- if .pod.cpuSockets -}}
+{{- $_ := set $resources "limits" (deepCopy $resources.requests) -}}
+{{- end -}}
 {{- with .pod.accelerator -}}
 {{- if .count -}}
 {{- range $kind := list "requests" "limits" -}}
