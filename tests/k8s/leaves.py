@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tests.k8s import leaves_objects
 from tests.k8s.charts import CHART, ROOT, defaults
+from tests.k8s.leaves_shared import REDIS, SMALL
 
-SMALL = {"requests": {"cpu": "4", "memory": "5Gi"}, "limits": {"memory": "5Gi"}}
 PROBE = {"periodSeconds": 7}
 OTHER: dict[str, Any] = {
     "apiKeys.metrics": "open",
@@ -39,6 +40,7 @@ OTHER: dict[str, Any] = {
     "image.pullPolicy": "Always",
     "initializingTimeout": "3h",
     "modelCache.mountPath": "/mnt/models",
+    **leaves_objects.OTHER,
     "pods.livenessProbe": PROBE,
     "pods.readinessProbe": PROBE,
     "pods.startupProbe": PROBE,
@@ -66,7 +68,6 @@ OTHER: dict[str, Any] = {
     "upgrade.strategy": "None",
 }
 
-REDIS = {"redis.enabled": True, "redis.host": "redis", "redis.existingSecret": "redis"}
 SCALES = {
     "autoscaling.enabled": True,
     "groups.target.maxReplicas": 4,
@@ -102,8 +103,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "groupDefaults.replicasPerPod": {"target.numCpus": 0.5, "draft.numCpus": 0.5},
     "groupDefaults.role": {"groups.more.minReplicas": 1},
     "hub.tokenKey": {"hub.existingSecret": "hub"},
-    "modelCache.existingClaim": {"modelCache.enabled": True},
     "redis": REDIS,
+    **leaves_objects.NEEDS,
     "serviceAccount.name": {},
     "target.numGpus": {"groups.target.accelerator.count": 1},
     "target.replicas": ROOM,
