@@ -36,8 +36,11 @@
 {{- if and $.Values.gcsFaultTolerance.enabled (not .enabled) -}}
 {{- fail "gcsFaultTolerance.enabled: it keeps Ray's state in Redis; set redis.enabled too" -}}
 {{- end -}}
-{{- if and .enabled (hasPrefix ":" (include "paceline.redisAddress" $)) -}}
-{{- fail "redis.host: redis.enabled needs it; set it to the host of your Redis" -}}
+{{- if .enabled -}}
+{{- $_ := include "paceline.redisHost" $ -}}
+{{- end -}}
+{{- if and .install (or .host .username .tls) -}}
+{{- fail "redis.install: the Redis that is installed has no redis.host, redis.username or redis.tls; leave them empty" -}}
 {{- end -}}
 {{- end -}}
 {{- end }}
@@ -86,13 +89,16 @@
 {{- end -}}
 {{- end }}
 
-{{/* The kubelet's static CPU manager gives cores of their own to pods of the Guaranteed class with whole CPUs. */}}
+{{/* The kubelet's static CPU manager gives cores of their own to pods that request whole CPUs and as much as their limit. */}}
 {{- define "paceline.checkSockets" -}}
 {{- $requests := .group.resources.requests -}}
 {{- $limits := .group.resources.limits | default dict -}}
 {{- range $name := list "cpu" "memory" -}}
-{{- if ne (get $requests $name | toString) (get $limits $name | toString) -}}
-{{- fail (printf "groups.%s.resources.limits.%s: with cpuSockets it must equal requests.%s (%v), so that the pod gets cores of its own" $.name $name $name (get $requests $name)) -}}
+{{- if not (get $requests $name) -}}
+{{- fail (printf "groups.%s.resources.requests.%s: cpuSockets needs it; set it to what the sockets have" $.name $name) -}}
+{{- end -}}
+{{- if ne (get $limits $name | default (get $requests $name) | toString) (get $requests $name | toString) -}}
+{{- fail (printf "groups.%s.resources.limits.%s: with cpuSockets it is requests.%s (%v); leave it out" $.name $name $name (get $requests $name)) -}}
 {{- end -}}
 {{- end -}}
 {{- if not (regexMatch "^[0-9]+$" (get $requests "cpu" | toString)) -}}

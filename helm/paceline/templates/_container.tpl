@@ -26,9 +26,13 @@ lifecycle: {{- toYaml . | nindent 2 }}
 volumeMounts: {{- include "paceline.volumeMounts" . | nindent 2 }}
 {{- end }}
 
-{{/* Its resources, with the accelerator in requests and limits, which must be equal. */}}
+{{/* Its resources, with the accelerator in requests and limits, which must be equal. A pod with sockets of its own has as
+limits what it requests: only then the kubelet's static CPU manager gives it cores. */}}
 {{- define "paceline.resources" -}}
 {{- $resources := deepCopy .pod.resources -}}
+{{- if .pod.cpuSockets -}}
+{{- $_ := set $resources "limits" (deepCopy $resources.requests) -}}
+{{- end -}}
 {{- with .pod.accelerator -}}
 {{- if .count -}}
 {{- range $kind := list "requests" "limits" -}}
@@ -52,14 +56,7 @@ volumeMounts: {{- include "paceline.volumeMounts" . | nindent 2 }}
 {{- define "paceline.env" -}}
 {{- include "paceline.serveEnvironment" . }}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
-- {name: PACELINE_CACHE, value: {{ .root.Values.modelCache.mountPath }}/paceline}
-- {name: HF_HOME, value: {{ .root.Values.modelCache.mountPath }}/huggingface}
-{{- with .root.Values.hub }}
-{{- if .existingSecret }}
-- name: HF_TOKEN
-  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .tokenKey }}}}
-{{- end }}
-{{- end }}
+{{ include "paceline.cacheEnv" .root }}
 {{- with .root.Values.redis }}
 {{- if and .enabled .existingSecret }}
 - name: {{ include "paceline.redisPasswordVariable" $ }}
