@@ -15,7 +15,7 @@ TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: 
 
 
 def schema_of(values: tuple[Value, ...]) -> Schema:
-    """Of the whole file. Helm hands `global` and the values of subcharts down, so `global` is always allowed."""
+    """Of the whole file. Helm puts `global` among the values of every subchart, so it is always allowed."""
     sections = {value.name: value for value in values}
     schema = _section(values, sections)
     schema["properties"]["global"] = {"type": "object"}
@@ -39,6 +39,8 @@ def _value(value: Value, sections: dict[str, Value]) -> Schema:
         schema |= _section(value.children, sections) | comment.schema
         if comment.like:
             schema["properties"] = _value(sections[comment.like], sections)["properties"] | schema["properties"]
+        if comment.subchart:
+            schema["properties"]["global"] = {"type": "object"}
         return schema
     if not {"type", "enum", "anyOf", "const"} & comment.schema.keys():
         schema["type"] = TYPES[type(value.default)]

@@ -2,7 +2,8 @@
 
 PyYAML drops comments, so keys are found line by line: block style, two spaces a level, comments right above their key.
 An empty line ends a comment. Lines that begin with `@schema` hold JSON schema, `@each NAME` says of a map that its
-entries have the keys of the section NAME, and `@like NAME` that a section has those besides its own.
+entries have the keys of the section NAME, `@like NAME` that a section has those besides its own, and `@subchart NAME`
+that a section is the values of that subchart.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Comment:
     schema: dict[str, Any] = field(default_factory=dict)
     each: str | None = None
     like: str | None = None
+    subchart: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _comment(lines: list[str]) -> Comment:
         mark, _, rest = line.partition(" ")
         if mark == "@schema":
             schema |= json.loads(rest)
-        elif mark in ("@each", "@like"):
+        elif mark in ("@each", "@like", "@subchart"):
             marks[mark[1:]] = rest
         else:
             words.append(line.strip())

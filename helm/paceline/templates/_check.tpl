@@ -36,8 +36,11 @@
 {{- if and $.Values.gcsFaultTolerance.enabled (not .enabled) -}}
 {{- fail "gcsFaultTolerance.enabled: it keeps Ray's state in Redis; set redis.enabled too" -}}
 {{- end -}}
-{{- if and .enabled (hasPrefix ":" (include "paceline.redisAddress" $)) -}}
-{{- fail "redis.host: redis.enabled needs it; set it to the host of your Redis" -}}
+{{- if .enabled -}}
+{{- $_ := include "paceline.redisHost" $ -}}
+{{- end -}}
+{{- if and .install (or .host .username .tls) -}}
+{{- fail "redis.install: the Redis that is installed has no redis.host, redis.username or redis.tls; leave them empty" -}}
 {{- end -}}
 {{- end -}}
 {{- end }}

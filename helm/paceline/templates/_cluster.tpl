@@ -30,8 +30,11 @@ autoscalerOptions:
 {{- end }}
 {{- if .Values.gcsFaultTolerance.enabled }}
 gcsFaultToleranceOptions:
-  redisAddress: {{ include "paceline.redisAddress" . }}
+  redisAddress: {{ ternary "rediss://" "" .Values.redis.tls }}{{ include "paceline.redisAddress" . }}
   {{- with .Values.redis }}
+  {{- with .username }}
+  redisUsername: {value: {{ . | quote }}}
+  {{- end }}
   {{- if .existingSecret }}
   redisPassword:
     valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .passwordKey }}}}

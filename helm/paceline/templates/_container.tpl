@@ -52,14 +52,7 @@ volumeMounts: {{- include "paceline.volumeMounts" . | nindent 2 }}
 {{- define "paceline.env" -}}
 {{- include "paceline.serveEnvironment" . }}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
-- {name: PACELINE_CACHE, value: {{ .root.Values.modelCache.mountPath }}/paceline}
-- {name: HF_HOME, value: {{ .root.Values.modelCache.mountPath }}/huggingface}
-{{- with .root.Values.hub }}
-{{- if .existingSecret }}
-- name: HF_TOKEN
-  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .tokenKey }}}}
-{{- end }}
-{{- end }}
+{{ include "paceline.cacheEnv" .root }}
 {{- with .root.Values.redis }}
 {{- if and .enabled .existingSecret }}
 - name: {{ include "paceline.redisPasswordVariable" $ }}

@@ -62,7 +62,7 @@ sessions:
   handoff_timeout_s: {{ .Values.target.handoffTimeoutSeconds }}
   {{- with .Values.redis }}
   {{- if .enabled }}
-  store: redis://{{ include "paceline.redisAddress" $ }}/0
+  store: {{ include "paceline.redisUrl" $ }}
   {{- if .existingSecret }}
   password_environment: {{ include "paceline.redisPasswordVariable" $ }}
   {{- end }}
@@ -72,6 +72,15 @@ sessions:
 {{- if .existingSecret }}
 api_keys: {file: {{ include "paceline.apiKeysFolder" $ }}/{{ .key }}, metrics: {{ .metrics }}}
 {{- end }}
+{{- end }}
+{{- with .Values.telemetry }}
+telemetry:
+  {{- with .otlpEndpoint }}
+  otlp_endpoint: {{ . | quote }}
+  {{- end }}
+  trace_sample_ratio: {{ .traceSampleRatio }}
+  log_format: {{ .logFormat }}
+  log_requests: {{ .logRequests }}
 {{- end }}
 {{- with .Values.autoscaling }}
 {{- if .enabled }}
@@ -95,8 +104,4 @@ engine: {tensor_parallel_size: {{ .of.tensorParallelSize }}}
 
 {{- define "paceline.draftModel" -}}
 {{- .Values.draft.model | default (eq .Values.model "smollm2-135m" | ternary "smollm2-135m-draft" "") -}}
-{{- end }}
-
-{{- define "paceline.redisAddress" -}}
-{{- .Values.redis.host }}:{{ .Values.redis.port -}}
 {{- end }}
