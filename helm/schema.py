@@ -33,8 +33,10 @@ def _value(value: Value, sections: dict[str, Value]) -> Schema:
     comment = value.comment
     schema: Schema = {"description": comment.description} if comment.description else {}
     if comment.each:
-        entry = _value(sections[comment.each], sections)
-        return schema | {"type": "object", "additionalProperties": entry} | comment.schema
+        # Of a map `pattern` is what its keys are like: as patternProperties, a wrong key is named in the message.
+        names = comment.schema["pattern"]
+        entries = {names: _value(sections[comment.each], sections)}
+        return schema | {"type": "object", "additionalProperties": False, "patternProperties": entries}
     if value.children:
         schema |= _section(value.children, sections) | comment.schema
         if comment.like:
