@@ -83,6 +83,10 @@ class Api:
             self._found[api_version] = {entry["kind"]: resource_of(entry, api_version) for entry in entries}
         return self._found[api_version]
 
+    def forget(self, api_version: str) -> None:
+        """Ask anew what a group has: an operator may have been installed meanwhile."""
+        self._found.pop(api_version, None)
+
     # objects
 
     def get(self, resource: Resource, name: str) -> Obj:

@@ -69,7 +69,20 @@ def render(values: Mapping[str, Any], *, name: str, namespace: str) -> list[Obj]
 
 def as_yaml(objects: Sequence[Obj]) -> str:
     """Documents one after the other, keys in the order they were written."""
-    return "".join(f"---\n{yaml.safe_dump(obj, sort_keys=False, width=120, allow_unicode=True)}" for obj in objects)
+    return "".join(
+        f"---\n{yaml.dump(obj, Dumper=_Blocks, sort_keys=False, width=120, allow_unicode=True)}" for obj in objects
+    )
+
+
+class _Blocks(yaml.SafeDumper):
+    """Texts of several lines stay so, such as Serve's config in a RayService."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Blocks.add_representer(str, _text)
 
 
 def _hook(obj: Obj) -> str:

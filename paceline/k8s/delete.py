@@ -92,7 +92,7 @@ def delete(
         api.delete(api.resource(obj["apiVersion"], obj["kind"]), name_of(obj))
     deadline = time.monotonic() + timeout_s
     left = going
-    while left := [obj for obj in left if _there(api, obj)]:
+    while left := [now for obj in left if (now := _now(api, obj)) is not None]:
         if time.monotonic() > deadline:
             held = "; ".join(f"{title(obj)}{_holders(obj)}" for obj in left)
             raise NotReady(f"still there after {timeout_s:g} s: {held}; the same command waits on")
@@ -101,11 +101,11 @@ def delete(
     return [title(obj) for obj in going]
 
 
-def _there(api: Api, obj: Obj) -> bool:
-    """Whether it is there still; one of the same name made since is another. Listed, for no right to `get` is asked."""
+def _now(api: Api, obj: Obj) -> Obj | None:
+    """It as it is, if it is there; one of the same name made since is another. Listed: no right to `get` is asked."""
     resource = api.resource(obj["apiVersion"], obj["kind"])
     same = api.list_all(resource, fields=f"metadata.name={name_of(obj)}")
-    return any(each["metadata"]["uid"] == obj["metadata"]["uid"] for each in same)
+    return next((each for each in same if each["metadata"]["uid"] == obj["metadata"]["uid"]), None)
 
 
 def _holders(obj: Obj) -> str:

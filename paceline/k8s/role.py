@@ -111,6 +111,13 @@ def roles(wanted: Iterable[Right], *, name: str, namespace: str, subject: Obj | 
     return found + ([] if subject is None else [_binding(role, subject) for role in found])
 
 
+def subject_of(user: str | None, service_account: str | None, namespace: str) -> Obj | None:
+    """Whom a binding names."""
+    if service_account is not None:
+        return {"kind": "ServiceAccount", "name": service_account, "namespace": namespace}
+    return None if user is None else {"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": user}
+
+
 def _role(kind: str, name: str, namespace: str | None, held: Sequence[Right]) -> Obj:
     return {
         "apiVersion": "rbac.authorization.k8s.io/v1",

@@ -131,8 +131,9 @@ def _of_container(pod: Obj, status: Mapping[str, Any]) -> Trouble | None:
     name, waiting = status["name"], (status.get("state") or {}).get("waiting") or {}
     reason, message = waiting.get("reason"), _short(str(waiting.get("message") or ""))
     if reason in PULL_REASONS:
+        why = f"{reason}: {message}" if message else reason
         return Trouble(
-            f"{_called(pod)}: image {status.get('image')} cannot be pulled ({reason}{f': {message}' if message else ''})",
+            f"{_called(pod)}: image {status.get('image')} cannot be pulled ({why})",
             "check image.repository and image.tag, and image.pullSecrets for a private registry",
             lasting=reason != "ErrImagePull",  # the first try of several
             pod=name_of(pod),
