@@ -54,11 +54,13 @@ stubs-check: $(STAMP)  ## fail if the stubs differ from protos/
 docs: $(STAMP)  ## regenerate the tables and references in README and docs
 	$(BIN)/python -m paceline.cli.reference --write
 	$(BIN)/python monitoring/grafana/build.py
+	$(BIN)/python helm/build.py
 	$(BIN)/python -m tests.api.field_cases
 
 docs-check: $(STAMP)  ## fail if they differ from the code
 	$(BIN)/python -m paceline.cli.reference --check
 	$(BIN)/python monitoring/grafana/build.py --check
+	$(BIN)/python helm/build.py --check
 
 clean:  ## remove .venv and caches (downloaded models stay)
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

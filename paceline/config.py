@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
@@ -332,6 +333,11 @@ class SessionSettings(Settings):
         description="Where histories are kept: memory, one for each router; sqlite:///path, a file that outlives it; "
         "redis://host:port/0, shared by routers of any machine (`pip install paceline[redis]`).",
     )
+    password_environment: str | None = Field(
+        None,
+        description="Environment variable of the routers that holds the password of a redis:// store, so that it is "
+        "not in the address, which Ray's dashboard shows.",
+    )
     ttl_s: Annotated[float, Field(gt=0)] = Field(
         86_400.0, description="A history is kept so long after its last turn, and KV in host memory or on disk."
     )
@@ -373,6 +379,16 @@ class SessionSettings(Settings):
         "the KV of its sessions to the others, beyond the time of its running answers; what does not make it is "
         "prefilled when its session comes back. 0 hands over nothing.",
     )
+
+    @field_validator("password_environment")
+    @classmethod
+    def _one_password(cls, value: str | None, info: ValidationInfo) -> str | None:
+        store = str(info.data.get("store", "redis://"))
+        if value is not None and not store.startswith(("redis://", "rediss://")):
+            raise ValueError("is for a redis:// store; remove it, or set sessions.store to one")
+        if value is not None and urlsplit(store).password:
+            raise ValueError("the address in sessions.store has a password too; keep one")
+        return value
 
     @field_validator("kv_disk_path")
     @classmethod

@@ -96,7 +96,7 @@ class Api:
         except NotFound:
             return None
 
-    def list(self, resource: Resource, selector: str = "", fields: str = "") -> list[Obj]:
+    def list_all(self, resource: Resource, selector: str = "", fields: str = "") -> list[Obj]:
         """All of a kind that labels and fields select."""
         return self.list_at(resource, selector, fields)[0]
 

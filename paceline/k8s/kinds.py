@@ -52,6 +52,17 @@ def resource_of(entry: Mapping[str, Any], api_version: str) -> Resource:
     return Resource(group, version, entry["name"], entry["kind"], bool(entry["namespaced"]))
 
 
+def guessed(api_version: str, kind: str) -> Resource:
+    """A kind without asking a server: its plural by the rule that all those of Kubernetes keep to."""
+    group, _, version = api_version.rpartition("/")
+    word = kind.lower()
+    if word.endswith("s"):
+        plural = f"{word}es"
+    else:
+        plural = f"{word[:-1]}ies" if word.endswith("y") and word[-2] not in "aeiou" else f"{word}s"
+    return Resource(group, version, plural, kind)
+
+
 PODS = Resource("", "v1", "pods", "Pod")
 EVENTS = Resource("", "v1", "events", "Event")
 NODES = Resource("", "v1", "nodes", "Node", namespaced=False)

@@ -68,7 +68,9 @@ class Router:
             settings.speculation.synthetic_acceptance,
             windows,
             max_resumptions=settings.max_resumptions,
-            store=await asyncio.to_thread(open_store, settings.sessions.store, settings.sessions.ttl_s),
+            store=await asyncio.to_thread(
+                open_store, settings.sessions.store, settings.sessions.ttl_s, settings.sessions.password_environment
+            ),
             tool_call_parser=settings.tool_call_parser,
             check_grammar=check_grammar,
             limits=settings.limits,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 from paceline.errors import ConfigError, Unavailable
 from paceline.sessions.history import Session, SessionSummary
@@ -31,16 +32,21 @@ class RedisStore(SessionStore):
         self._clock = clock
 
     @classmethod
-    def at(cls, url: str, ttl_s: float) -> RedisStore:
-        """Raises ConfigError if the library is missing or the address means nothing."""
+    def at(cls, url: str, ttl_s: float, password: str | None = None) -> RedisStore:
+        """`password` is for an address without one.
+
+        Raises ConfigError if the library is missing, the address means nothing or the password is refused.
+        """
         try:
             from redis.asyncio import Redis
         except ImportError:
             raise ConfigError(
                 "sessions.store: Redis needs its client; install paceline[redis]", param="sessions.store"
             ) from None
+        connection = {"password": password, "socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
         try:
-            client = Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+            client = Redis.from_url(url, **connection)
+            _log_in(url, connection)
         except ValueError as error:
             raise ConfigError(f"sessions.store: {error}", param="sessions.store") from None
         return cls(client, ttl_s)
@@ -109,6 +115,33 @@ class RedisStore(SessionStore):
             return await cast(Awaitable[Any], answer)
         except (RedisError, OSError, TimeoutError) as error:
             raise Unavailable("the session store does not answer; try again shortly") from error
+
+
+def _log_in(url: str, connection: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a password is wrong or missing. A Redis that is away may come: that is no wrong setting."""
+    from redis import Redis
+    from redis.exceptions import AuthenticationError, RedisError
+
+    client = Redis.from_url(url, **connection, retry=None)
+    try:
+        client.ping()
+    except AuthenticationError:
+        raise _refused(url, connection["password"]) from None
+    except (RedisError, OSError):
+        return
+    finally:
+        client.close()
+
+
+def _refused(url: str, password: str | None) -> ConfigError:
+    setting = "sessions.store" if password is None else "sessions.password_environment"
+    if password is not None:
+        why = "Redis refuses the password in that variable, or the user in sessions.store"
+    elif urlsplit(url).password:
+        why = "Redis refuses the user or the password in the address"
+    else:
+        why = "Redis wants a password; put it into a variable and name that in sessions.password_environment"
+    return ConfigError(f"{setting}: {why}", param=setting)
 
 
 def _session(session_id: str) -> str:
