@@ -24,7 +24,7 @@ from tests.serve.conftest import chat_tokens
 from tests.serve.several_nodes import ray_of
 from tests.serve.test_autoscaling import deployed, ports
 
-pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SESSIONS = 4
 PATIENCE_S = 180.0
