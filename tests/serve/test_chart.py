@@ -88,7 +88,11 @@ def deployed(cluster: Server) -> Iterator[Server]:
 
 
 def test_answers_a_chat(deployed: Server) -> None:
-    body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 16}
+    body = {
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+        "max_tokens": 16,
+    }
     answer = deployed.post("/v1/chat/completions", body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["message"]["content"] == "The capital of France is Paris."
