@@ -1,7 +1,7 @@
 """Writes what the chart has from elsewhere: `python helm/build.py`; with `--check`, fails if the files differ.
 
-From its values.yaml: values.schema.json and README.md. From monitoring/: copies of the alerts and dashboards, since Helm
-reads no file outside of a chart.
+From its values.yaml: values.schema.json and README.md. From monitoring/: copies of the alerts and dashboards, since
+Helm reads no file outside of a chart.
 """
 
 from __future__ import annotations

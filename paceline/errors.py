@@ -4,7 +4,9 @@
     ├── InvalidRequest          400  INVALID_ARGUMENT      the client sent something wrong; names the field
     │   ├── UnknownModel        404  NOT_FOUND
     │   ├── UnknownSession      404  NOT_FOUND
-    │   └── SessionConflict     409  ABORTED               the session exists already, or has a turn under way
+    │   ├── SessionConflict     409  ABORTED               the session exists already, or has a turn under way
+    │   ├── UnknownNode         404  NOT_FOUND
+    │   └── NodeConflict        409  FAILED_PRECONDITION   the node cannot be drained, or not as things are
     ├── Unauthorized            401  UNAUTHENTICATED       no API key, or none that is known
     ├── Forbidden               403  PERMISSION_DENIED     the key has no right to this
     ├── Overloaded              429  RESOURCE_EXHAUSTED    refused before it queued; carries Retry-After
@@ -13,7 +15,8 @@
     ├── EngineError             500  INTERNAL              a step of the engine failed
     ├── ConfigError             (start-up)                 a setting is wrong; names the key
     ├── ModelError              (start-up)                 a model is missing, broken or unsupported
-    └── DraftError              (never reaches a client)   a drafter failed; the target goes on without it
+    ├── DraftError              (never reaches a client)   a drafter failed; the target goes on without it
+    └── ClusterError            (command line)             Kubernetes refused, or does not answer; paceline.k8s.errors
 
 A client sees `message`, `code` and `param`, and never an internal exception's text.
 """
@@ -78,6 +81,20 @@ class SessionConflict(InvalidRequest):
     grpc_code = "ABORTED"
 
 
+class UnknownNode(InvalidRequest):
+    code = "node_not_found"
+    http_status = 404
+    grpc_code = "NOT_FOUND"
+
+
+class NodeConflict(InvalidRequest):
+    """A node that cannot be drained, or not as things are. The message has the reason and the remedy."""
+
+    code = "node_conflict"
+    http_status = 409
+    grpc_code = "FAILED_PRECONDITION"
+
+
 class Unauthorized(PacelineError):
     """Who asks is not known. The message says how to send a key, and nothing of the one that came."""
 
@@ -132,6 +149,12 @@ class DraftError(PacelineError):
     """A drafter failed. Speculation handles it; it never reaches a client."""
 
     code = "draft_error"
+
+
+class ClusterError(PacelineError):
+    """Kubernetes refused something, does not answer, or has not become what was asked for."""
+
+    code = "cluster_error"
 
 
 def by_code(code: str) -> type[PacelineError]:

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tests.k8s import leaves_objects
 from tests.k8s.charts import CHART, ROOT, defaults
+from tests.k8s.leaves_shared import REDIS, SMALL
 
-SMALL = {"requests": {"cpu": "4", "memory": "5Gi"}, "limits": {"memory": "5Gi"}}
 PROBE = {"periodSeconds": 7}
 OTHER: dict[str, Any] = {
     "apiKeys.metrics": "open",
@@ -25,10 +26,8 @@ OTHER: dict[str, Any] = {
     "autoscaling.target.minReplicas": 2,
     "autoscaling.upscalingMode": "Aggressive",
     "config": {"request_timeout_s": 60},
-    "dashboards.labels": {"grafana": "1"},
     "draft.numCpus": 0.5,
     "draft.numGpus": 0.5,
-    "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "more"}}],
     "groupDefaults.accelerator.product": "NVIDIA-L4",
     "groupDefaults.accelerator.productLabel": "cloud.google.com/gke-accelerator",
     "groupDefaults.accelerator.resource": "amd.com/gpu",
@@ -37,22 +36,11 @@ OTHER: dict[str, Any] = {
     "groupDefaults.spot": "aks",
     "groups": {"more": {"role": "any"}},
     "head.resources": SMALL,
-    "httpRoute.parentRefs": [{"name": "other"}],
-    "grpcRoute.parentRefs": [{"name": "other"}],
-    "httpRoute.requestTimeout": "0s",
     "image.digest": f"sha256:{'0' * 64}",
     "image.pullPolicy": "Always",
     "initializingTimeout": "3h",
-    "modelCache.accessMode": "ReadWriteOnce",
-    "modelCache.job.resources": SMALL,
-    "modelCache.job.tolerations": [{"key": "k", "operator": "Exists"}],
     "modelCache.mountPath": "/mnt/models",
-    "modelCache.size": "50Gi",
-    "networkPolicy.clients": [{"podSelector": {}}],
-    "networkPolicy.dashboard": [{"podSelector": {}}],
-    "networkPolicy.egress.extra": [{"ports": [{"port": 6379}]}],
-    "networkPolicy.operator": [{"podSelector": {}}],
-    "networkPolicy.prometheus": [{"podSelector": {}}],
+    **leaves_objects.OTHER,
     "pods.livenessProbe": PROBE,
     "pods.readinessProbe": PROBE,
     "pods.startupProbe": PROBE,
@@ -69,28 +57,17 @@ OTHER: dict[str, Any] = {
     "pods.topologySpreadConstraints": [{"topologyKey": "z", "maxSkew": 1, "whenUnsatisfiable": "ScheduleAnyway"}],
     "pods.volumeMounts": [{"name": "shared-mem", "mountPath": "/mnt/shm"}],
     "pods.volumes": [{"name": "v", "emptyDir": {}}],
-    "prometheusRule.itlSeconds": 0.2,
     "ray.auth.mode": "disabled",
     "ray.version": "2.61.0",
     "redis.host": "elsewhere",
-    "redis.image.digest": f"sha256:{'0' * 64}",
-    "redis.image.pullPolicy": "Always",
-    "redis.resources": SMALL,
-    "redis.size": "1Gi",
-    "redis.tolerations": [{"key": "k", "operator": "Exists"}],
-    "serviceMonitor.interval": "30s",
     "speculation.depth": 4,
     "speculation.maxDepth": 4,
     "target.numCpus": 1.5,
     "target.numGpus": 0.5,
-    "telemetry.logFormat": "json",
-    "telemetry.otlpEndpoint": "http://collector:4317",
-    "telemetry.traceSampleRatio": 0.5,
     "upgrade.maxSurgePercent": 50,
     "upgrade.strategy": "None",
 }
 
-REDIS = {"redis.enabled": True, "redis.host": "redis", "redis.existingSecret": "redis"}
 SCALES = {
     "autoscaling.enabled": True,
     "groups.target.maxReplicas": 4,
@@ -104,9 +81,7 @@ ROOM = {
     "target.numCpus": 0.1,
     "draft.numCpus": 0.1,
 }
-INSTALLED = {"redis.enabled": True, "redis.install": True, "redis.existingSecret": "redis"}
-CLAIM = {"modelCache.enabled": True}
-ROUTE = {"parentRefs": [{"name": "public"}], "hostnames": ["llm.example.org"], "enabled": True}
+ANY = {"groups.any.role": "any"}
 NEEDS: dict[str, dict[str, Any]] = {
     "apiKeys.key": {"apiKeys.existingSecret": "keys"},
     "apiKeys.metrics": {"apiKeys.existingSecret": "keys"},
@@ -128,27 +103,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "groupDefaults.replicasPerPod": {"target.numCpus": 0.5, "draft.numCpus": 0.5},
     "groupDefaults.role": {"groups.more.minReplicas": 1},
     "hub.tokenKey": {"hub.existingSecret": "hub"},
-    "dashboards": {"dashboards.enabled": True},
-    "grpcRoute": {f"grpcRoute.{key}": value for key, value in ROUTE.items()},
-    "httpRoute": {f"httpRoute.{key}": value for key, value in ROUTE.items()},
-    "ingress": {"ingress.enabled": True},
-    "ingress.tlsSecret": {"ingress.enabled": True, "ingress.hosts": ["llm.example.org"]},
-    "modelCache": CLAIM,
-    "modelCache.mountPath": {},
-    "networkPolicy.egress": {"networkPolicy.egress.restrict": True},
-    "podDisruptionBudget": {"podDisruptionBudget.enabled": True},
-    "prometheusRule": {"prometheusRule.enabled": True},
-    "redis": INSTALLED,
-    "redis.host": REDIS,
-    "redis.tls": REDIS,
-    "redis.username": REDIS,
-    "redis.install": {"redis.existingSecret": "redis"},
-    "redis.port": REDIS,
+    "redis": REDIS,
+    **leaves_objects.NEEDS,
     "serviceAccount.name": {},
-    "serviceMonitor": {"serviceMonitor.enabled": True},
-    "serviceMonitor.secretKey": {"serviceMonitor.enabled": True, "serviceMonitor.existingSecret": "key"},
     "target.numGpus": {"groups.target.accelerator.count": 1},
-    "telemetry.traceSampleRatio": {"telemetry.otlpEndpoint": "http://collector:4317"},
     "target.replicas": ROOM,
     "target.tensorParallelSize": ROOM,
     "draft.tensorParallelSize": ROOM,

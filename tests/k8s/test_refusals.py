@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.k8s.charts import refusal
-from tests.k8s.leaves import REDIS, SCALES, STEPS, nested
+from tests.k8s.leaves import SCALES, STEPS, nested
+from tests.k8s.leaves_shared import REDIS
 
 SCHEMA = [
     ({"modle": "x"}, "at '': additional properties 'modle' not allowed"),
