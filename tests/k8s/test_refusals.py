@@ -80,7 +80,7 @@ def test_what_does_not_go_together(values: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("name", ["1st", "a.b"])
 def test_a_release_name_that_kuberay_does_not_take(name: str) -> None:
-    with pytest.raises(helm_python.HelmError, match="fullnameOverride: .* is no name for a RayService"):
+    with pytest.raises(helm_python.HelmError, match=r"fullnameOverride: .* is no name for a RayService"):
         render(name=name)
 
 
