@@ -1,6 +1,11 @@
 {{/* What the schema cannot say: values that do not go together. Each message names the value and the remedy. */}}
 {{- define "paceline.check" -}}
+{{- $name := include "paceline.fullname" . -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
+{{- fail (printf "fullnameOverride: %s is no name for a RayService, which begins with a letter and has letters, digits and dashes; set it, or name the release otherwise" $name) -}}
+{{- end -}}
 {{- include "paceline.checkUpgrade" . -}}
+{{- include "paceline.checkOperator" . -}}
 {{- include "paceline.checkRedis" . -}}
 {{- $groups := include "paceline.groups" . | fromYaml -}}
 {{- include "paceline.checkRole" (dict "root" . "groups" $groups "role" "target") -}}
@@ -28,6 +33,13 @@
 {{- fail (printf "upgrade.stepSizePercent: %v is more than maxSurgePercent %v; lower it" .stepSizePercent .maxSurgePercent) -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* A chart that names a dependency it does not have cannot be installed, so a checkout does not name the operator. */}}
+{{- define "paceline.checkOperator" -}}
+{{- if and (index .Values "kuberay-operator" "install") (not (hasKey .Subcharts "kuberay-operator")) -}}
+{{- fail "kuberay-operator.install: this copy of the chart came without the operator; install it by itself (README.md has the command), or package the chart: python helm/build.py --package dist" -}}
 {{- end -}}
 {{- end }}
 
