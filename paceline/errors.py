@@ -13,7 +13,8 @@
     ├── EngineError             500  INTERNAL              a step of the engine failed
     ├── ConfigError             (start-up)                 a setting is wrong; names the key
     ├── ModelError              (start-up)                 a model is missing, broken or unsupported
-    └── DraftError              (never reaches a client)   a drafter failed; the target goes on without it
+    ├── DraftError              (never reaches a client)   a drafter failed; the target goes on without it
+    └── ClusterError            (command line)             Kubernetes refused, or does not answer; paceline.k8s.errors
 
 A client sees `message`, `code` and `param`, and never an internal exception's text.
 """
@@ -132,6 +133,12 @@ class DraftError(PacelineError):
     """A drafter failed. Speculation handles it; it never reaches a client."""
 
     code = "draft_error"
+
+
+class ClusterError(PacelineError):
+    """Kubernetes refused something, does not answer, or has not become what was asked for."""
+
+    code = "cluster_error"
 
 
 def by_code(code: str) -> type[PacelineError]:

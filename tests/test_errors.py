@@ -31,6 +31,7 @@ SHOWN = {
     "ConfigError": (500, "INTERNAL"),
     "ModelError": (500, "INTERNAL"),
     "DraftError": (500, "INTERNAL"),
+    "ClusterError": (500, "INTERNAL"),
 }
 
 

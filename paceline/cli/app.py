@@ -13,6 +13,7 @@ import typer
 from paceline.cli import chat, demo, distill, doctor, estimate, evaluate, serve, status, top
 from paceline.cli.autoscale import autoscale_app
 from paceline.cli.bench import bench_app
+from paceline.cli.k8s import k8s_app
 from paceline.cli.keys import keys_app
 from paceline.cli.models import models_app
 from paceline.cli.options import group
@@ -40,6 +41,7 @@ app.command("distill", epilog=distill.EPILOG)(distill.distill)
 app.command("estimate", epilog=estimate.EPILOG)(estimate.estimate)
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
+app.add_typer(k8s_app, name="k8s")
 app.add_typer(bench_app, name="bench")
 app.add_typer(autoscale_app, name="autoscale")
 
