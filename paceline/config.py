@@ -407,6 +407,11 @@ class AppSettings(Settings):
     )
     served_model_name: str | None = Field(None, description="Name clients use; None is the model's own.")
     num_routers: Positive = Field(1, description="Router replicas (HTTP and gRPC ingress).")
+    router_drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
+        60.0,
+        description="A router that leaves (redeploy, a node that drains) goes on with the answers that it streams for "
+        "so long; longer ones are cut off.",
+    )
     request_timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0, description="A request is ended with an error after this long."
     )
@@ -528,6 +533,14 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 def secret(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
     """A variable that holds a secret; None if it is not set or empty."""
     return environ.get(name) or None
+
+
+def launcher_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Of Ray's cluster launcher, for hosts of one's own.
+
+    Its second autoscaler counts the head as one of the workers there, and so leaves one of them out.
+    """
+    return {**environ, "RAY_UP_enable_autoscaler_v2": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 API_KEY_VARIABLE = "PACELINE_API_KEY"

@@ -4,7 +4,9 @@
     ├── InvalidRequest          400  INVALID_ARGUMENT      the client sent something wrong; names the field
     │   ├── UnknownModel        404  NOT_FOUND
     │   ├── UnknownSession      404  NOT_FOUND
-    │   └── SessionConflict     409  ABORTED               the session exists already, or has a turn under way
+    │   ├── SessionConflict     409  ABORTED               the session exists already, or has a turn under way
+    │   ├── UnknownNode         404  NOT_FOUND
+    │   └── NodeConflict        409  FAILED_PRECONDITION   the node cannot be drained, or not as things are
     ├── Unauthorized            401  UNAUTHENTICATED       no API key, or none that is known
     ├── Forbidden               403  PERMISSION_DENIED     the key has no right to this
     ├── Overloaded              429  RESOURCE_EXHAUSTED    refused before it queued; carries Retry-After
@@ -77,6 +79,20 @@ class SessionConflict(InvalidRequest):
     code = "session_conflict"
     http_status = 409
     grpc_code = "ABORTED"
+
+
+class UnknownNode(InvalidRequest):
+    code = "node_not_found"
+    http_status = 404
+    grpc_code = "NOT_FOUND"
+
+
+class NodeConflict(InvalidRequest):
+    """A node that cannot be drained, or not as things are. The message has the reason and the remedy."""
+
+    code = "node_conflict"
+    http_status = 409
+    grpc_code = "FAILED_PRECONDITION"
 
 
 class Unauthorized(PacelineError):

@@ -22,6 +22,8 @@ SHOWN = {
     "UnknownModel": (404, "NOT_FOUND"),
     "UnknownSession": (404, "NOT_FOUND"),
     "SessionConflict": (409, "ABORTED"),
+    "UnknownNode": (404, "NOT_FOUND"),
+    "NodeConflict": (409, "FAILED_PRECONDITION"),
     "Unauthorized": (401, "UNAUTHENTICATED"),
     "Forbidden": (403, "PERMISSION_DENIED"),
     "Overloaded": (429, "RESOURCE_EXHAUSTED"),

@@ -15,6 +15,7 @@ from paceline.api.conversations import Conversations, Turn, unknown_session
 from paceline.api.deadline import bounded
 from paceline.api.fitting import Fitting, GrammarCheck
 from paceline.api.logprobs import TokenTexts
+from paceline.api.nodes import NodeControl, Nodes, NoNodes
 from paceline.api.observed import Observer
 from paceline.api.prompts import (
     ChatMessage,
@@ -119,6 +120,7 @@ class Gateway:
         limits: LimitSettings | None = None,
         router: str = "",
         observer: Observer | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
         self.synthetic_acceptance = synthetic_acceptance
         """Set if the targets accept candidates by chance (`SpeculationSettings.synthetic_acceptance`)."""
@@ -127,6 +129,7 @@ class Gateway:
         self.created = int(time.time())
         self.token_texts = TokenTexts(tokenizer)
         self._targets = targets
+        self._nodes: Nodes = nodes or NoNodes()
         limits = limits or LimitSettings()
         chars = CHARS_PER_TOKEN * max_model_len if limits.max_prompt_chars == "auto" else limits.max_prompt_chars
         self._prompts = PromptEncoder(tokenizer, tool_call_parser, chars, limits.max_messages)
@@ -144,12 +147,14 @@ class Gateway:
         owner: str,
         targets: Callable[[Targets], Targets],
         store: Callable[[SessionStore], SessionStore],
+        nodes: Callable[[Nodes], Nodes],
     ) -> Gateway:
         """This front end before what belongs to one owner: its share of the replicas and of the stored sessions."""
         if owner not in self._scopes:
             self._scopes[owner] = Conversations(store(self._store), self.model_name)
         scope = copy.copy(self)
         scope._targets = targets(self._targets)
+        scope._nodes = nodes(self._nodes)
         scope._conversations = self._scopes[owner]
         return scope
 
@@ -408,6 +413,10 @@ class Gateway:
                 drained.left = refused | busy
                 return drained
             await asyncio.sleep(DRAIN_POLL_S)
+
+    async def node_control(self) -> NodeControl:
+        """The nodes, with what sessions are held now."""
+        return NodeControl(self._nodes, await _bounded(self._targets.sessions()))
 
     async def close(self) -> None:
         """Release the session store."""

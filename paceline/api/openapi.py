@@ -26,7 +26,7 @@ TAGS = {
 
 DONE = "[DONE]"
 
-_PREFIXES = {"/v1/sessions": "Sessions", "/v1/replicas": "Operation", "/v1/": "OpenAI"}
+_PREFIXES = {"/v1/sessions": "Sessions", "/v1/replicas": "Operation", "/v1/nodes": "Operation", "/v1/": "OpenAI"}
 _TOKENS = ("/tokenize", "/detokenize")
 
 _EVENTS: dict[str, type[BaseModel]] = {
@@ -39,8 +39,8 @@ _EVENTS: dict[str, type[BaseModel]] = {
 
 _STATUSES = {
     "400": "The request is wrong; `param` names the field.",
-    "404": "No such model, session or response.",
-    "409": "The session exists already, or has a turn under way.",
+    "404": "No such model, session, response or node.",
+    "409": "The session exists already, or has a turn under way; the node cannot be drained.",
     "413": "The body is too large.",
     "429": "Too much is waiting already; `Retry-After` says when to come back.",
     "500": "Something failed here.",

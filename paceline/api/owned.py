@@ -6,13 +6,14 @@ sees all of them by those names, and its own are those without an owner, as are 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import NoReturn, cast
 
 from paceline.api.gateway import Gateway, Targets
 from paceline.api.keys import Caller
+from paceline.api.nodes import Machines, Nodes
 from paceline.api.state import ClusterStatus, SessionInfo
 from paceline.errors import Forbidden
 from paceline.sessions.handoff import Outcome
@@ -30,7 +31,10 @@ def seen_by(gateway: Gateway, caller: Caller | None) -> Gateway:
         return gateway
     names = Names(caller)
     return gateway.scoped(
-        names.prefix, lambda targets: OwnedTargets(targets, caller), lambda store: OwnedStore(store, names)
+        names.prefix,
+        lambda targets: OwnedTargets(targets, caller),
+        lambda store: OwnedStore(store, names),
+        lambda nodes: nodes if caller.admin else HiddenNodes(),
     )
 
 
@@ -98,6 +102,24 @@ class OwnedTargets(Targets):
         if not self._caller.admin:
             _refuse()
         return self._targets
+
+
+class HiddenNodes(Nodes):
+    """The nodes, for a key without `admin`."""
+
+    @property
+    def target_needs(self) -> Mapping[str, float]:
+        _refuse()
+
+    @property
+    def leaving_s(self) -> float:
+        _refuse()
+
+    async def look(self) -> Machines:
+        _refuse()
+
+    async def drain(self, node_id: str, deadline: float) -> None:  # noqa: ARG002  # it is refused
+        _refuse()
 
 
 class OwnedStore(SessionStore):

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from paceline.api.access import CALLER, Access, KeyCheck
+from paceline.api.access import Access, KeyCheck
 from paceline.api.answers import (
     Answer,
     ChatCompletion,
@@ -36,15 +36,16 @@ from paceline.api.answers import (
 from paceline.api.answers_responses import ResponseDeleted, ResponseObject
 from paceline.api.body import CheckedRoute
 from paceline.api.console import console_router
+from paceline.api.dependencies import TheGateway
 from paceline.api.failures import JSONBytes, install_error_handlers
 from paceline.api.gateway import Gateway, Prepared
 from paceline.api.metrics import CONTENT_TYPE, prometheus_text
 from paceline.api.middleware import BodyLimit, HeadLimit, LastResort, RequestId
 from paceline.api.openapi import Error, describe
-from paceline.api.owned import seen_by
 from paceline.api.reply import Reply
 from paceline.api.request_counts import RequestCounts
 from paceline.api.responses import Responses
+from paceline.api.routes_nodes import nodes_router
 from paceline.api.schema import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
@@ -88,6 +89,7 @@ def create_app(
     app.state.gateway = gateway
     app.state.requests = requests = RequestCounts()
     app.include_router(router)
+    app.include_router(nodes_router)
     app.include_router(console_router)
     install_error_handlers(app)
     limits = limits or LimitSettings()
@@ -108,15 +110,6 @@ def create_app(
     if request_ids:
         app.add_middleware(RequestId)  # added last, so it is the outermost
     return app
-
-
-async def _gateway(request: Request) -> Gateway:
-    gateway: Gateway | Callable[[], Gateway] = request.app.state.gateway
-    whole = gateway if isinstance(gateway, Gateway) else gateway()
-    return seen_by(whole, request.scope.get(CALLER))
-
-
-TheGateway = Annotated[Gateway, Depends(_gateway)]
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion)

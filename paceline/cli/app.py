@@ -15,6 +15,7 @@ from paceline.cli.autoscale import autoscale_app
 from paceline.cli.bench import bench_app
 from paceline.cli.k8s import k8s_app
 from paceline.cli.keys import keys_app
+from paceline.cli.launcher import cluster_app
 from paceline.cli.models import models_app
 from paceline.cli.options import group
 from paceline.errors import PacelineError
@@ -44,6 +45,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(k8s_app, name="k8s")
 app.add_typer(bench_app, name="bench")
 app.add_typer(autoscale_app, name="autoscale")
+app.add_typer(cluster_app, name="cluster")
 
 
 def show_version(wanted: bool) -> None:

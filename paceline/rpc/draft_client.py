@@ -142,7 +142,8 @@ class DraftPool:
     async def _greet(self, call: Any) -> None:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await call.write(pb.DraftRequest(hello=convert.hello_to_proto(self._hello)))
+                with _as_written():
+                    await call.write(pb.DraftRequest(hello=convert.hello_to_proto(self._hello)))
                 reply = await call.read()
         except TimeoutError:
             raise DraftError(f"no answer within {CONNECT_TIMEOUT_S:g} s") from None
@@ -177,6 +178,18 @@ class DraftPool:
         while (reply := await call.read()) is not EOF:
             link.bytes_received += reply.ByteSize() + MESSAGE_OVERHEAD_BYTES
             self._proposer.receive(link, convert.candidates_from_proto(reply))
+
+
+@contextlib.contextmanager
+def _as_written() -> Iterator[None]:
+    """A drafter that refuses before it has the first frame breaks the write, and gRPC then knows no more than that: the
+    next try is told why."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.INTERNAL:
+            raise
+        raise DraftError("the stream was refused before it began") from None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from paceline.config_autoscaling import ReplicaRange
 from paceline.rpc.draft_credentials import new_token
 from paceline.serving import bundles
 from paceline.serving.draft import Draft
+from paceline.serving.leaving import draft_leaving_s, router_leaving_s, target_leaving_s
 from paceline.serving.logs import logging_config
 from paceline.serving.router import Router
 from paceline.serving.routing import SessionRouter
@@ -26,10 +27,6 @@ ROUTER = "Router"
 SCALED_BY = {"autoscaling", "target", "draft"}
 """Settings that the policy sees: none of them has a secret."""
 HELD_POLICY = "paceline.serving.autoscaling:Held"
-SHUTDOWN_S = 20.0
-"""A router or draft that is told to leave is killed after so long."""
-SPARE_S = 3.0
-"""Between the last deadline of a replica that leaves and the moment it is killed."""
 SPARE_REQUESTS = 16
 """Requests a target accepts beyond what its engine runs and queues, so that the engine refuses, not Serve."""
 
@@ -50,7 +47,7 @@ def build(args: AppSettings) -> Application:
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=1000,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=SHUTDOWN_S,
+        graceful_shutdown_timeout_s=router_leaving_s(args),
     )
     return router.bind(args, target, draft) if draft is not None else router.bind(args, target)
 
@@ -64,7 +61,7 @@ def _target(args: AppSettings, with_drafts: bool, token: SecretStr | None) -> Ap
         **_count(args, args.target_replicas),
         max_ongoing_requests=engine.max_num_seqs + engine.max_queued_requests + SPARE_REQUESTS,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=args.target.drain_timeout_s + args.sessions.handoff_timeout_s + SPARE_S,
+        graceful_shutdown_timeout_s=target_leaving_s(args),
         request_router_config=RequestRouterConfig(
             request_router_class=SessionRouter,
             request_router_kwargs={"mode": args.sessions.routing, "load_bound": args.sessions.load_bound},
@@ -83,7 +80,7 @@ def _draft(args: AppSettings, token: SecretStr | None) -> Application | None:
         logging_config=logging_config(args.telemetry),
         **_count(args, args.draft_replicas),
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=SHUTDOWN_S + args.sessions.handoff_timeout_s,
+        graceful_shutdown_timeout_s=draft_leaving_s(args),
         request_router_config=RequestRouterConfig(request_router_class=SessionRouter),  # knows calls for one replica
         **bundles.options(args.draft),
     ).bind(args, token)

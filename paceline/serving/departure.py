@@ -31,6 +31,15 @@ class Departure:
 
     def __init__(self, sender: Sender, loop: EngineLoop, streams: Streams, grace_s: float) -> None:
         self._sender, self._loop, self._streams, self._grace_s = sender, loop, streams, grace_s
+        self._handoff: Handoff | None = None
+
+    @property
+    def left(self) -> int:
+        """Sessions that are still to be handed over, as far as they are known."""
+        if self._handoff is None:
+            return 0
+        outcome = self._handoff.outcome
+        return sum(name not in outcome.arrived and name not in outcome.left for name in self._handoff.held)
 
     async def run(self) -> None:
         """Hand over what can be, within the deadlines of grace and sender; log what became of it."""
@@ -50,7 +59,7 @@ class Departure:
         busy = self._streams.sessions()
         first = {name: max(tokens, held.get(name, 0)) for name, tokens in busy.items()}
         rest = {name: tokens for name, tokens in held.items() if name not in first}
-        handoff = Handoff(self._sender, first | rest, grace_s=max(0.0, due - began))
+        self._handoff = handoff = Handoff(self._sender, first | rest, grace_s=max(0.0, due - began))
         await handoff.announce()
         followed = (self._follow(handoff, session, due) for session in (*busy, None))
         await asyncio.gather(handoff.deliver(rest), *followed)

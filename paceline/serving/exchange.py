@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
+NOTE_PERIOD_S = 0.5
+"""Whoever waits for a replica to leave looks about so often."""
+
 
 class Exchange:
     """Of one replica.
 
     `find_peers` gets a function to call with whether this replica still belongs to the running ones, whenever that
-    changes. With `within_s` 0, the deadline of a hand-off, there are no peers and nothing is handed over.
+    changes. With `within_s` 0, the deadline of a hand-off, there are no peers and nothing is handed over. `note_left`
+    may block; it hears how many sessions are still to be handed over when the replica leaves.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Exchange:
         *,
         within_s: float,
         grace_s: float,
+        note_left: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.streams = Streams()
         self._replica_id, self._loop, self._grace_s = replica_id, loop, grace_s
@@ -43,6 +48,7 @@ class Exchange:
         self._receiver = Receiver(loop, self._counts)
         self._departure: asyncio.Task[None] | None = None
         self._sender: Sender | None = None
+        self._note_left = note_left
         if within_s:
             self._sender = Sender(replica_id, loop, find_peers(self._belongs), within_s, self._counts)
 
@@ -90,6 +96,7 @@ class Exchange:
         self._belongs(False)
         assert self._departure is not None
         await asyncio.wait({self._departure}, timeout=self._sender.within_s)
+        await asyncio.to_thread(self._note_left, 0)
         self._sender.peers.stop()
 
     def numbers(self) -> dict[str, Any]:
@@ -106,9 +113,18 @@ class Exchange:
 
     async def _leave(self) -> None:
         assert self._sender is not None
+        departure = Departure(self._sender, self._loop, self.streams, self._grace_s)
+        noting = asyncio.create_task(self._noting(departure))
         try:
-            await Departure(self._sender, self._loop, self.streams, self._grace_s).run()
+            await departure.run()
         except PacelineError as error:
             logger.warning("leaving: no session is handed over: %s", error.message)
         except Exception:
             logger.exception("leaving: the hand-off failed")
+        finally:
+            noting.cancel()
+
+    async def _noting(self, departure: Departure) -> None:
+        while True:
+            await asyncio.to_thread(self._note_left, departure.left)
+            await asyncio.sleep(NOTE_PERIOD_S)

@@ -31,6 +31,9 @@ class KeyValue(Protocol):
     def put(self, key: str, value: bytes) -> None:
         """Put it there, in place of what was."""
 
+    def delete(self, key: str) -> None:
+        """Forget it, if it is there."""
+
 
 class ClusterKeyValue:
     """The store of the Ray cluster that this process belongs to. Calls block for about a millisecond."""
@@ -47,6 +50,11 @@ class ClusterKeyValue:
         from ray.experimental.internal_kv import _internal_kv_put
 
         _internal_kv_put(key.encode(), value, overwrite=True, namespace=self.NAMESPACE)
+
+    def delete(self, key: str) -> None:
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del(key.encode(), namespace=self.NAMESPACE)
 
 
 def read_journal(app: str, store: KeyValue) -> dict[str, Any]:

@@ -24,7 +24,9 @@ from paceline.models.positions import shift_refusal
 from paceline.rpc.inference_access import InferenceAccess
 from paceline.serving.handles import ServeTargets
 from paceline.serving.journal import ClusterKeyValue, autoscaling_status
+from paceline.serving.leaving import longest_leaving_s
 from paceline.serving.logs import join_serve_logs
+from paceline.serving.nodes import RayNodes
 from paceline.sessions.handoff import Move
 from paceline.sessions.rules import WindowRules
 from paceline.sessions.stores import open_store
@@ -74,6 +76,7 @@ class Router:
             limits=settings.limits,
             router=replica,
             observer=_observer(settings, self._tracer),
+            nodes=RayNodes(settings, context.app_name, longest_leaving_s(settings)),
         )
         self._rpc = InferenceAccess(self._gateway, self._keys)
 

@@ -27,6 +27,8 @@ from paceline.rpc.mailbox import Mailbox
 from paceline.serving.discovery import ReplicaWatch
 from paceline.serving.exchange import Exchange
 from paceline.serving.hosts import own_host, whereabouts
+from paceline.serving.journal import ClusterKeyValue
+from paceline.serving.leaving import note_left
 from paceline.serving.logs import join_serve_logs
 from paceline.serving.peers import KV_IDENTITY, ServePeers
 from paceline.serving.ranks import Ranks, loading, rank_engine, ranks_status
@@ -97,6 +99,7 @@ class Target:
             lambda on_change: ServePeers(self._context, self._model.kv_identity, router_deployment, on_change),
             within_s=settings.sessions.handoff_timeout_s,
             grace_s=settings.target.drain_timeout_s,
+            note_left=note_left(self._context.app_name, self.replica_id, ClusterKeyValue()),
         )
         host = own_host(settings.target.host)
         self._feed_server, self._feed_address = await start_feed_server(self._feeds, host, settings.target.port)

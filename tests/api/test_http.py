@@ -417,6 +417,8 @@ async def test_the_openapi_description_has_every_route() -> None:
         "/v1/embeddings",
         "/v1/models",
         "/v1/models/{name}",
+        "/v1/nodes",
+        "/v1/nodes/{node}/drain",
         "/v1/replicas/{replica_id}/relieve",
         "/v1/responses",
         "/v1/responses/{response_id}",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import kubernetes_validate
@@ -27,10 +29,17 @@ def _of(resource: Object) -> Iterator[str]:
         yield from crds.errors(resource)
         yield from operator_rules.violations(resource)
     elif not resource["apiVersion"].startswith(OTHERS):
-        try:
-            kubernetes_validate.validate(resource, KUBERNETES, strict=True)
-        except kubernetes_validate.ValidationError as error:
-            yield str(error).splitlines()[0]
+        yield from _core(json.dumps(resource))
+
+
+@cache
+def _core(resource: str) -> tuple[str, ...]:
+    """Most objects are the same in most releases, and the check takes 40 ms."""
+    try:
+        kubernetes_validate.validate(json.loads(resource), KUBERNETES, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return (str(error).splitlines()[0],)
+    return ()
 
 
 def _nulls(value: Any, path: str) -> Iterator[str]:

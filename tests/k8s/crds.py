@@ -1,12 +1,11 @@
 """Checks custom resources as an API server does: against the schema in their CRD, unknown fields refused.
 
-A CRD's schema is JSON schema but for a few marks: int-or-string, nullable, preserved unknown fields, embedded resources.
+A CRD's schema is JSON schema but for a few marks: int-or-string, nullable, unknown fields kept, embedded resources.
 """
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ Schema = dict[str, Any]
 OBJECT_META = {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"}}
 
 
-def definitions() -> Iterator[dict[str, Any]]:
-    """KubeRay's CustomResourceDefinitions."""
-    for path in sorted(FOLDER.glob("*.yaml.gz")):
-        yield yaml.load(gzip.decompress(path.read_bytes()), yaml.CSafeLoader)
+def definition(kind: str) -> dict[str, Any]:
+    """KubeRay's CustomResourceDefinition of RayService or RayCluster."""
+    packed = (FOLDER / f"ray.io_{kind.lower()}s.yaml.gz").read_bytes()
+    found: dict[str, Any] = yaml.load(gzip.decompress(packed), yaml.CSafeLoader)
+    return found
 
 
 def errors(resource: dict[str, Any]) -> list[str]:
@@ -34,8 +34,7 @@ def errors(resource: dict[str, Any]) -> list[str]:
 
 @cache
 def _validators(kind: str) -> dict[str, jsonschema.Draft4Validator]:
-    (definition,) = (each for each in definitions() if each["spec"]["names"]["kind"] == kind)
-    spec = definition["spec"]
+    spec = definition(kind)["spec"]
     return {
         f"{spec['group']}/{version['name']}": jsonschema.Draft4Validator(
             _json_schema(version["schema"]["openAPIV3Schema"], root=True)

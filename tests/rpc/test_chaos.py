@@ -172,6 +172,7 @@ async def target() -> AsyncIterator[TargetReplica]:
         yield made
 
 
+@pytest.mark.slow
 async def test_a_drafter_killed_in_the_middle_of_drafting(target: TargetReplica, survivor: DraftProcess) -> None:
     """The other one takes its sequences; one that comes back at the same address is used again."""
     async with draft_process() as victim:

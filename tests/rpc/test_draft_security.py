@@ -80,7 +80,7 @@ async def test_a_wrong_token_is_unauthenticated_and_the_target_says_so(
             target_replica(credentials=shown) as target,
         ):
             target.pool.set_members({"draft": draft.address})
-            await until(lambda: target.pool.problems)
+            await until(lambda: target.pool.problems.get("draft", "").startswith("UNAUTHENTICATED"))
             problem = target.pool.problems["draft"]
             frames = await target.generate(**SEEDED)
     assert problem.startswith("UNAUTHENTICATED: this draft wants the token of its deployment")

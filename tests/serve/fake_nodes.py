@@ -63,7 +63,7 @@ def autoscaling_ray(
     with (folder / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
     try:
-        _wait_for(address, process, folder / "head.log")
+        wait_for(address, process, folder / "head.log")
         yield address
     finally:
         process.terminate()  # `ray start --block` then ends what it has started
@@ -76,7 +76,7 @@ def nodes(address: str) -> int:
     return sum(node.state == GcsNodeInfo.ALIVE for node in found) - 1
 
 
-def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not _listens(address):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]

@@ -98,6 +98,7 @@ def three(cluster: Server) -> Iterator[Server]:
     cluster.cluster.scale("Target", 2)
 
 
+@pytest.mark.slow
 def test_scaling_3_2_3_under_load_fails_no_request_and_keeps_every_session_s_kv(three: Server) -> None:
     homes, load = sorted(replicas(three)), Load(three)
     sessions = [opened(three, **options) for options in (SHORT, WINDOW) for _ in homes]
