@@ -89,11 +89,12 @@ def helm(kubeconfig: Path, api: Api, tmp_path: Path) -> Iterator[Helm]:
 
 
 def _objects(api: Api) -> set[str]:
-    """What is in the namespace, but for what every namespace has."""
+    """What is in the namespace and stays, but for what every namespace has."""
     found = {
         f"{kind}/{obj['metadata']['name']}"
         for version, kind in KINDS
         for obj in api.list_all(api.resource(version, kind))
+        if "deletionTimestamp" not in obj["metadata"]  # a claim ends when a controller, not there, lets it
     }
     return {each for each in found if each not in ("ServiceAccount/default", "ConfigMap/kube-root-ca.crt")}
 
