@@ -58,6 +58,7 @@ TOGETHER = [
     ({"upgrade.strategy": STEPS["upgrade.strategy"]}, "upgrade.strategy: NewClusterWithIncrementalUpgrade needs Ray's"),
     (STEPS | {"upgrade.gatewayClassName": ""}, "upgrade.gatewayClassName: NewClusterWithIncrementalUpgrade needs"),
     (STEPS | {"upgrade.maxSurgePercent": 5}, "upgrade.stepSizePercent: 10 is more than maxSurgePercent 5; lower it"),
+    ({"kuberay-operator.install": True}, "kuberay-operator.install: this copy of the chart came without the"),
     ({"config.model": "x"}, "config.model: set by another value"),
     (
         {"config.target.engine.tensor_parallel_size": 2},

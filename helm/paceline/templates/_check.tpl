@@ -1,6 +1,7 @@
 {{/* What the schema cannot say: values that do not go together. Each message names the value and the remedy. */}}
 {{- define "paceline.check" -}}
 {{- include "paceline.checkUpgrade" . -}}
+{{- include "paceline.checkOperator" . -}}
 {{- include "paceline.checkRedis" . -}}
 {{- $groups := include "paceline.groups" . | fromYaml -}}
 {{- include "paceline.checkRole" (dict "root" . "groups" $groups "role" "target") -}}
@@ -28,6 +29,13 @@
 {{- fail (printf "upgrade.stepSizePercent: %v is more than maxSurgePercent %v; lower it" .stepSizePercent .maxSurgePercent) -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* A chart that names a dependency it does not have cannot be installed, so a checkout does not name the operator. */}}
+{{- define "paceline.checkOperator" -}}
+{{- if and (index .Values "kuberay-operator" "install") (not (hasKey .Subcharts "kuberay-operator")) -}}
+{{- fail "kuberay-operator.install: this copy of the chart came without the operator; install it by itself (README.md has the command), or package the chart: python helm/build.py --package dist" -}}
 {{- end -}}
 {{- end }}
 
