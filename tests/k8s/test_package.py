@@ -38,7 +38,7 @@ def repository(tmp_path: Path) -> Iterator[str]:
     helm_python.package(chart, destination=folder)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     url = f"http://127.0.0.1:{server.server_port}"
-    helm_python.repo_index_generate(folder, url=url)
+    helm_python.repo_index_generate(folder, base_url=url)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield url

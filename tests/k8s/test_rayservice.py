@@ -103,8 +103,9 @@ def test_another_model_has_none_but_what_is_named() -> None:
 
 
 def test_no_drafts() -> None:
-    settings = parse_settings(args(service({"draft.enabled": False, "groups.draft": None})))
-    assert settings.draft_replicas.most == 0
+    without = service({"draft.enabled": False})
+    assert parse_settings(args(without)).draft_replicas.most == 0
+    assert groups(without).keys() == {"target"}
 
 
 def test_a_redis_password_is_no_argument() -> None:

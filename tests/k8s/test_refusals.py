@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import helm_python
 import pytest
 
-from tests.k8s.charts import refusal
+from tests.k8s.charts import refusal, render
 from tests.k8s.leaves import SCALES, STEPS, nested
 from tests.k8s.leaves_shared import REDIS
 
@@ -75,6 +76,12 @@ def test_by_the_schema(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(("values", "message"), TOGETHER, ids=lambda case: case if isinstance(case, str) else "")
 def test_what_does_not_go_together(values: dict[str, Any], message: str) -> None:
     assert f": {message}" in refusal(nested(values))
+
+
+@pytest.mark.parametrize("name", ["1st", "a.b"])
+def test_a_release_name_that_kuberay_does_not_take(name: str) -> None:
+    with pytest.raises(helm_python.HelmError, match=r"fullnameOverride: .* is no name for a RayService"):
+        render(name=name)
 
 
 def test_a_message_is_one_line() -> None:

@@ -1,5 +1,9 @@
 {{/* What the schema cannot say: values that do not go together. Each message names the value and the remedy. */}}
 {{- define "paceline.check" -}}
+{{- $name := include "paceline.fullname" . -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
+{{- fail (printf "fullnameOverride: %s is no name for a RayService, which begins with a letter and has letters, digits and dashes; set it, or name the release otherwise" $name) -}}
+{{- end -}}
 {{- include "paceline.checkUpgrade" . -}}
 {{- include "paceline.checkOperator" . -}}
 {{- include "paceline.checkRedis" . -}}

@@ -30,7 +30,7 @@
 {{- toYaml $head -}}
 {{- end }}
 
-{{/* Settings of all groups by name, complete, as YAML. What is derived from others is under keys of its own:
+{{/* Settings of all groups by name, complete, as YAML; none for drafts if there are no drafts. What is derived from others is under keys of its own:
 cpus (of a pod, whole ones), slots (ranks that a pod has room for, by role), requests and limits. */}}
 {{- define "paceline.groups" -}}
 {{- $groups := dict -}}
@@ -40,7 +40,9 @@ cpus (of a pod, whole ones), slots (ranks that a pod has room for, by role), req
 {{- include "paceline.overlay" (dict "base" $group "over" $own) -}}
 {{- $_ := set $group "cpus" (include "paceline.cpus" (dict "root" $ "name" $name "group" $group) | int) -}}
 {{- $_ := set $group "slots" (include "paceline.slots" (dict "root" $ "name" $name "group" $group) | fromYaml) -}}
+{{- if or $.Values.draft.enabled (ne $group.role "draft") -}}
 {{- $_ := set $groups $name $group -}}
+{{- end -}}
 {{- end -}}
 {{- toYaml $groups -}}
 {{- end }}
