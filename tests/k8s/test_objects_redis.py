@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from paceline.ports import free_ports
 from tests.k8s.charts import args, container, find, groups, head, rayservice, refusal, render
+from tests.redis_server import PASSWORD, running
 
 INSTALLED = {"enabled": True, "install": True, "existingSecret": "redis-password"}
 
@@ -91,6 +94,21 @@ def test_it_keeps_every_write_and_drops_nothing() -> None:
     (server,) = find(render(_redis(**INSTALLED)), "StatefulSet")["spec"]["template"]["spec"]["containers"]
     command = " ".join(server["command"])
     assert "--appendonly yes" in command and "--maxmemory-policy noeviction" in command and "--dir /data" in command
+
+
+def test_its_command_keeps_what_was_written_over_a_crash(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    (server,) = find(render(_redis(**INSTALLED, port=port)), "StatefulSet")["spec"]["template"]["spec"]["containers"]
+    told = {"/data": str(tmp_path), "$(REDIS_PASSWORD)": PASSWORD}
+    command = [told.get(word, word) for word in server["command"]]
+    with running(command, port, tmp_path) as client:
+        client.set("k", "v")
+    with running(command, port, tmp_path) as client:
+        assert client.get("k") == b"v"
+        assert client.config_get("requirepass", "maxmemory-policy") == {
+            "requirepass": PASSWORD,
+            "maxmemory-policy": "noeviction",
+        }
 
 
 def test_it_meets_the_restricted_profile() -> None:

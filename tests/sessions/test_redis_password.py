@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +11,7 @@ from paceline.errors import ConfigError
 from paceline.ports import free_ports
 from paceline.sessions.history import Session
 from paceline.sessions.stores import open_store
+from tests.redis_server import PASSWORD, running
 
 TTL_S = 100.0
 VARIABLE = "SESSIONS_PASSWORD"
@@ -21,28 +20,10 @@ VARIABLE = "SESSIONS_PASSWORD"
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`host:port/0` of a Redis that wants the password `right`."""
-    redis = pytest.importorskip("redis")
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not on PATH: apt-get install redis-server")
     (port,) = free_ports(1)
-    folder = tmp_path_factory.mktemp("redis")
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--requirepass", "right", "--save", "", "--appendonly", "no"]
-    server = subprocess.Popen(["redis-server", *options], cwd=folder, stdout=subprocess.DEVNULL)
-    try:
-        client = redis.Redis(port=port, password="right", retry=_patience(redis))
-        client.ping()
-        client.close()
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--requirepass", PASSWORD, "--save", ""]
+    with running(["redis-server", *options], port, tmp_path_factory.mktemp("redis")):
         yield f"127.0.0.1:{port}/0"
-    finally:
-        server.terminate()
-        server.wait(10)
-
-
-def _patience(redis: object) -> object:
-    from redis.backoff import ConstantBackoff
-    from redis.retry import Retry
-
-    return Retry(ConstantBackoff(0.05), 200)
 
 
 async def test_the_password_comes_from_the_variable(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
