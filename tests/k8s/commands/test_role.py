@@ -47,7 +47,8 @@ def restricted(api: Api, kubeconfig: Path, operator: Operator) -> Iterator[Api]:
     with connect(kubeconfig, USER, api.namespace) as made:
         yield made
     for kind in ("ClusterRole", "ClusterRoleBinding"):
-        api.delete(api.resource("rbac.authorization.k8s.io/v1", kind), f"under-test-{api.namespace}")
+        resource = api.resource("rbac.authorization.k8s.io/v1", kind)
+        api.delete(resource, f"under-test-{api.namespace}", propagation="Background")
 
 
 def rendered(api: Api, values: Obj) -> list[Obj]:
