@@ -127,9 +127,10 @@ def _applied(api: Api, resource: Resource, obj: Obj, before: Mapping[tuple[str, 
 
 
 def _content(obj: Obj) -> Obj:
-    """Without what a server may write anew when nothing changes: a server-side apply can raise the version by itself."""
-    metadata = {key: value for key, value in obj["metadata"].items() if key not in ("managedFields", "resourceVersion")}
-    return {**obj, "metadata": metadata}
+    """Without what a server may write anew when nothing changes: an apply can raise the version by itself."""
+    written = ("managedFields", "resourceVersion", "generation")
+    metadata = {key: value for key, value in obj["metadata"].items() if key not in written}
+    return {**obj, "metadata": metadata, "status": None}  # the status is not ours
 
 
 def _pruned(

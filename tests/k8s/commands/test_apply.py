@@ -26,6 +26,7 @@ OLD = ("--set", "podDisruptionBudget.enabled=false")
 
 APPLY = ("apply", *OLD)
 QUICK = (*APPLY, "--no-wait")
+NO_ACCOUNT = ("--set", "serviceAccount.create=false")
 CACHE = ("--set", "modelCache.enabled=true")
 
 
@@ -53,14 +54,13 @@ def test_the_second_apply_changes_nothing(k8s: Command, api: Api, operator: Oper
 
 def test_a_changed_value_changes_its_object_alone(k8s: Command, api: Api, operator: Operator) -> None:
     k8s(*QUICK, *CACHE)
-    found = k8s(*QUICK, *CACHE, "--set", "target.replicas=2").out.splitlines()[1:]
+    found = k8s(*QUICK, *CACHE, "--set", "upgrade.deletionDelaySeconds=77").out.splitlines()[1:]
     assert [line for line in found if not line.endswith("unchanged")] == ["RayService paceline changed"]
 
 
 def test_what_is_no_longer_rendered_is_deleted(k8s: Command, api: Api, operator: Operator) -> None:
-    account = ("--set", "serviceAccount.create=true")
-    k8s(*QUICK, *account)
-    found = k8s(*QUICK)
+    k8s(*QUICK)
+    found = k8s(*QUICK, *NO_ACCOUNT)
     assert "ServiceAccount paceline deleted" in found.out.splitlines()
     assert ("ServiceAccount", "paceline") not in generations(api)
 
@@ -80,12 +80,12 @@ def test_a_pruning_that_was_interrupted_is_finished_by_the_next_apply(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    k8s(*QUICK, "--set", "serviceAccount.create=true")
+    k8s(*QUICK)
     with monkeypatch.context() as patched:
         patched.setattr(apply, "_pruned", interrupted)
-        k8s(*QUICK)
+        k8s(*QUICK, *NO_ACCOUNT)
     assert ("ServiceAccount", "paceline") in generations(api)
-    k8s(*QUICK)
+    k8s(*QUICK, *NO_ACCOUNT)
     assert ("ServiceAccount", "paceline") not in generations(api)
 
 
@@ -250,7 +250,7 @@ def test_ctrl_c_ends_the_waiting_alone(kubeconfig: Path, namespace: str, api: Ap
 
 
 def test_delete_leaves_nothing_but_the_volume(k8s: Command, api: Api, operator: Operator) -> None:
-    k8s(*QUICK, *CACHE, "--set", "serviceAccount.create=true")
+    k8s(*QUICK, *CACHE)
     assert k8s("delete", "--timeout", "60").code == 0
     assert [kind for kind, _ in generations(api)] == ["PersistentVolumeClaim"]
 
