@@ -61,9 +61,9 @@ class Cluster:
         else:
             self._report("ray up")
             self._ray(["up", "--yes", "--no-config-cache", str(self._file.path)], timeout_s)
-        return self._wait(deadline, timeout_s)
+        return self._wait(deadline)
 
-    def _wait(self, deadline: float, timeout_s: float) -> list[HostState]:
+    def _wait(self, deadline: float) -> list[HostState]:
         while True:
             view = self._view()
             missing = [host for host in self._file.hosts if host not in view.nodes]

@@ -61,7 +61,7 @@ class Lab:
         self.close()
 
     def cluster_file(self) -> Path:
-        """`cluster/onprem.yaml` with this lab's addresses and key, and our wheel, of `wheels`, in place of a download."""
+        """`cluster/onprem.yaml` with this lab's addresses and key, and the wheel in `wheels` in place of a download."""
         text = (ROOT / "cluster" / "onprem.yaml").read_text()
         install = f"sh {HERE / 'install.sh'} ~/paceline {self.wheels} {sys.executable}"
         for before, after in (
