@@ -12,19 +12,28 @@ from paceline.config import launcher_environment
 from paceline.errors import Unavailable
 from paceline.launcher.file import ClusterFile
 from paceline.launcher.ssh import Answer, Ssh
-from paceline.launcher.state import HEAD, PROCESSES, HeadView, HostState, head_view, ray_processes
+from paceline.launcher.state import (
+    HEAD,
+    PROCESSES,
+    HeadView,
+    HostState,
+    head_view,
+    last_command,
+    ray_processes,
+    update_failed,
+)
 
 LOOK_TIMEOUT_S = 25.0
 STOP_TIMEOUT_S = 90.0
 DOWN_TIMEOUT_S = 180.0
 POLL_S = 2.0
-LOG_LINES = 8
+LOG_LINES = 12
 
 # `ray stop` ends every Ray of this user on the host, and leaves Serve's HAProxy behind. The brackets keep pkill from
 # finding the shell that runs it.
 STOP = "ray stop; pkill -u \"$(id -u)\" -f '[r]ay_haproxy/bin/haproxy'; sleep 1; " + PROCESSES
-LOGS = "cd /tmp/ray/session_latest/logs && tail -qn 3 raylet.err raylet.out"
-SETUP_LOG = "cd /tmp/ray/session_latest/logs && tail -qn 400 monitor.out monitor.err"
+LOGS = "test -d /tmp/ray/session_latest/logs && tail -qn 3 /tmp/ray/session_latest/logs/raylet.{err,out}"
+SETUP_LOG = "tail -n 2000 /tmp/ray/session_latest/logs/monitor.out"
 
 Report = Callable[[str], None]
 
@@ -38,31 +47,61 @@ class Cluster:
         self._ssh = Ssh(file.auth)
 
     def up(self, timeout_s: float) -> list[HostState]:
-        """Start it, and return when every host has joined; a cluster that runs is not touched.
+        """Start what does not run, and return when every host has joined; what runs is not touched.
 
-        Raises Unavailable, with the reason for each host that did not join.
+        Reports why, for each host that did not join, and raises Unavailable.
         """
         deadline = time.monotonic() + timeout_s
         self._report("looking at the hosts")
         before = self.status()
-        for state in before:
-            if state.problem is not None and state.head:
-                raise Unavailable(f"{state.host}: {state.problem}")
-            if state.problem is not None:
-                self._report(f"{state.host}: {state.problem}")
-        if not before[0].joined:
+        if before[0].problem is not None:
+            raise Unavailable(f"{before[0].host}: {before[0].problem}")
+        if before[0].joined:
+            self._join([state.host for state in before if not state.joined and state.problem is None], deadline)
+        else:
             self._report("ray up")
             self._ray(["up", "--yes", "--no-config-cache", str(self._file.path)], timeout_s)
+        return self._wait(deadline)
+
+    def _wait(self, deadline: float) -> list[HostState]:
         while True:
             view = self._view()
             missing = [host for host in self._file.hosts if host not in view.nodes]
             if not missing:
                 return self.status()
-            if time.monotonic() > deadline:
-                raise Unavailable(self._why(missing, view))
+            if time.monotonic() > deadline or self._given_up(missing):
+                self._explain(missing)
+                why = f": the head does not run: {view.problem}" if view.problem is not None else ""
+                raise Unavailable(
+                    f"{len(missing)} of {len(self._file.hosts)} hosts have not joined: {', '.join(missing)}{why}; "
+                    "the same command again tries those anew"
+                )
             joined = len(self._file.hosts) - len(missing)
             self._report(f"{joined} of {len(self._file.hosts)} hosts have joined; waiting for {', '.join(missing)}")
             time.sleep(POLL_S)
+
+    def _given_up(self, hosts: Sequence[str]) -> bool:
+        """Whether Ray's updater failed on all of them: it never tries a host of one's own twice."""
+        log = self._setup_log()
+        return all(update_failed(log, host) for host in hosts)
+
+    def _join(self, hosts: Sequence[str], deadline: float) -> None:
+        """Make them workers of the head that runs, as Ray's updater would: it has given them up, or lost them.
+
+        A host on which the updater is at work is left to it.
+        """
+        on_head = self._ssh.run(self._file.head_outside, PROCESSES, LOOK_TIMEOUT_S).output
+        for host in hosts:
+            if f"@{host} " in on_head:
+                continue
+            for command in self._file.join_commands:
+                self._report(f"{host}: {' '.join(command.split())[:100]}")
+                script = f"export RAY_HEAD_IP={self._file.head}; {command}"
+                answer = self._ssh.run(host, script, max(1.0, deadline - time.monotonic()))
+                if answer.problem is not None or answer.code:
+                    end = answer.output.strip().splitlines()[-LOG_LINES:]
+                    self._report("\n  ".join((f"{host}: that failed:", answer.problem or "", *end)))
+                    raise Unavailable(f"{host} was not set up: `{command.split(chr(10))[0][:80]}` failed")
 
     def status(self) -> list[HostState]:
         """Of every host of the file, the head first."""
@@ -107,23 +146,22 @@ class Cluster:
         answer = self._ssh.run(self._file.head_outside, HEAD, LOOK_TIMEOUT_S)
         return HeadView(problem=answer.problem) if answer.problem is not None else head_view(answer.output)
 
+    def _setup_log(self) -> str:
+        return self._ssh.run(self._file.head_outside, SETUP_LOG, LOOK_TIMEOUT_S).output
+
     def _on_all(self, hosts: Sequence[str], script: str, timeout_s: float) -> list[Answer]:
         if not hosts:
             return []
         with ThreadPoolExecutor(max_workers=min(32, len(hosts))) as pool:
             return list(pool.map(lambda host: self._ssh.run(self._file.reached_at(host), script, timeout_s), hosts))
 
-    def _why(self, missing: Sequence[str], view: HeadView) -> str:
-        """One paragraph a host: not reached, or the end of the log that says most."""
-        if self._file.head in missing:
-            return f"{self._file.head}: the head does not run: {view.problem}"
-        setup = self._ssh.run(self._file.head_outside, SETUP_LOG, LOOK_TIMEOUT_S).output.splitlines()
-        parts = []
+    def _explain(self, missing: Sequence[str]) -> None:
+        """Report why each host has not joined: not reached, or the end of the log that says most."""
+        setup = self._setup_log()
         for host, answer in zip(missing, self._on_all(missing, LOGS, LOOK_TIMEOUT_S), strict=True):
-            said = [line.strip() for line in setup if host in line][-LOG_LINES:]
-            lines = [answer.problem] if answer.problem is not None else [*said, *answer.output.strip().splitlines()]
-            parts.append(f"{host} has not joined:\n  " + "\n  ".join(lines[-LOG_LINES:] or ["no log says why"]))
-        return "\n".join(parts)
+            said = [*last_command(setup, host), *answer.output.strip().splitlines()]
+            lines = [answer.problem] if answer.problem is not None else said[:LOG_LINES]
+            self._report("\n  ".join((f"{host} has not joined:", *(lines or ["no log says why"]))))
 
     def _ray(self, words: Sequence[str], timeout_s: float) -> None:
         """Ray's own launcher, its output passed on as it comes. Raises Unavailable if it fails or takes too long."""

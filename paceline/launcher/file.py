@@ -16,6 +16,7 @@ from paceline.errors import ConfigError
 ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]*")
 USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 LOCAL = "local"
+JOIN = ("initialization_commands", "setup_commands", "worker_setup_commands", "worker_start_ray_commands")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class ClusterFile:
     head_outside: str
     workers: tuple[str, ...]
     auth: Auth
+    join_commands: tuple[str, ...] = ()
+    """What makes a host a worker, in Ray's order."""
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -93,6 +96,7 @@ def _parse(path: Path, config: Mapping[str, Any]) -> ClusterFile:
         head_outside=_address(outside, "provider.external_head_ip") if outside else head,
         workers=found,
         auth=_auth(_mapping(config, "auth")),
+        join_commands=tuple(str(command) for key in JOIN for command in config.get(key) or ()),
     )
 
 

@@ -19,6 +19,7 @@ class Answer:
 
     output: str = ""
     problem: str | None = None
+    code: int = 0
 
 
 class Ssh:
@@ -64,4 +65,4 @@ class Ssh:
         if done.returncode == NO_CONNECTION:
             lines = done.stderr.strip().splitlines()
             return Answer(problem=f"not reached: {lines[-1] if lines else 'ssh gave no reason'}")
-        return Answer(done.stdout)
+        return Answer(done.stdout, code=done.returncode)

@@ -15,6 +15,9 @@ RAY_PROCESS = re.compile(
 """In a command line. HAProxy is Serve's; nothing of Ray stops it when its manager is gone."""
 SERVE = "SERVE_CONTROLLER_ACTOR"
 OWN_RESOURCES = ("CPU", "GPU")
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d ")
+QUIET = ("Warning: Permanently added", "Shared connection to")
 MARK = "paceline-json "
 """Before the line that counts: a host's ~/.bashrc may print anything."""
 
@@ -107,3 +110,28 @@ def _replicas(serve: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
                     line = f"{name} {replica['replica_id']} {str(replica['state']).lower()}"
                     found.setdefault(replica["node_ip"], []).append(line)
     return {address: tuple(sorted(lines)) for address, lines in found.items()}
+
+
+def last_command(log: str, host: str) -> tuple[str, ...]:
+    """Of what Ray's updater did on a host, the last command and what it printed; empty if it never got there.
+
+    The updater logs a command, then the ssh that runs it, and mixes in the output; hosts are only told apart by ssh's.
+    """
+    lines = ESCAPES.sub("", log).splitlines()
+    begins = [index for index, line in enumerate(lines) if "Full command is" in line and f"@{host} " in line]
+    if not begins:
+        return ()
+    command = re.search(r"Running `(?:export RAY_HEAD_IP=\S+; )?(.*?)`?$", lines[begins[-1] - 1])
+    printed = []
+    for line in lines[begins[-1] + 1 :]:
+        if LOG_LINE.match(line):
+            break
+        if line.strip() and not line.startswith(QUIET):
+            printed.append(line.strip())
+    return (f"the last command there: {command.group(1) if command else 'not known'}", *printed)
+
+
+def update_failed(log: str, host: str) -> bool:
+    """Whether the last thing Ray's updater did on a host failed."""
+    ended = re.findall(rf"NodeUpdater: {re.escape(host)}: .* (succeeded|failed) ", log)
+    return bool(ended) and ended[-1] == "failed"

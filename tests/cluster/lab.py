@@ -44,7 +44,7 @@ class Lab:
         self.folder = Path(tempfile.mkdtemp(prefix="paceline-lab-", dir="/var/tmp"))
         self._prefix = f"pl{os.getpid()}"
         self._inits: dict[str, subprocess.Popen[bytes]] = {}
-        self.key = self.folder / "key"
+        self.key, self.wheels = self.folder / "key", self.folder / "wheels"
 
     def __enter__(self) -> Lab:
         try:
@@ -60,10 +60,10 @@ class Lab:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def cluster_file(self, wheels: Path) -> Path:
-        """`cluster/onprem.yaml` with this lab's addresses and key, and our wheel in place of a download."""
+    def cluster_file(self) -> Path:
+        """`cluster/onprem.yaml` with this lab's addresses and key, and the wheel in `wheels` in place of a download."""
         text = (ROOT / "cluster" / "onprem.yaml").read_text()
-        install = f"sh {HERE / 'install.sh'} ~/paceline {wheels} {sys.executable}"
+        install = f"sh {HERE / 'install.sh'} ~/paceline {self.wheels} {sys.executable}"
         for before, after in (
             ("10.0.0.1", "10.77.0.1"),
             ("ssh_user: paceline", "ssh_user: root"),
