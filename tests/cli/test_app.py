@@ -51,8 +51,10 @@ def test_the_commands_are(run: Run) -> None:
         "estimate",
         "models",
         "keys",
+        "k8s",
         "bench",
         "autoscale",
+        "cluster",
     ]
 
 

@@ -54,11 +54,22 @@ def test_the_help_of_every_command_is_there() -> None:
         "## paceline keys",
         "## paceline keys create",
         "## paceline keys check",
+        "## paceline k8s",
+        "## paceline k8s render",
+        "## paceline k8s apply",
+        "## paceline k8s status",
+        "## paceline k8s diagnose",
+        "## paceline k8s delete",
+        "## paceline k8s role",
         "## paceline bench",
         "## paceline bench engine",
         "## paceline bench speculation",
         "## paceline autoscale",
         "## paceline autoscale simulate",
+        "## paceline cluster",
+        "## paceline cluster up",
+        "## paceline cluster status",
+        "## paceline cluster down",
     ]
 
 
