@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli import k8s_move
 from paceline.cli import k8s_options as options
 from paceline.cli.options import Json, group
 
@@ -39,6 +40,9 @@ KeepCache = Annotated[
     bool, typer.Option("--keep-cache/--delete-cache", help="Leave volumes, with the models in them, or take them too.")
 ]
 DEFAULT_RELEASE = "paceline"
+
+k8s_app.command("drain", epilog=k8s_move.DRAIN_EPILOG)(k8s_move.drain)
+k8s_app.command("upgrade", epilog=k8s_move.UPGRADE_EPILOG)(k8s_move.upgrade)
 
 
 @k8s_app.command(

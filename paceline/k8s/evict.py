@@ -62,5 +62,5 @@ class Evictions:
     def _version(self) -> str:
         """What this server takes: v1 since Kubernetes 1.22, v1beta1 before."""
         told = self.api.call(Asked("discover", "v1"), "GET", "/api/v1")
-        entry = next((each for each in told["resources"] if each["name"] == "pods/eviction"), {})
+        entry: Obj = next((each for each in told["resources"] if each["name"] == "pods/eviction"), {})
         return str(entry.get("version") or "v1")

@@ -56,6 +56,14 @@ SEEING = (
 WAITING = SEEING | rights(RAY_SERVICES, "watch")
 STATUS = SEEING | rights(SERVICES, "get", part="proxy")
 DIAGNOSE = SEEING | rights(PODS, "get", part="log") | rights(NODES, "list")
+EVICTING = SEEING | rights(PODS, "get") | rights(PODS, "create", part="eviction")
+DRAIN = EVICTING | rights(SERVICES, "get", "create", part="proxy") | rights(NODES, "get", "patch")
+"""A pod is drained without the rights on nodes."""
+UPGRADE = (
+    WAITING
+    | rights(RAY_SERVICES, "get", "create", "patch", "delete")
+    | rights(SERVICES, "get", "create", "delete", part="proxy")
+)
 MANAGING = ("create", "patch", "list", "delete")
 """On every kind a release has: server-side apply takes two verbs, finding and taking away the other two."""
 
@@ -70,7 +78,8 @@ def applying(resources: Sequence[Resource], *, wait: bool = True) -> set[Right]:
 
 def needed(resources: Sequence[Resource]) -> set[Right]:
     """For every command, on a release of these kinds."""
-    return applying([*resources, RAY_SERVICES]) | STATUS | DIAGNOSE
+    getting = {right for each in resources for right in rights(each, "get")}
+    return applying([*resources, RAY_SERVICES]) | STATUS | DIAGNOSE | DRAIN | UPGRADE | getting
 
 
 def missing(api: Api, wanted: Iterable[Right]) -> list[Right]:

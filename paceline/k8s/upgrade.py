@@ -111,7 +111,7 @@ class Upgrade:
             raise kind(f"the canary failed, and nothing was changed: {error.message}", param=error.param) from None
 
     def _apply_new(self) -> None:
-        """What the canary may mount and is not there yet. What is there, the release uses: it changes with the switch."""
+        """What the canary may mount and is not there yet. What is there the release uses: it changes later."""
         for obj in self._objects:
             resource = self._kinds[f"{obj['apiVersion']}/{obj['kind']}"]
             if obj["kind"] != RAY_SERVICES.kind and self._api.find(resource, name_of(obj)) is None:
@@ -185,8 +185,8 @@ class Upgrade:
                 raise NotReady(f"{why}; the old version goes on serving: apply its values again, or mend these")
             if self._pace.over:
                 raise NotReady(
-                    f"the switch is not over: {pending_words(found)}; run it again to go on, `paceline k8s diagnose` says "
-                    "more"
+                    f"the switch is not over: {pending_words(found)}; run it again to go on, `paceline k8s diagnose` "
+                    "says more"
                 )
             self._say(f"{self._name}: {pending_words(found)}")
             self._pace.sleep(LOOK_S)

@@ -87,8 +87,8 @@ def plan_upgrade(live: Obj, wanted: Obj) -> UpgradePlan:
         strategy = (wanted["spec"].get("upgradeStrategy") or {}).get("type")
         if strategy == "None":
             raise NotReady(
-                "the pods change, and with upgradeStrategy None KubeRay keeps the cluster as it is: set upgrade.strategy "
-                "to NewCluster"
+                "the pods change, and with upgradeStrategy None KubeRay keeps the cluster as it is: set "
+                "upgrade.strategy to NewCluster"
             )
     return UpgradePlan(way, changes, settings_of(live), settings_of(wanted))
 
@@ -100,8 +100,8 @@ def check_store(plan: UpgradePlan, *, lose_sessions: bool) -> None:
     before, after = plan.before.sessions.store, plan.after.sessions.store
     if before == "memory":
         raise ConfigError(
-            "sessions.store: it is memory, in the routers of the cluster that goes: every session would be lost; set it "
-            "to redis://… first, or give --lose-sessions",
+            "sessions.store: it is memory, in the routers of the cluster that goes: every session would be lost; set "
+            "it to redis://… first, or give --lose-sessions",
             param="sessions.store",
         )
     if before != after:

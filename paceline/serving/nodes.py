@@ -7,6 +7,7 @@ starts the replicas that are there elsewhere and then ends them gracefully. A no
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from paceline.errors import NodeConflict, Unavailable
 from paceline.serving.bundles import bundle
 from paceline.serving.journal import ClusterKeyValue, KeyValue
 from paceline.serving.leaving import read_left
+
+logger = logging.getLogger(__name__)
 
 ROLES: Mapping[str, Role] = {"Target": "target", "Draft": "draft", "Router": "router"}
 """By the deployment's name."""
@@ -52,6 +55,7 @@ class RayNodes(Nodes):
                 leaving = [each.replica_id for each in replicas if each.state == LEAVING]
                 left = await asyncio.to_thread(read_left, self._app, leaving, self._store)
         except Exception as error:
+            logger.warning("the nodes cannot be told", exc_info=True)
             raise Unavailable("the cluster does not say what nodes it has; try again shortly") from error
         told = (with_sessions(each, left) for each in replicas)
         return Machines(nodes, tuple(told), proxies_of(details))
@@ -60,6 +64,7 @@ class RayNodes(Nodes):
         try:
             accepted, why = await asyncio.to_thread(_drain, node_id, deadline)
         except Exception as error:
+            logger.warning("a node cannot be drained", exc_info=True)
             raise Unavailable("the cluster did not take the request to drain the node; try again shortly") from error
         if not accepted:
             raise NodeConflict(f"node: Ray refuses to drain it: {' '.join(why.split())}", param="node")
@@ -133,7 +138,7 @@ def placed(details: Mapping[str, Any], app: str) -> Iterator[Placed]:
     deployments = details["applications"].get(app, {}).get("deployments", {})
     for name, deployment in deployments.items():
         for each in deployment["replicas"] if name in ROLES else ():
-            if each["node_id"]:
+            if each.get("node_id"):  # one that starts has none yet
                 yield Placed(ROLES[name], each["replica_id"], each["node_id"], _word(each["state"]))
 
 

@@ -14,7 +14,7 @@ LISTING = """\
     401 vim notes-on-raylet.txt
 """
 LOG = """\
-2026-01-01 00:00:00,000\tVINFO command_runner.py:399 -- Running `\x1b[1mexport RAY_HEAD_IP=10.0.0.1; python3 -m venv v\x1b[22m`
+2026-01-01 00:00:00,000\tVINFO command_runner.py:399 -- Running `\x1b[1mexport RAY_HEAD_IP=h; python3 -m venv v\x1b[22m`
 2026-01-01 00:00:00,000\tVVINFO command_runner.py:401 -- Full command is `ssh -tt root@10.0.0.2 bash`
 Warning: Permanently added '10.0.0.2'
 no module named venv

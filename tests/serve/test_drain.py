@@ -100,17 +100,18 @@ class Front:
 @pytest.fixture(scope="module")
 def told(smollm2: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Told:
     folder = tmp_path_factory.mktemp("ray")
-    environment = {**RAY, **HAPROXY}
-    with (
-        ray_of(folder, {"CPU": 0}, [WORKER] * 3, environment) as address,
-        deployed(address, default_deployment(parse_settings(ARGS), **ports())) as (url, _),
-    ):
-        return asyncio.run(story(Front(url)))
+    with ray_of(folder, {"CPU": 0}, {**RAY, **HAPROXY}) as cluster:
+        for _ in range(2):
+            cluster.join(WORKER)
+        config = default_deployment(parse_settings(ARGS), **ports())
+        with deployed(cluster.address, config) as (url, _):
+            cluster.join(WORKER)  # after the router has found its place beside one of the targets
+            return asyncio.run(story(Front(url)))
 
 
 async def story(front: Front) -> Told:
     told = Told(before=front.nodes())
-    node = next(each for each in told.before if {"router", "target"} <= roles(each))
+    (node,) = (each for each in told.before if {"router", "target"} <= roles(each))
     told.node, (replica,) = node["node_id"], targets(node)
     told.homes = {name: front.begin(name, replica) for name in (f"drain-{n}" for n in range(SESSIONS))}
     front.begin(STREAMING, replica)
