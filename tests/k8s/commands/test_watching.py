@@ -13,11 +13,14 @@ from urllib.parse import urlparse
 import pytest
 
 from paceline.k8s.api import Api
+from paceline.k8s.apply import wait_ready
 from paceline.k8s.connect import connect
 from paceline.k8s.errors import Denied, Gone, Unreachable
 from paceline.k8s.kinds import RAY_SERVICES, Obj, Resource, name_of
 from paceline.k8s.refusals import Asked
 from paceline.k8s.watching import Watch
+from tests.k8s.commands.conftest import Command
+from tests.k8s.commands.operator import Operator
 
 pytestmark = pytest.mark.k8s
 
@@ -197,3 +200,22 @@ def test_a_request_without_a_connection_is_unreachable(far_api: Api, way: Cut) -
     way.cut()
     with pytest.raises(Unreachable, match="no Kubernetes API server answers at https://127"):
         far_api.list_all(MAPS)
+
+
+def test_waiting_until_ready_goes_on_over_a_lost_connection(
+    k8s: Command, operator: Operator, far_api: Api, way: Cut
+) -> None:
+    assert k8s("apply", "--set", "podDisruptionBudget.enabled=false", "--no-wait").code == 0
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if len(said) == 1:
+            way.cut()
+        elif text.endswith("trying again"):
+            way.mend()
+            operator.come_up()
+
+    assert wait_ready(far_api, "paceline", timeout_s=60, say=say, look_every_s=0.2).ready
+    assert said[0] == "waiting for the KubeRay operator to take up RayService paceline"
+    assert any(text.endswith("trying again") for text in said)
