@@ -103,7 +103,8 @@ def told(smollm2: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Told:
     with ray_of(folder, {"CPU": 0}, {**RAY, **HAPROXY}) as cluster:
         for _ in range(2):
             cluster.join(WORKER)
-        config = default_deployment(parse_settings(ARGS), **ports())
+        store = {"sessions": {"store": f"sqlite:///{folder}/sessions.db"}}
+        config = default_deployment(parse_settings(ARGS | store), **ports())
         with deployed(cluster.address, config) as (url, _):
             cluster.join(WORKER)  # after the router has found its place beside one of the targets
             return asyncio.run(story(Front(url)))
