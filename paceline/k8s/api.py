@@ -83,6 +83,10 @@ class Api:
             self._found[api_version] = {entry["kind"]: resource_of(entry, api_version) for entry in entries}
         return self._found[api_version]
 
+    def forget(self, api_version: str) -> None:
+        """Ask anew what a group has: an operator may have been installed meanwhile."""
+        self._found.pop(api_version, None)
+
     # objects
 
     def get(self, resource: Resource, name: str) -> Obj:
@@ -238,10 +242,10 @@ class Api:
         """Turn urllib3's exceptions into ours."""
         try:
             yield
-        except urllib3.exceptions.SSLError as error:
-            raise Unreachable(f"{self.address}: TLS failed: {error}; check the kubeconfig's certificates") from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             why = " ".join(str(error).split())[-160:]
+            if "CERTIFICATE_VERIFY_FAILED" in why:  # no patience mends that
+                raise ClusterError(f"{self.address} is not who the kubeconfig says it is: {why}") from None
             raise Unreachable(
                 f"no Kubernetes API server answers at {self.address} ({type(error).__name__}: {why}); "
                 "check --kubeconfig and --context"

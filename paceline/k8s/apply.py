@@ -123,8 +123,14 @@ def _applied(api: Api, resource: Resource, obj: Obj, before: Mapping[tuple[str, 
     was = before.get((obj["kind"], name_of(obj)))
     if was is None:
         return Done(title(obj), "created")
-    same = was["metadata"]["resourceVersion"] == after["metadata"]["resourceVersion"]
-    return Done(title(obj), "unchanged" if same else "changed")
+    return Done(title(obj), "unchanged" if _content(was) == _content(after) else "changed")
+
+
+def _content(obj: Obj) -> Obj:
+    """Without what a server may write anew when nothing changes: an apply can raise the version by itself."""
+    written = ("managedFields", "resourceVersion", "generation")
+    metadata = {key: value for key, value in obj["metadata"].items() if key not in written}
+    return {**obj, "metadata": metadata, "status": None}  # the status is not ours
 
 
 def _pruned(

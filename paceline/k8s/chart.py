@@ -113,7 +113,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _line(error: Exception) -> str:
     """Helm's words on one line, less the path of the template that noticed."""
     text = " ".join(str(error).split())
-    called = re.search(r"error calling fail: (.+)$", text)
+    called = re.search(r"(?:error calling fail|execution error at \([^)]*\)): (.+)$", text)
     return called[1] if called else text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from paceline.errors import ClusterError
@@ -59,7 +59,9 @@ def status_object(body: bytes) -> Mapping[str, Any]:
 
 
 def _denied(asked: Asked, message: str) -> ClusterError:
-    if "forbidden: User" not in message:  # an admission plugin's words, such as a quota's or Pod Security's
+    if message.endswith("is forbidden:"):  # of an apply to what is not there yet, no more is said
+        asked = replace(asked, verb="create")
+    elif "forbidden: User" not in message:  # an admission plugin's words, such as a quota's or Pod Security's
         return Denied(f"{asked}: {message}")
     user = _USER.search(message)
     who = f" to {user[1]}" if user else ""

@@ -22,6 +22,12 @@ COMMANDS = [
     "models pull",
     "models list",
     "models path",
+    "k8s render",
+    "k8s apply",
+    "k8s status",
+    "k8s diagnose",
+    "k8s delete",
+    "k8s role",
     "bench engine",
     "eval",
 ]
@@ -51,6 +57,7 @@ def test_the_commands_are(run: Run) -> None:
         "estimate",
         "models",
         "keys",
+        "k8s",
         "bench",
         "autoscale",
     ]
