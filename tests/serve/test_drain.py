@@ -31,7 +31,7 @@ PATIENCE_S = 180.0
 SHORT: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
 STREAMING = "drain-streaming"
 LONG: dict[str, Any] = {
-    "max_tokens": 300,
+    "max_tokens": 1200,
     "ignore_eos": True,
     "temperature": 0.8,
     "seed": 5,
