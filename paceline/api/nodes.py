@@ -90,6 +90,11 @@ class Nodes(Protocol):
     def leaving_s(self) -> float:
         """How long a replica may take to leave."""
 
+    @property
+    @abstractmethod
+    def histories_stay(self) -> bool:
+        """Whether the histories of sessions are kept outside of the routers."""
+
     @abstractmethod
     async def look(self) -> Machines:
         """Nodes that are, and those that went lately."""
@@ -109,6 +114,10 @@ class NoNodes(Nodes):
     @property
     def leaving_s(self) -> float:
         return 0.0
+
+    @property
+    def histories_stay(self) -> bool:
+        return True
 
     async def look(self) -> Machines:
         return Machines()
@@ -151,6 +160,8 @@ class NodeControl:
         node = find(machines.nodes, name)
         check_deadline(deadline_s, self._nodes.leaving_s)
         check_drain(node, machines, self._nodes.target_needs, force=force)
+        if not (force or self._nodes.histories_stay):
+            check_histories(node, machines)
         await self._nodes.drain(node.node_id, time.time() + deadline_s)
         return next(each for each in await self.states() if each.node.node_id == node.node_id)
 
@@ -208,6 +219,16 @@ def check_drain(node: Node, machines: Machines, needs: Mapping[str, float], *, f
         f"({_words(needs)}): their sessions would lose their KV; add a node, or say force if one is coming",
         param="node",
     )
+
+
+def check_histories(node: Node, machines: Machines) -> None:
+    """Raise NodeConflict if a router on this node has histories of sessions in its memory."""
+    if any(each.role == "router" and each.node_id == node.node_id for each in machines.replicas):
+        raise NodeConflict(
+            f"node: {shown(node.host)} has a router, and sessions.store is memory: its histories would be lost; set "
+            "sessions.store to redis://…, or say force",
+            param="node",
+        )
 
 
 def _holds_target(node: Node, machines: Machines) -> bool:

@@ -115,6 +115,10 @@ class HiddenNodes(Nodes):
     def leaving_s(self) -> float:
         _refuse()
 
+    @property
+    def histories_stay(self) -> bool:
+        _refuse()
+
     async def look(self) -> Machines:
         _refuse()
 

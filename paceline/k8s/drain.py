@@ -61,7 +61,7 @@ class Drain:
     def run(self) -> None:
         """Raises NotReady if something is left at the end, NodeConflict if sessions have nowhere to go."""
         if self._plan.node is not None:
-            self._cordon(self._plan.node)
+            self.cordon(self._plan.node)
         for pod in self._plan.workers:
             self._begin(pod)
         waiting = list(self._plan.workers)
@@ -76,7 +76,8 @@ class Drain:
         if self._plan.head is not None:
             self._evict(self._plan.head)
 
-    def _cordon(self, node: str) -> None:
+    def cordon(self, node: str) -> None:
+        """Keep new pods off the node."""
         if not self._api.get(NODES, node)["spec"].get("unschedulable"):
             self._api.patch(NODES, node, {"spec": {"unschedulable": True}})
         self.done.append(f"node {node} is cordoned")

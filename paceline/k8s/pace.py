@@ -16,8 +16,11 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._clock, self.sleep = clock, sleep
+        self._clock, self._sleep = clock, sleep
         self._end = clock() + seconds
+
+    def sleep(self, seconds: float) -> None:
+        self._sleep(seconds)
 
     @property
     def over(self) -> bool:

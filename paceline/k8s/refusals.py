@@ -43,7 +43,7 @@ def refusal(asked: Asked, status: int, body: bytes) -> ClusterError:
     if status == 410:
         return Gone(f"{asked}: {message}")
     if status == 429:
-        return TooMany(f"{asked}: {message}")
+        return TooMany(f"{asked}: {message}{_causes(told)}")
     if status in (400, 422):
         return ClusterError(f"{asked}: refused as it is written: {message}")
     return ClusterError(f"{asked}: the API server answered {status}: {message}")
@@ -66,6 +66,12 @@ def _denied(asked: Asked, message: str) -> ClusterError:
     user = _USER.search(message)
     who = f" to {user[1]}" if user else ""
     return Denied(f"{asked}: not allowed{who}; `paceline k8s role` prints the Role it takes")
+
+
+def _causes(told: Mapping[str, Any]) -> str:
+    """What the message leaves out: of an eviction, which disruption budget it is."""
+    causes = (told.get("details") or {}).get("causes") or ()
+    return "".join(f" {' '.join(str(cause.get('message') or '').split())}" for cause in causes)
 
 
 def _conflict(asked: Asked, told: Mapping[str, Any], message: str) -> ClusterError:

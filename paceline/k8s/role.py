@@ -78,8 +78,7 @@ def applying(resources: Sequence[Resource], *, wait: bool = True) -> set[Right]:
 
 def needed(resources: Sequence[Resource]) -> set[Right]:
     """For every command, on a release of these kinds."""
-    getting = {right for each in resources for right in rights(each, "get")}
-    return applying([*resources, RAY_SERVICES]) | STATUS | DIAGNOSE | DRAIN | UPGRADE | getting
+    return applying([*resources, RAY_SERVICES]) | STATUS | DIAGNOSE | DRAIN | UPGRADE
 
 
 def missing(api: Api, wanted: Iterable[Right]) -> list[Right]:

@@ -47,6 +47,10 @@ class RayNodes(Nodes):
     def leaving_s(self) -> float:
         return self._leaving_s
 
+    @property
+    def histories_stay(self) -> bool:
+        return self._settings.sessions.store != "memory"
+
     async def look(self) -> Machines:
         try:
             async with asyncio.timeout(2 * TIMEOUT_S):

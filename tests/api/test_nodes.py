@@ -30,7 +30,8 @@ REPLICAS = (
 class Rack(Nodes):
     """A cluster that does as it is told, and nothing more."""
 
-    def __init__(self, *nodes: Node, replicas: tuple[Placed, ...] = REPLICAS) -> None:
+    def __init__(self, *nodes: Node, replicas: tuple[Placed, ...] = REPLICAS, histories_stay: bool = True) -> None:
+        self._stay = histories_stay
         self.machines = Machines(nodes or (FIRST, SECOND, HEAD, GONE), replicas, {"a1": "HEALTHY", "b2": "DRAINING"})
 
     @property
@@ -40,6 +41,10 @@ class Rack(Nodes):
     @property
     def leaving_s(self) -> float:
         return 33.0
+
+    @property
+    def histories_stay(self) -> bool:
+        return self._stay
 
     async def look(self) -> Machines:
         return self.machines
@@ -125,6 +130,20 @@ async def test_what_cannot_be_drained_is_refused_by_name(
 async def test_a_name_of_several_nodes_is_refused_with_their_ids() -> None:
     status, answer = await drained(Rack(HEAD, FIRST, replace(SECOND, host="first")), "first")
     assert (status, answer["error"]["message"]) == (400, "node: 'first' are 2 nodes; give the id of one: b2, c3")
+
+
+ROUTED = (*REPLICAS, Placed("router", "router-2", "b2", "RUNNING"))
+
+
+async def test_a_router_s_node_is_not_drained_if_it_keeps_histories_in_memory() -> None:
+    status, answer = await drained(Rack(replicas=ROUTED, histories_stay=False), "first")
+    assert status == 409
+    assert "'first' has a router, and sessions.store is memory" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(("stay", "body"), [(True, {}), (False, {"force": True})], ids=["kept elsewhere", "by force"])
+async def test_it_is_if_they_are_kept_elsewhere_or_by_force(stay: bool, body: dict[str, Any]) -> None:
+    assert (await drained(Rack(replicas=ROUTED, histories_stay=stay), "first", **body))[0] == 200
 
 
 def alone(*nodes: Node) -> Machines:

@@ -31,7 +31,7 @@ PATIENCE_S = 180.0
 SHORT: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
 STREAMING = "drain-streaming"
 LONG: dict[str, Any] = {
-    "max_tokens": 300,
+    "max_tokens": 1200,
     "ignore_eos": True,
     "temperature": 0.8,
     "seed": 5,
@@ -103,7 +103,8 @@ def told(smollm2: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Told:
     with ray_of(folder, {"CPU": 0}, {**RAY, **HAPROXY}) as cluster:
         for _ in range(2):
             cluster.join(WORKER)
-        config = default_deployment(parse_settings(ARGS), **ports())
+        store = {"sessions": {"store": f"sqlite:///{folder}/sessions.db"}}
+        config = default_deployment(parse_settings(ARGS | store), **ports())
         with deployed(cluster.address, config) as (url, _):
             cluster.join(WORKER)  # after the router has found its place beside one of the targets
             return asyncio.run(story(Front(url)))

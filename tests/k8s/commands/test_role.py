@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from paceline.errors import PacelineError
+from paceline.errors import PacelineError, Unavailable
 from paceline.k8s import chart, diagnosis
 from paceline.k8s import delete as deleting
 from paceline.k8s.api import Api
 from paceline.k8s.apply import apply_objects, check, resources_of, wait_ready
 from paceline.k8s.connect import connect
+from paceline.k8s.drain import Drain, plan
 from paceline.k8s.errors import Denied
-from paceline.k8s.kinds import Obj, guessed
+from paceline.k8s.evict import Evictions
+from paceline.k8s.kinds import NODES, RAY_SERVICES, Obj, guessed
+from paceline.k8s.pace import Pace
 from paceline.k8s.report import look
 from paceline.k8s.role import Right, needed, roles, subject_of
+from paceline.k8s.server import ServerProxy
 from paceline.k8s.snapshot import take
 from paceline.k8s.troubles import troubles
 from tests.k8s.commands.conftest import Command
@@ -75,10 +80,30 @@ def every_command(api: Api, operator: Operator) -> None:
     told = " ".join(line for lines in logs.values() for line in lines)
     if seen.nodes is None or "not allowed" in told:  # a diagnosis says what it may not see, and goes on
         raise Denied(f"diagnose: {told}")
+    move(api, operator)
     fewer = rendered(api, FEWER)
     pruned = list(apply_objects(api, "paceline", fewer, resources_of(api, fewer)))
     assert {done.what for done in pruned if done.outcome == "deleted"} >= {"ServiceAccount paceline"}
     deleting.delete(api, "paceline", keep_cache=False, timeout_s=60, say=lambda _: None)
+
+
+def move(api: Api, operator: Operator) -> None:
+    """What `drain` and `upgrade` do beside that; no server answers, and the API server says so to whom it lets ask."""
+    node = f"node-{uuid.uuid4().hex[:8]}"
+    operator.node(node, {})
+    operator.pod("paceline-abc", "target", "t-2", status=READY_POD, nodeName=node, terminationGracePeriodSeconds=0)
+    try:
+        found = plan(api, node, "paceline", force=False)
+        server = ServerProxy.of_service(api, "paceline")
+        drain = Drain(api, server, found, Pace(5.0), lambda _: None, deadline_s=60.0)
+        drain.cordon(node)
+        for method in ("POST", "DELETE"):
+            with pytest.raises(Unavailable):
+                server.ask(method, "/v1/sessions/none", {})
+        Evictions(api, Pace(5.0), lambda _: None).evict(found.workers[0])
+        api.get(RAY_SERVICES, "paceline")
+    finally:
+        operator.api.delete(NODES, node)
 
 
 def test_the_role_suffices_for_every_command(api: Api, restricted: Api, operator: Operator) -> None:
