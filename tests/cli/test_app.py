@@ -53,6 +53,7 @@ def test_the_commands_are(run: Run) -> None:
         "keys",
         "bench",
         "autoscale",
+        "cluster",
     ]
 
 

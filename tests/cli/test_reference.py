@@ -59,6 +59,10 @@ def test_the_help_of_every_command_is_there() -> None:
         "## paceline bench speculation",
         "## paceline autoscale",
         "## paceline autoscale simulate",
+        "## paceline cluster",
+        "## paceline cluster up",
+        "## paceline cluster status",
+        "## paceline cluster down",
     ]
 
 
