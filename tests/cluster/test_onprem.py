@@ -139,8 +139,15 @@ def serves_across_hosts(onprem: Onprem) -> None:
     wait_until(lambda: all(each["drafters_connected"] == 1 for each in onprem.status()["targets"]), 60, onprem.status)
     found = onprem.status()
     assert sorted(each["node_ip"] for each in found["targets"] + found["drafts"]) == sorted(ADDRESSES.values())
-    with_drafts = onprem.chat("What is the capital of France?")
-    assert with_drafts["sources"]["remote"]["accepted"], with_drafts
+    # How deep to draft is decided by what is measured: on a busy machine a short answer may have no drafts at all.
+    answers: list[dict[str, Any]] = []
+
+    def drafted_elsewhere() -> bool:
+        answers.append(onprem.chat("What is the capital of France?"))
+        return bool(sum(answers[-1].get("sources", {}).get("remote", {}).get("accepted", ())))
+
+    wait_until(drafted_elsewhere, 90, lambda: answers)
+    with_drafts = answers[-1]
     alone = onprem.chat("What is the capital of France?", speculation=False)
     assert alone["drafted_tokens"] == 0
     assert with_drafts["text"] == alone["text"]
@@ -174,7 +181,7 @@ def an_answer_outlives_its_targets_host(onprem: Onprem) -> None:
         session_id=session,
     )
     assert found["text"] == expected
-    assert found["replica_id"] not in there
+    assert (found["replica_id"] in there, found["resumptions"]) == (True, 1)
     wait_until(lambda: onprem.replicas()["targets"] == [HEAD], 120, onprem.replicas)
     assert onprem.chat(question)["text"] == expected
 
