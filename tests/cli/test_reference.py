@@ -55,6 +55,8 @@ def test_the_help_of_every_command_is_there() -> None:
         "## paceline keys create",
         "## paceline keys check",
         "## paceline k8s",
+        "## paceline k8s drain",
+        "## paceline k8s upgrade",
         "## paceline k8s render",
         "## paceline k8s apply",
         "## paceline k8s status",

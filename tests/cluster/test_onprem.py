@@ -127,9 +127,7 @@ def up(onprem: Onprem) -> None:
     before = {name: each["processes"] for name, each in onprem.hosts().items()}
     again = onprem.paceline("up", onprem.file)
     assert again.returncode == 0, again.stdout
-    assert {name: set(each) & set(before[name]) for name, each in before.items()} == {
-        name: set(each) for name, each in before.items()
-    }
+    assert {name: each["processes"] for name, each in onprem.hosts().items()} == before
 
 
 def serves_across_hosts(onprem: Onprem) -> None:
