@@ -124,10 +124,18 @@ def up(onprem: Onprem) -> None:
     assert {name: (each["joined"], each["ray_runs"]) for name, each in onprem.hosts().items()} == dict.fromkeys(
         ADDRESSES, (True, True)
     )
-    before = {name: each["processes"] for name, each in onprem.hosts().items()}
+    before = raylets(onprem)
     again = onprem.paceline("up", onprem.file)
     assert again.returncode == 0, again.stdout
-    assert {name: each["processes"] for name, each in onprem.hosts().items()} == before
+    assert raylets(onprem) == before
+
+
+def raylets(onprem: Onprem) -> dict[str, list[str]]:
+    """Each host's, with their process ids."""
+    return {
+        name: [process for process in each["processes"] if "/raylet/raylet " in process]
+        for name, each in onprem.hosts().items()
+    }
 
 
 def serves_across_hosts(onprem: Onprem) -> None:
