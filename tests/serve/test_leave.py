@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SESSIONS = 4
 WITHIN_S = 70.0
-SHORT_LEAVE: dict[str, Any] = {**ARGS, "router_drain_timeout_s": 5}
+SETTINGS: dict[str, Any] = {**ARGS, "router_drain_timeout_s": 5}
 COMMAND = [sys.executable, "-c", "from paceline.cli.app import main; main()", "leave", f"--within={WITHIN_S:g}"]
 
 
@@ -54,7 +54,8 @@ def told(smollm2: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with ray_of(folder, {"CPU": 0}, {**RAY, **HAPROXY}) as cluster:
         for _ in range(2):
             cluster.join(WORKER)
-        config = default_deployment(parse_settings(SHORT_LEAVE), **ports())
+        sessions = {"store": f"sqlite:///{folder / 'sessions'}"}  # the router that knows their histories leaves too
+        config = default_deployment(parse_settings({**SETTINGS, "sessions": sessions}), **ports())
         with deployed(cluster.address, config) as (url, _):
             yield story(Front(url), cluster, folder / "container.log")
 
