@@ -543,6 +543,11 @@ def launcher_environment(environ: Mapping[str, str] = os.environ) -> dict[str, s
     return {**environ, "RAY_UP_enable_autoscaler_v2": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
+def ray_node(environ: Mapping[str, str] = os.environ) -> tuple[str | None, str | None]:
+    """The Ray cluster's address, and the name under which this environment's node joined it; KubeRay sets both."""
+    return environ.get("RAY_ADDRESS") or None, environ.get("RAY_CLOUD_INSTANCE_ID") or None
+
+
 API_KEY_VARIABLE = "PACELINE_API_KEY"
 """What the commands that talk to a server send as its key."""
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli import chat, demo, distill, doctor, estimate, evaluate, serve, status, top
+from paceline.cli import chat, demo, distill, doctor, estimate, evaluate, leave, serve, status, top
 from paceline.cli.autoscale import autoscale_app
 from paceline.cli.bench import bench_app
 from paceline.cli.k8s import k8s_app
@@ -40,6 +40,7 @@ app.command("demo", epilog=demo.EPILOG)(demo.demo)
 app.command("eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command("distill", epilog=distill.EPILOG)(distill.distill)
 app.command("estimate", epilog=estimate.EPILOG)(estimate.estimate)
+app.command("leave", epilog=leave.EPILOG)(leave.leave)
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(k8s_app, name="k8s")

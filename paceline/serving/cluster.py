@@ -127,6 +127,7 @@ class LocalCluster:
         ray.init(
             address="local",
             num_cpus=_cpus(self._config),
+            resources=_custom_resources(self._config),
             object_store_memory=128 << 20,
             include_dashboard=False,
             log_to_driver=False,
@@ -214,6 +215,16 @@ def _cpus(config: Mapping[str, Any]) -> int:
     settings: AppSettings = parse_settings(_application(config).get("args") or {})
     asked = sum(_ranks(engine, replicas) * engine.num_cpus for engine, replicas in _pools(settings))
     return max(4, os.cpu_count() or 1, int(asked) + 2)
+
+
+def _custom_resources(config: Mapping[str, Any]) -> dict[str, float]:
+    """Those that a cluster's nodes offer to replicas by name, all on this machine: as many as there may be."""
+    found: dict[str, float] = {}
+    for engine, replicas in _pools(parse_settings(_application(config).get("args") or {})):
+        ranks = _ranks(engine, replicas)
+        for name, amount in engine.resources.items() if ranks else ():
+            found[name] = found.get(name, 0.0) + amount * ranks
+    return found
 
 
 def _processes(settings: AppSettings) -> int:

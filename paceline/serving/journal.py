@@ -22,11 +22,19 @@ REFRESH_S = 5.0
 """What changes with every look, as the signals do, is written so often."""
 
 
-class KeyValue(Protocol):
-    """A store of bytes by name."""
+NAMESPACE = b"paceline"
+"""Of what this package keeps in the store of a Ray cluster."""
+
+
+class Readable(Protocol):
+    """Bytes by name."""
 
     def get(self, key: str) -> bytes | None:
         """None if there is nothing of that name."""
+
+
+class KeyValue(Readable, Protocol):
+    """A store of them."""
 
     def put(self, key: str, value: bytes) -> None:
         """Put it there, in place of what was."""
@@ -38,23 +46,21 @@ class KeyValue(Protocol):
 class ClusterKeyValue:
     """The store of the Ray cluster that this process belongs to. Calls block for about a millisecond."""
 
-    NAMESPACE = b"paceline"
-
     def get(self, key: str) -> bytes | None:
         from ray.experimental.internal_kv import _internal_kv_get
 
-        found: bytes | None = _internal_kv_get(key.encode(), namespace=self.NAMESPACE)
+        found: bytes | None = _internal_kv_get(key.encode(), namespace=NAMESPACE)
         return found
 
     def put(self, key: str, value: bytes) -> None:
         from ray.experimental.internal_kv import _internal_kv_put
 
-        _internal_kv_put(key.encode(), value, overwrite=True, namespace=self.NAMESPACE)
+        _internal_kv_put(key.encode(), value, overwrite=True, namespace=NAMESPACE)
 
     def delete(self, key: str) -> None:
         from ray.experimental.internal_kv import _internal_kv_del
 
-        _internal_kv_del(key.encode(), namespace=self.NAMESPACE)
+        _internal_kv_del(key.encode(), namespace=NAMESPACE)
 
 
 def read_journal(app: str, store: KeyValue) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from paceline.config import AppSettings
-from paceline.serving.journal import KeyValue
+from paceline.serving.journal import KeyValue, Readable
 
 logger = logging.getLogger("ray.serve")
 
@@ -55,7 +55,7 @@ def note_left(app: str, replica_id: str, store: KeyValue) -> Callable[[int], Non
     return note
 
 
-def read_left(app: str, replicas: Iterable[str], store: KeyValue) -> dict[str, int]:
+def read_left(app: str, replicas: Iterable[str], store: Readable) -> dict[str, int]:
     """Of those that have any."""
     found = {replica_id: store.get(_key(app, replica_id)) for replica_id in replicas}
     return {replica_id: int(value) for replica_id, value in found.items() if value}

@@ -18,6 +18,7 @@ from paceline.api.nodes import Machines, Node, Nodes, Placed, Role
 from paceline.config import AppSettings
 from paceline.errors import NodeConflict, Unavailable
 from paceline.serving.bundles import bundle
+from paceline.serving.control_store import TIMEOUT_S, ControlStore
 from paceline.serving.journal import ClusterKeyValue, KeyValue
 from paceline.serving.leaving import read_left
 
@@ -28,7 +29,6 @@ ROLES: Mapping[str, Role] = {"Target": "target", "Draft": "draft", "Router": "ro
 LEAVING = "STOPPING"
 REMEMBERED_S = 600.0
 """A node that is gone is told of for so long."""
-TIMEOUT_S = 5.0
 REASON = "drained over the API"
 
 
@@ -66,27 +66,21 @@ class RayNodes(Nodes):
 
     async def drain(self, node_id: str, deadline: float) -> None:
         try:
-            accepted, why = await asyncio.to_thread(_drain, node_id, deadline)
+            accepted, why = await asyncio.to_thread(_store().drain, node_id, deadline, REASON)
         except Exception as error:
             logger.warning("a node cannot be drained", exc_info=True)
             raise Unavailable("the cluster did not take the request to drain the node; try again shortly") from error
         if not accepted:
-            raise NodeConflict(f"node: Ray refuses to drain it: {' '.join(why.split())}", param="node")
+            raise NodeConflict(f"node: Ray refuses to drain it: {why}", param="node")
 
 
-def _client() -> Any:
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-
-    return GcsClient(address=ray.get_runtime_context().gcs_address)
+def _store() -> ControlStore:
+    return ControlStore(ray.get_runtime_context().gcs_address)
 
 
 def _nodes() -> tuple[Node, ...]:
-    client = _client()
-    known = client.get_all_node_info(timeout=TIMEOUT_S)
-    draining = client.get_draining_nodes(timeout=TIMEOUT_S)
-    usage = client.get_all_resource_usage(timeout=TIMEOUT_S).resource_usage_data.batch
-    free = {each.node_id.hex(): dict(each.resources_available) for each in usage}
-    return nodes_of({key.hex(): info for key, info in known.items()}, draining, free, time.time())
+    store = _store()
+    return nodes_of(store.nodes(), store.draining(), store.free(), time.time())
 
 
 def nodes_of(
@@ -119,14 +113,6 @@ def nodes_of(
 def _told(resources: Mapping[str, float]) -> dict[str, float]:
     """Without those that only name a node."""
     return {name: amount for name, amount in resources.items() if not name.startswith("node:")}
-
-
-def _drain(node_id: str, deadline: float) -> tuple[bool, str]:
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-
-    reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION  # the other reason is refused by a node that is not idle
-    accepted, why = _client().drain_node(node_id, reason, REASON, int(deadline * 1000), timeout=TIMEOUT_S)
-    return bool(accepted), str(why)
 
 
 async def _serve_details() -> dict[str, Any]:

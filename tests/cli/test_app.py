@@ -55,6 +55,7 @@ def test_the_commands_are(run: Run) -> None:
         "eval",
         "distill",
         "estimate",
+        "leave",
         "models",
         "keys",
         "k8s",

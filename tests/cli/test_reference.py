@@ -47,6 +47,7 @@ def test_the_help_of_every_command_is_there() -> None:
         "## paceline eval",
         "## paceline distill",
         "## paceline estimate",
+        "## paceline leave",
         "## paceline models",
         "## paceline models pull",
         "## paceline models list",

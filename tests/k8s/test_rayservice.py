@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from functools import cache
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from paceline import __version__
+from paceline.api.nodes import START_S
+from paceline.cli.app import app
 from paceline.config import GRPC_SERVICER, IMPORT_PATH, parse_settings
 from paceline.serving.environment import CLUSTER
+from paceline.serving.leaving import longest_leaving_s
 from tests.k8s import charts
 from tests.k8s.charts import ROOT, args, container, environment, groups, head, pod, serve_config
 from tests.k8s.leaves import REDIS, SCALES, nested
@@ -240,11 +245,67 @@ def test_models_are_kept_where_paceline_looks() -> None:
         assert environment(group)["HF_HOME"] == "/m/huggingface"
 
 
-def test_a_pod_has_the_time_its_replicas_take_to_leave() -> None:
-    values = {"target.drainTimeoutSeconds": 100, "target.handoffTimeoutSeconds": 50}
-    settings = parse_settings(args(service(values)))
-    leaving = settings.target.drain_timeout_s + settings.sessions.handoff_timeout_s
-    assert all(pod(each)["terminationGracePeriodSeconds"] == leaving + 30 for each in all_groups(service(values)))
+def hook(group: charts.Object) -> list[str]:
+    """The command that runs before the pod ends."""
+    command: list[str] = container(group)["lifecycle"]["preStop"]["exec"]["command"]
+    return command
+
+
+def within(group: charts.Object) -> float:
+    command = hook(group)
+    return float(command[command.index("--within") + 1])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"target.drainTimeoutSeconds": 100, "target.handoffTimeoutSeconds": 50},
+        {"config.router_drain_timeout_s": 250.5},
+        {"config.router_drain_timeout_s": 0},
+    ],
+)
+def test_a_pod_has_the_time_its_replicas_take_to_start_elsewhere_and_leave(values: dict[str, Any]) -> None:
+    found = service(values)
+    least = longest_leaving_s(parse_settings(args(found))) + START_S
+    assert all(within(group) >= least for group in groups(found).values())
+
+
+@pytest.mark.parametrize("seconds", [0, 20, 45, 600])
+def test_a_worker_hands_over_within_the_time_it_has(seconds: int) -> None:
+    for group in groups(service({"pods.terminationGracePeriodSeconds": seconds})).values():
+        assert 0 < within(group) <= pod(group)["terminationGracePeriodSeconds"] - 15
+
+
+def test_the_hook_is_a_command_that_paceline_has() -> None:
+    for group in groups(default()).values():
+        program, *arguments = hook(group)
+        assert program == "paceline"
+        arguments[arguments.index("--log") + 1] = os.devnull
+        done = CliRunner(env={"RAY_ADDRESS": ""}).invoke(app, arguments)
+        assert (done.exit_code, "set RAY_ADDRESS" in done.output) == (0, True)
+
+
+def test_the_head_has_no_hook() -> None:
+    assert "lifecycle" not in container(head(default()))
+
+
+def test_handing_over_can_be_switched_off() -> None:
+    found = groups(service({"pods.handOver": False, "groups.draft.handOver": True}))
+    assert "lifecycle" not in container(found["target"])
+    assert hook(found["draft"])
+
+
+def test_a_hook_of_ones_own_takes_its_place() -> None:
+    own = {"preStop": {"sleep": {"seconds": 5}}}
+    assert all(container(each)["lifecycle"] == own for each in all_groups(service({"pods.lifecycle": own})))
+
+
+def test_another_hook_is_beside_it() -> None:
+    start = {"exec": {"command": ["true"]}}
+    (group, *_) = groups(service({"pods.lifecycle": {"postStart": start}})).values()
+    assert container(group)["lifecycle"]["postStart"] == start
+    assert hook(group)
 
 
 def test_workers_are_ready_when_their_proxy_answers() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from paceline.config import default_deployment, parse_settings
 from paceline.errors import ConfigError
-from paceline.serving.cluster import LocalCluster, _cpus, share_cores
+from paceline.serving.cluster import LocalCluster, _cpus, _custom_resources, share_cores
 from tests.serve.conftest import free_port
 
 
@@ -42,6 +42,28 @@ def test_a_local_ray_has_the_cpus_of_all_ranks() -> None:
     target = {"num_replicas": 3, "num_cpus": 100, "engine": {"tensor_parallel_size": 2}}
     settings = parse_settings({"target": target, "draft": {"num_replicas": 0}})
     assert _cpus(default_deployment(settings)) >= 600
+
+
+def custom_resources(settings: dict[str, object]) -> dict[str, float]:
+    return _custom_resources(default_deployment(parse_settings(settings)))
+
+
+def test_a_local_ray_has_the_custom_resources_of_all_ranks() -> None:
+    target = {"num_replicas": 3, "resources": {"socket": 0.5}, "engine": {"tensor_parallel_size": 2}}
+    draft = {"num_replicas": 2, "resources": {"socket": 1, "fast": 2}}
+    assert custom_resources({"target": target, "draft": draft}) == {"socket": 5.0, "fast": 4.0}
+
+
+def test_a_local_ray_has_the_custom_resources_of_as_many_replicas_as_there_may_be() -> None:
+    settings = {
+        "target": {"resources": {"socket": 1}},
+        "autoscaling": {"enabled": True, "target": {"min_replicas": 1, "max_replicas": 4}},
+    }
+    assert custom_resources(settings) == {"socket": 4.0}
+
+
+def test_a_role_without_replicas_needs_none() -> None:
+    assert custom_resources({"draft": {"num_replicas": 0, "resources": {"fast": 1}}}) == {}
 
 
 def test_ranks_that_cannot_work_are_refused_before_anything_starts() -> None:

@@ -20,10 +20,22 @@ ports:
   - {name: serve-grpc, containerPort: 9000}
 resources: {{- include "paceline.resources" . | nindent 2 }}
 {{- include "paceline.probes" . }}
-{{- with .pod.lifecycle }}
+{{- with include "paceline.lifecycle" . | fromYaml }}
 lifecycle: {{- toYaml . | nindent 2 }}
 {{- end }}
 volumeMounts: {{- include "paceline.volumeMounts" . | nindent 2 }}
+{{- end }}
+
+{{/* A worker that ends empties its node first. What a hook prints is lost, unless it is in the container's log: the output
+of its first process. */}}
+{{- define "paceline.lifecycle" -}}
+{{- $lifecycle := deepCopy .pod.lifecycle -}}
+{{- if and (ne .component "head") .pod.handOver (not (hasKey $lifecycle "preStop")) -}}
+{{- $within := max 1 (sub (include "paceline.gracePeriod" . | int) 15) -}}
+{{- $command := list "paceline" "leave" "--within" (toString $within) "--log" "/proc/1/fd/1" -}}
+{{- $_ := set $lifecycle "preStop" (dict "exec" (dict "command" $command)) -}}
+{{- end -}}
+{{- toYaml $lifecycle -}}
 {{- end }}
 
 {{/* Its resources, with the accelerator in requests and limits, which must be equal. A pod with sockets of its own has as

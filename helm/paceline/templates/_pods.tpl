@@ -69,9 +69,12 @@ serviceAccountName: {{ . }}
 {{- end -}}
 {{- end }}
 
+{{/* By default what the slowest replica may take to leave, router or target, and 90 more in which others start. */}}
 {{- define "paceline.gracePeriod" -}}
+{{- $router := dig "router_drain_timeout_s" 60 .root.Values.config | float64 | ceil | int -}}
 {{- with .root.Values.target -}}
-{{- $.pod.terminationGracePeriodSeconds | default (add .drainTimeoutSeconds .handoffTimeoutSeconds 30) -}}
+{{- $slowest := max $router (add .drainTimeoutSeconds .handoffTimeoutSeconds) -}}
+{{- $.pod.terminationGracePeriodSeconds | default (add $slowest 90) -}}
 {{- end -}}
 {{- end }}
 
