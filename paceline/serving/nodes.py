@@ -66,7 +66,7 @@ class RayNodes(Nodes):
 
     async def drain(self, node_id: str, deadline: float) -> None:
         try:
-            accepted, why = await asyncio.to_thread(_store().drain, node_id, deadline, REASON)
+            accepted, why = await asyncio.to_thread(_drain, node_id, deadline)
         except Exception as error:
             logger.warning("a node cannot be drained", exc_info=True)
             raise Unavailable("the cluster did not take the request to drain the node; try again shortly") from error
@@ -81,6 +81,10 @@ def _store() -> ControlStore:
 def _nodes() -> tuple[Node, ...]:
     store = _store()
     return nodes_of(store.nodes(), store.draining(), store.free(), time.time())
+
+
+def _drain(node_id: str, deadline: float) -> tuple[bool, str]:
+    return _store().drain(node_id, deadline, REASON)
 
 
 def nodes_of(
