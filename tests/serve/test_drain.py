@@ -31,7 +31,7 @@ PATIENCE_S = 180.0
 SHORT: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
 STREAMING = "drain-streaming"
 LONG: dict[str, Any] = {
-    "max_tokens": 1200,
+    "max_tokens": 3000,  # longer than the other replica takes to start
     "ignore_eos": True,
     "temperature": 0.8,
     "seed": 5,
@@ -49,6 +49,7 @@ ARGS: dict[str, Any] = {
     },
     "draft": {"num_replicas": 0},
     "speculation": {"enabled": False},
+    "router_drain_timeout_s": PATIENCE_S,
 }
 WORKER = {"CPU": 1, "paceline_target": 1}
 
