@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import helm_python
@@ -178,6 +179,19 @@ def test_the_notes_warn_of_open_doors(values: dict[str, Any], warned: bool) -> N
 )
 def test_the_notes_warn_of_sessions_that_end(values: dict[str, Any], warned: bool) -> None:
     assert ("Sessions end" in _notes(values)) is warned
+
+
+def test_the_commands_of_ours_in_the_notes_are_taken_by_the_command_line() -> None:
+    from typer.main import get_command
+
+    from paceline.cli.app import app
+
+    (named,) = re.findall(r"`paceline (.+?)`", _notes({}))
+    words = named.split()
+    group, name, arguments = words[0], words[1], words[2:]
+    command = get_command(app).commands[group].commands[name]  # type: ignore[attr-defined]
+    taken = command.make_context(name, arguments).params
+    assert (taken["name"], taken["namespace"]) == ("demo", "serving")
 
 
 def test_the_notes_name_the_gateway_of_an_incremental_upgrade() -> None:
