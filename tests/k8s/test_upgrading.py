@@ -97,8 +97,10 @@ def test_sessions_that_would_be_lost_are_refused_unless_that_is_wanted(before: A
         ({"request_timeout_s": 60}, True),
         ({"model": "other"}, False),
         ({"target": {"engine": {"kv_dtype": "int8"}}}, False),
+        ({"image": "paceline:2"}, False),
+        ({"replicas": 5}, True),
     ],
-    ids=["a deadline", "the model", "its rounding"],
+    ids=["a deadline", "the model", "its rounding", "the code", "more pods"],
 )
 def test_what_decides_the_output_is_known(args: dict[str, Any], same: bool) -> None:
     assert plan_upgrade(service(), service(**args)).same_output is same
