@@ -48,7 +48,7 @@ LoseSessions = Annotated[
     bool, typer.Option("--lose-sessions", help="Also if the new version does not have the sessions of the old one.")
 ]
 SameOutput = Annotated[
-    bool, typer.Option("--same-output", help="Fail if a seeded answer differs, also where the model or the image changes.")
+    bool, typer.Option("--same-output", help="Fail if a seeded answer differs, also with another model or image.")
 ]
 Canary = Annotated[
     bool, typer.Option("--canary", help="Look at a canary also before a change that needs no new cluster.")

@@ -55,8 +55,8 @@ class UpgradePlan:
 
     @property
     def same_output(self) -> bool:
-        """Whether a seed has the same output before and after: the model, how it is computed, and by which code. Another
-        image may add in another order, and where two tokens are all but equally likely that decides."""
+        """Whether a seed has the same output before and after: model, engine and code stay. Another image may add in
+        another order, and where two tokens are all but equally likely that decides."""
         images = any(change.key.endswith(".image") for change in self.changes)
         return not images and _deciding(self.before) == _deciding(self.after)
 

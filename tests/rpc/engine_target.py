@@ -35,10 +35,10 @@ class _Bare(Target):
 
 
 class EngineTarget(Targets):
-    """One replica behind the gateway's seam. `steps` counts the engine's."""
+    """One replica behind the gateway's seam. `steps` counts the engine's; `seed` is that of the model's weights."""
 
-    def __init__(self, **engine: Any) -> None:
-        self.loop = EngineLoop(tiny.engine_for(tiny.tiny_llama(vocab_size=VOCABULARY), **engine))
+    def __init__(self, seed: int = 0, **engine: Any) -> None:
+        self.loop = EngineLoop(tiny.engine_for(tiny.tiny_llama(seed, vocab_size=VOCABULARY), **engine))
         self.steps = 0
         self._step, self.loop.engine.step = self.loop.engine.step, self._counted  # type: ignore[method-assign]
         self.target = _Bare(self.loop)

@@ -101,14 +101,25 @@ class World:
 
 
 @pytest.fixture
+def other_weights(request: pytest.FixtureRequest) -> bool:
+    """Whether the new version has another model's; only where a test says so."""
+    return bool(getattr(request, "param", False))
+
+
+@pytest.fixture
 def world(
-    k8s: Command, api: Api, operator: Operator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    k8s: Command,
+    api: Api,
+    operator: Operator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    other_weights: bool,
 ) -> Iterator[World]:
     monkeypatch.setattr("paceline.k8s.upgrade.LOOK_S", 0.1)
     with ExitStack() as until:
         addresses = []
-        for _ in range(2):
-            targets = Told()
+        for seed in (0, int(other_weights)):
+            targets = Told(seed)
             until.callback(targets.loop.stop)
             store = open_store(f"sqlite:///{tmp_path}/sessions.db", 600.0)
             addresses.append(until.enter_context(running(create_app(gateway(targets, store=store)))))
@@ -153,6 +164,21 @@ def test_a_canary_that_fails_leaves_the_release_as_it_is(k8s: Command, world: Wo
     found = k8s("upgrade", *STORE, *NEW)
     assert found.code == 1
     assert "the canary failed, and nothing was changed: Serve: application paceline is DEPLOY_FAILED" in found.err
+    assert (world.names, "2.0.0" in world.image) == (["paceline"], False)
+
+
+@pytest.mark.parametrize("other_weights", [True], indirect=True)
+def test_other_answers_of_another_image_are_told(k8s: Command, world: World) -> None:
+    found = k8s("upgrade", *STORE, *NEW)
+    assert (found.code, found.err) == (0, "")
+    assert "canary: 0 of 3 seeded answers are the same, token for token" in found.out
+
+
+@pytest.mark.parametrize("other_weights", [True], indirect=True)
+def test_other_answers_fail_where_the_same_are_asked_for(k8s: Command, world: World) -> None:
+    found = k8s("upgrade", *STORE, *NEW, "--same-output")
+    assert found.code == 1
+    assert "the canary failed, and nothing was changed: 0 of 3 seeded answers are the same" in found.err
     assert (world.names, "2.0.0" in world.image) == (["paceline"], False)
 
 
