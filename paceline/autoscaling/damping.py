@@ -25,6 +25,8 @@ STEP_S = 10.0
 """Of time that one step is for."""
 ALWAYS_UP, ALWAYS_DOWN = 4, 1
 """Replicas that a step may always bring or take."""
+MOST_WANTED = 1e9
+"""Replicas: a load over next to no seats would want any number of them."""
 JUMP = 10.0
 """Intervals; a difference of time longer than this is no time that passed."""
 
@@ -96,6 +98,7 @@ class Damping:
         `lasting` is what of it is remembered, as its mean over a while and some noise; without it that is all.
         """
         self._time += passed
+        want, lasting = min(want, MOST_WANTED), None if lasting is None else min(lasting, MOST_WANTED)
         kept = want if lasting is None else NOISE * self._mean(passed, lasting)
         low, high = -self._lows.add(self._time, -want), max(want, self._highs.add(self._time, kept))
         fewest, most = -int(self._fewest.add(self._time, -before)), int(self._most.add(self._time, before))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import nan
+from math import inf, nan
 
 import pytest
 from hypothesis import given
@@ -26,6 +26,10 @@ def follow(damping: Damping, wants: list[float], before: int, every: float = 1.0
 
 def test_more_come_at_once_without_a_delay():
     assert follow(Damping(QUICK), [2.5], 1) == [3]
+
+
+def test_a_want_without_bound_is_a_step_like_another():
+    assert Damping(QUICK).settle(1.0, 4, inf, inf).replicas == 8
 
 
 def test_more_come_when_they_were_wanted_throughout_the_delay():

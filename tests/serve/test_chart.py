@@ -23,7 +23,7 @@ from tests.k8s import charts
 from tests.serve.conftest import Server
 from tests.serve.test_tensor_parallel import apply
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
 NAME = "chart"
 PATIENCE_S = 90.0
