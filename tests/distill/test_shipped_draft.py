@@ -26,6 +26,8 @@ MADE = {
 }
 """Tokens committed for each verification step at depth 4, by temperature and category, when the draft was made."""
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
@@ -60,7 +62,6 @@ def measured(body: DraftBody, tokens: Tokens, request: pytest.FixtureRequest) ->
     return request.param, by_category(texts, agreements(body, tokens, texts))
 
 
-@pytest.mark.slow
 def test_it_is_worth_its_while_at_depth_4(measured: tuple[float, dict[str, Acceptance]]) -> None:
     temperature, found = measured
     assert found["all"].tokens_per_step[4] >= {0.0: 2.3, 0.8: 1.9}[temperature]

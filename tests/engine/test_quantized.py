@@ -211,6 +211,7 @@ def test_a_setting_that_says_nothing_is_refused(setting: dict[str, Any]) -> None
         {"quantization": "bitsandbytes_4bit", "bnb_4bit_quant_type": "fp4"},
     ],
 )
+@pytest.mark.slow
 def test_kv_of_other_rounding_has_another_identity(folder: Path, options: dict[str, Any]) -> None:
     need(options.get("quantization", "torch_"))
     assert loaded(folder, **options).kv_identity != loaded(folder).kv_identity

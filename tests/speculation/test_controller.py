@@ -68,6 +68,7 @@ def test_text_without_repetition_costs_nothing(cost: Callable[[int], float], str
     ],
     ids=["always wrong", "as slow as the target", "far away", "dead", "on the target's cores", "a wrong curve"],
 )
+@pytest.mark.slow
 def test_no_draft_costs_more_than_it_may(cost: Callable[[int], float], streams: int, draft: dict[str, object]) -> None:
     assert drafted(cost, streams, **draft).run(1500) > LOSS * plain(cost, streams)  # type: ignore[arg-type]
 
@@ -89,6 +90,7 @@ def test_prompts_beside_the_streams_are_not_slowed_down(cost: Callable[[int], fl
 @COSTS
 @BATCHES
 @pytest.mark.parametrize("right", [0.5, 0.8])
+@pytest.mark.slow
 def test_within_five_percent_of_the_best_fixed_depth(cost: Callable[[int], float], streams: int, right: float) -> None:
     fixed = [plain(cost, streams)] + [
         drafted(cost, streams, right=right, token_ms=1.0, policy=lambda _, depth=depth: FixedDepth(depth)).run(400)

@@ -72,6 +72,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize(("one", "other"), itertools.combinations(STREAMS, 2))
+@pytest.mark.slow
 def test_two_streams_are_independent(one: str, other: str) -> None:
     places = [(seed, position) for seed in range(100) for position in range(100)]
     a, b = ([STREAMS[name](*place) for place in places] for name in (one, other))
