@@ -94,14 +94,22 @@ class Cluster:
         for host in hosts:
             if f"@{host} " in on_head:
                 continue
-            for command in self._file.join_commands:
-                self._report(f"{host}: {' '.join(command.split())[:100]}")
-                script = f"export RAY_HEAD_IP={self._file.head}; {command}"
-                answer = self._ssh.run(host, script, max(1.0, deadline - time.monotonic()))
-                if answer.problem is not None or answer.code:
-                    end = answer.output.strip().splitlines()[-LOG_LINES:]
-                    self._report("\n  ".join((f"{host}: that failed:", answer.problem or "", *end)))
-                    raise Unavailable(f"{host} was not set up: `{command.split(chr(10))[0][:80]}` failed")
+            try:
+                self._set_up(host, deadline)
+            except Unavailable as error:
+                # Ray gives a node 30 s to start, which a busy host may overrun. The commands may be given again.
+                self._report(f"{error.message}; once more")
+                self._set_up(host, deadline)
+
+    def _set_up(self, host: str, deadline: float) -> None:
+        for command in self._file.join_commands:
+            self._report(f"{host}: {' '.join(command.split())[:100]}")
+            script = f"export RAY_HEAD_IP={self._file.head}; {command}"
+            answer = self._ssh.run(host, script, max(1.0, deadline - time.monotonic()))
+            if answer.problem is not None or answer.code:
+                end = answer.output.strip().splitlines()[-LOG_LINES:]
+                self._report("\n  ".join((f"{host}: that failed:", answer.problem or "", *end)))
+                raise Unavailable(f"{host} was not set up: `{command.split(chr(10))[0][:80]}` failed")
 
     def status(self) -> list[HostState]:
         """Of every host of the file, the head first."""
